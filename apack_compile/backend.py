@@ -1,0 +1,84 @@
+"""The backend that ``torch.compile(model, backend="attentionpack")`` finds by its entry point."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import hooks, ops  # noqa: F401  (registers the operators)
+from .cache import PackedKV
+from .options import Options, inductor_config
+from .passes.plan import make_plan
+from .profile import PROFILES
+from .runtime.graph import PackedGraph
+from .runtime.stats import REGISTRY
+from .runtime.stock import StockGraph
+
+log = logging.getLogger(__name__)
+
+
+def attentionpack(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph; caches that it grows leave it packed.
+
+    Args:
+        gm: the graph.
+        example_inputs: fake inputs.
+        mode: as Inductor's.
+        options: see :class:`~apack_compile.options.Options`.
+
+    Returns:
+        What Dynamo's bytecode calls. Graphs without a cache run exactly as stock Inductor runs
+        them.
+
+    Raises:
+        OptionError: an option or the mode is not accepted.
+    """
+    parsed = Options.parse(options)
+    config = hooks.with_source_hash(inductor_config(mode, parsed))
+    record = REGISTRY.new()
+    packed = any(isinstance(e, PackedKV) for e in example_inputs)
+    if not packed and not _may_have_sites(gm.graph):
+        record.reason = "no attention with a growing cache"
+        return StockGraph(gm, example_inputs, config, record)
+    if torch.is_grad_enabled() and any(
+        isinstance(e, torch.Tensor) and e.requires_grad for e in example_inputs
+    ):
+        record.reason = "inputs require grad: wrap inference in torch.no_grad()"
+        log.warning("attentionpack: %s; this graph runs as stock Inductor runs it", record.reason)
+        return StockGraph(gm, example_inputs, config, record)
+    plan = make_plan(gm.graph)
+    record.skipped = plan.skipped
+    record.reports = plan.reports
+    if not plan.sites and not plan.handles:
+        record.reason = "no attention with a growing cache"
+        return StockGraph(gm, example_inputs, config, record)
+    record.names = tuple(s.cached.site.node.name for s in plan.sites)
+    return PackedGraph(gm, plan, parsed, config, record)
+
+
+def _may_have_sites(graph: fx.Graph) -> bool:
+    """A quick look: most graphs of a vision-language model have no attention at all."""
+    attention = torch._C._nn.scaled_dot_product_attention
+    return any(n.target is attention for n in graph.nodes if n.op == "call_function")
+
+
+def reset() -> None:
+    """Called by ``torch._dynamo.reset()``: forget records and fitted codes, undo the hooks."""
+    REGISTRY.clear()
+    PROFILES.clear()
+    hooks.uninstall()
+
+
+attentionpack.reset = reset  # type: ignore[attr-defined]
+
+hooks.install()

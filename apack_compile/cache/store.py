@@ -1,0 +1,275 @@
+"""The physical storage of one packed side, and the history that handles share.
+
+A store is append-only: tokens ``0 .. length``, of which ``0 .. coded`` are coded and the rest
+live in the ring. Handles (:class:`~apack_compile.cache.PackedKV`) of different lengths may share
+a store as long as their histories agree; whoever wants to write behind an older length first gets
+a store of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from ..codec import Code, CodeRef, ExactLayout
+from ..kernels.encode import encode_tokens
+from ..kernels.pool import fill_pool
+from ..kernels.side import Side
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which tokens stay exact, and how storage grows.
+
+    Attributes:
+        sinks: first visible tokens of each row, kept exact for good.
+        extra: further exact slots, for tokens that no code can hold.
+        window: recent tokens that are never coded.
+        block: tokens that gather behind the window before they are coded together.
+        chunk: the payload grows by this many tokens.
+    """
+
+    sinks: int = 4
+    extra: int = 4
+    window: int = 64
+    block: int = 32
+    chunk: int = 256
+
+    @property
+    def ring(self) -> int:
+        """Slots of the ring."""
+        return self.window + self.block
+
+    def for_code(self, ref: CodeRef) -> Policy:
+        """The same policy without a pool where the code is exact anyway."""
+        exact = ref.layout.kind == ExactLayout.kind
+        return replace(self, sinks=0, extra=0) if exact else self
+
+
+class Lease:
+    """A handle's claim on a length of a store."""
+
+    __slots__ = ("__weakref__", "length")
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+
+class SideStore:
+    """Codes, pool and ring of one side (K or V) of one layer.
+
+    Attributes:
+        ref: the code.
+        policy: what stays exact.
+        side: the physical tensors; ``side.params`` is empty, parameters belong to the code.
+        coded: tokens in the payload that count.
+        length: tokens held in all.
+    """
+
+    def __init__(self, ref: CodeRef, policy: Policy, side: Side, coded: int, length: int) -> None:
+        self.ref = ref
+        self.policy = policy
+        self.side = side
+        self.coded = coded
+        self.length = length
+        self._leases: WeakSet[Lease] = WeakSet()
+
+    @classmethod
+    def encode(
+        cls, x: Tensor, ref: CodeRef, policy: Policy, visible: Tensor | None = None
+    ) -> SideStore:
+        """Pack a dense ``[B, H, S, D]``; see ``apack::encode``."""
+        policy = policy.for_code(ref)
+        tensors = torch.ops.apack.encode(x, visible, *encode_arguments(ref, policy, x.device))
+        return cls.from_encoded(tensors, ref, policy, x.shape[2])
+
+    @classmethod
+    def from_encoded(
+        cls, tensors: list[Tensor], ref: CodeRef, policy: Policy, length: int
+    ) -> SideStore:
+        """Adopt what ``apack::encode`` returned for ``length`` tokens."""
+        side = Side.of(tensors, ref.layout)
+        return cls(ref, policy, side, max(length - policy.window, 0), length)
+
+    @property
+    def recent(self) -> int:
+        """Live slots of the ring."""
+        return self.length - self.coded
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the dense cache that this store stands for."""
+        return self.side.ring.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.side.ring.device
+
+    def tensors(self) -> list[Tensor]:
+        """The physical tensors, in the order that ops take, parameters left out."""
+        side = self.side
+        return [*side.payload, side.pool, side.pool_positions, side.ring]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every physical tensor, slack included, bases not."""
+        return sum(t.untyped_storage().nbytes() for t in self.tensors())
+
+    def lease(self, length: int) -> Lease:
+        """Claim ``length`` tokens of this store for a handle."""
+        lease = Lease(length)
+        self._leases.add(lease)
+        return lease
+
+    def dense(self, length: int) -> Tensor:
+        """The first ``length`` tokens as ``[B, H, length, D]``."""
+        lengths = torch.tensor([self.coded, self.recent], device=self.device)
+        side = [*self.tensors(), *self.ref.code.on(self.device)]
+        return torch.ops.apack.unpack(side, lengths, length, self.ref.layout.spec)
+
+    # Growing ---------------------------------------------------------------------------------
+
+    def branch(self, length: int) -> SideStore:
+        """A store whose length is ``length``, free to be written behind it.
+
+        This store itself if nobody needs what lies behind ``length``, else a copy.
+        """
+        if length == self.length:
+            return self
+        if any(lease.length > length for lease in self._leases):
+            return self._copy(length)
+        self._truncate(length)
+        return self
+
+    def _truncate(self, length: int) -> None:
+        if length < self.coded:
+            # The window is gone with the tokens behind `length`; the coded ones stay coded.
+            self.coded = length
+        self.length = length
+
+    def _copy(self, length: int) -> SideStore:
+        capacity = self._round_up(min(self.coded, length))
+        copied = self._map(lambda t: t.clone(), lambda p: p[:, :capacity].clone())
+        copied._truncate(length)
+        return copied
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for ``tokens`` in the ring (at most ``policy.block``)."""
+        if self.recent + tokens > self.policy.ring:
+            self.code_oldest(self.recent - self.policy.window)
+
+    def code_oldest(self, tokens: int) -> None:
+        """Move the oldest ``tokens`` of the ring into the codes."""
+        ring = self.side.ring
+        self._code(ring[:, :, :tokens])
+        rest = self.recent  # self.coded has moved on
+        ring[:, :, :rest] = ring[:, :, tokens : tokens + rest].clone()
+
+    def advance(self, tokens: int) -> None:
+        """``tokens`` have been written behind the live slots of the ring."""
+        self.length += tokens
+
+    def extend(self, new: Tensor) -> None:
+        """Append ``new [B, H, T, D]``, however long."""
+        tokens = new.shape[2]
+        ring, live = self.side.ring, self.recent
+        new = new.to(ring.dtype)
+        if live + tokens <= ring.shape[2]:
+            ring[:, :, live : live + tokens] = new
+            self.length += tokens
+            return
+        run = torch.cat([ring[:, :, :live], new], 2)
+        old = run.shape[2] - self.policy.window
+        self._code(run[:, :, :old])
+        self.length += tokens
+        ring[:, :, : self.policy.window] = run[:, :, old:]
+
+    def _code(self, x: Tensor) -> None:
+        start, end = self.coded, self.coded + x.shape[2]
+        code = self.ref.code
+        pool, positions = self.side.pool, self.side.pool_positions
+        if pool.shape[2]:
+            pool, positions = fill_pool(pool, positions, x, start, None)
+        payload = self._with_room(end)
+        for whole, part in zip(
+            payload, encode_tokens(x, code.on(self.device), code.layout), strict=True
+        ):
+            whole[:, start:end] = part
+        self.side = self.side._replace(payload=payload, pool=pool, pool_positions=positions)
+        self.coded = end
+
+    def _round_up(self, tokens: int) -> int:
+        chunk = self.policy.chunk
+        return max((tokens + chunk - 1) // chunk, 1) * chunk
+
+    def _with_room(self, tokens: int) -> tuple[Tensor, ...]:
+        if tokens <= self.side.capacity:
+            return self.side.payload
+        more = self._round_up(tokens) - self.side.capacity
+        return tuple(torch.nn.functional.pad(p, (0, 0, 0, more)) for p in self.side.payload)
+
+    # Whole-store operations --------------------------------------------------------------------
+
+    def _map(
+        self, each: Callable[[Tensor], Tensor], payload: Callable[[Tensor], Tensor] | None = None
+    ) -> SideStore:
+        payload = payload or each
+        side = Side(
+            tuple(payload(p) for p in self.side.payload),
+            each(self.side.pool),
+            each(self.side.pool_positions),
+            each(self.side.ring),
+            (),
+        )
+        return SideStore(self.ref, self.policy, side, self.coded, self.length)
+
+    def select(self, rows: Tensor, length: int) -> SideStore:
+        """Batch rows ``rows`` (int64, repeats allowed) of the first ``length`` tokens."""
+        rows = rows.to(self.device)
+        chosen = self._map(lambda t: t.index_select(0, rows))
+        chosen._truncate(length)
+        return chosen
+
+    def clone(self, length: int) -> SideStore:
+        """A deep copy of the first ``length`` tokens."""
+        return self._copy(length)
+
+    def to(self, length: int, dtype: torch.dtype, device: torch.device) -> SideStore:
+        """A copy in another dtype or on another device; integer codes keep their dtype."""
+
+        def move(t: Tensor) -> Tensor:
+            return t.to(device=device, dtype=dtype if t.dtype == self.dtype else t.dtype, copy=True)
+
+        moved = self._map(move)
+        moved._truncate(length)
+        return moved
+
+    def align(self, coded: int, capacity: int) -> None:
+        """Code further, up to ``coded`` tokens, and grow to at least ``capacity``."""
+        if coded > self.coded:
+            self.code_oldest(coded - self.coded)
+        self.side = self.side._replace(payload=self._with_room(capacity))
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_leases"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state, _leases=WeakSet())
+
+
+def encode_arguments(
+    ref: CodeRef, policy: Policy, device: torch.device
+) -> tuple[tuple[Tensor, ...], str, int, int, int, int, int]:
+    """The arguments of ``apack::encode`` behind ``x`` and ``visible``."""
+    p = policy
+    return (ref.code.on(device), ref.layout.spec, p.sinks, p.extra, p.window, p.ring, p.chunk)
+
+
+def exact_ref(heads: int, dim: int) -> CodeRef:
+    """A ref to the identity code."""
+    return CodeRef(Code(ExactLayout(heads, dim)))

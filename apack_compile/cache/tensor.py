@@ -1,0 +1,208 @@
+"""PackedKV: the cache tensor as the model sees it, with packed storage behind it.
+
+A wrapper subclass with the logical shape ``[B, H, S, D]``, dtype and device of the dense cache
+tensor. Its data live in a :class:`SideStore`. Compiled graphs never see it: the runtime passes the
+store's tensors in and makes new handles of what comes out. Eager code may do to it whatever it
+does to a tensor: the operations in ``packed_ops`` keep it packed, every other one gets the dense
+tensor.
+
+For tracing the wrapper is flattened into one empty tensor, so that Dynamo guards the logical shape
+and nothing of the storage.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from ..codec import CodeRef
+from .store import Policy, SideStore, exact_ref
+
+log = logging.getLogger(__name__)
+
+PACKED_OPS: dict[Any, Callable[..., Any]] = {}
+"""Operators that keep a handle packed; filled by ``packed_ops``."""
+
+_reported: set[Any] = set()
+
+
+class PackedKV(torch.Tensor):
+    """A packed cache tensor.
+
+    Attributes:
+        store: the physical storage; None for the fakes that Dynamo traces with.
+    """
+
+    store: SideStore | None
+
+    @staticmethod
+    def __new__(
+        cls, store: SideStore | None, size: Sequence[int], dtype: torch.dtype, anchor: Tensor
+    ) -> PackedKV:
+        return torch.Tensor._make_wrapper_subclass(
+            cls, size, dtype=dtype, device=anchor.device, requires_grad=False
+        )
+
+    def __init__(
+        self, store: SideStore | None, size: Sequence[int], dtype: torch.dtype, anchor: Tensor
+    ) -> None:
+        self.store = store
+        self._anchor = anchor
+        self._lease = None if store is None else store.lease(size[2])
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    # Making and reading --------------------------------------------------------------------------
+
+    @classmethod
+    def of(cls, store: SideStore, length: int | None = None) -> PackedKV:
+        """A handle on the first ``length`` tokens of ``store`` (all, by default)."""
+        ring = store.side.ring
+        size = (ring.shape[0], ring.shape[1], store.length if length is None else length,
+                ring.shape[3])  # fmt: skip
+        handle = cls(store, size, ring.dtype, ring.new_empty(0))
+        # One decode graph for all lengths: the hint is dropped where a model insists on one length.
+        torch._dynamo.maybe_mark_dynamic(handle, 2)
+        return handle
+
+    @classmethod
+    def pack(
+        cls, x: Tensor, ref: CodeRef | None = None, policy: Policy | None = None,
+        visible: Tensor | None = None,
+    ) -> PackedKV:  # fmt: skip
+        """Pack a dense ``[B, H, S, D]`` cache tensor.
+
+        Args:
+            x: keys or values.
+            ref: the code; the exact one by default.
+            policy: what stays exact; the default one by default.
+            visible: ``[B, S]``, False for padding.
+        """
+        if x.dim() != 4:
+            raise ValueError(f"x has shape {tuple(x.shape)}; a cache tensor is [B, H, S, D]")
+        ref = ref or exact_ref(x.shape[1], x.shape[3])
+        if (ref.layout.heads, ref.layout.dim) != (x.shape[1], x.shape[3]):
+            raise ValueError(
+                f"x has {x.shape[1]} heads of {x.shape[3]}; its code is for {ref.layout.heads} "
+                f"heads of {ref.layout.dim}"
+            )
+        return cls.of(SideStore.encode(x, ref, policy or Policy(), visible))
+
+    def unpack(self) -> Tensor:
+        """The dense tensor; coded tokens with their coding error."""
+        if self.store is None:
+            return self._anchor.new_empty(self.shape, dtype=self.dtype)
+        return self.store.dense(self.shape[2])
+
+    def append(self, new: Tensor) -> PackedKV:
+        """This tensor with ``new [B, H, T, D]`` behind it, as ``cat`` along dim 2; packed.
+
+        This handle stays valid: storage is shared, or copied where histories part.
+        """
+        assert self.store is not None
+        store = self.store.branch(self.shape[2])
+        store.extend(new)
+        return PackedKV.of(store)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the storage behind this handle."""
+        return 0 if self.store is None else self.store.nbytes
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes that the dense tensor would take."""
+        return self.numel() * self.dtype.itemsize
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        if self.store is None:
+            return f"PackedKV({tuple(self.shape)}, {self.dtype}, fake)"
+        return (
+            f"PackedKV({tuple(self.shape)}, {self.dtype}, {self.store.ref.layout.spec}, "
+            f"{self.store.coded} coded, {self.packed_bytes} of {self.dense_bytes} bytes)"
+        )
+
+    # Tracing -------------------------------------------------------------------------------------
+
+    def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
+        return ["_anchor"], self.dtype
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], ctx: torch.dtype, outer_size: Any, outer_stride: Any
+    ) -> PackedKV:
+        return PackedKV(None, outer_size, ctx, inner["_anchor"])
+
+    @staticmethod
+    def _stable_hash_for_caching() -> str:
+        return "apack_compile.PackedKV"
+
+    # Dispatch ------------------------------------------------------------------------------------
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        handles = [a for a in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(a, PackedKV)]
+        if all(h.store is not None for h in handles):
+            rule = PACKED_OPS.get(func)
+            result = NotImplemented if rule is None else rule(func, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+            if func not in _reported:
+                _reported.add(func)
+                log.info("%s on a packed cache tensor: computed on the dense tensor", func)
+        return on_dense(func, args, kwargs)
+
+    # Copying -------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedKV:
+        if id(self) not in memo:
+            assert self.store is not None
+            memo[id(self)] = PackedKV.of(self.store.clone(self.shape[2]))
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        assert self.store is not None
+        return PackedKV.of, (self.store.clone(self.shape[2]),)
+
+
+def on_dense(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run ``func`` with every handle unpacked.
+
+    A handle that ``func`` writes to takes the result over, kept exact from then on.
+    """
+    dense: dict[int, Tensor] = {}
+    owners: dict[int, PackedKV] = {}
+
+    def unpacked(handle: PackedKV) -> Tensor:
+        if id(handle) not in dense:
+            dense[id(handle)] = handle.unpack()
+            owners[id(handle)] = handle
+        return dense[id(handle)]
+
+    plain_args, plain_kwargs = pytree.tree_map_only(PackedKV, unpacked, (args, kwargs))
+    result = func(*plain_args, **plain_kwargs)
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if written and isinstance(value, PackedKV) and value.store is not None:
+            _take_over(value, dense[id(value)])
+            if result is dense[id(value)]:
+                result = value
+    return result
+
+
+def _take_over(handle: PackedKV, x: Tensor) -> None:
+    assert handle.store is not None
+    ref = exact_ref(x.shape[1], x.shape[3])
+    handle.store = SideStore.encode(x, ref, handle.store.policy)
+    handle._lease = handle.store.lease(x.shape[2])
+
+
+from . import packed_ops  # noqa: E402,F401  (fills PACKED_OPS)

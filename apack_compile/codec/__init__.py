@@ -1,0 +1,8 @@
+"""Codes for keys and values: fit, encode, decode, absorbed attention, bytes. No graphs here."""
+
+from .code import Code, CodeRef
+from .exact import ExactLayout
+from .layout import Layout, parse_layout
+from .transform import TransformLayout
+
+__all__ = ["Code", "CodeRef", "ExactLayout", "Layout", "TransformLayout", "parse_layout"]

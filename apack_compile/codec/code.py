@@ -1,0 +1,74 @@
+"""A fitted code, and the token by which caches refer to it.
+
+The bases belong to the model, not to a cache: every sequence shares them. A cache therefore holds
+a small :class:`CodeRef`; the tensors live here as long as any ref to them does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from .layout import Layout
+
+
+@dataclass(frozen=True)
+class Code:
+    """A layout with its fitted parameters.
+
+    Attributes:
+        layout: how tokens are stored.
+        params: what the layout needs to encode and decode, float32.
+        error: relative squared error on the tokens it was fitted on, in the metric that the basis
+            is optimal for (keys: error of the scores); 0 for exact codes.
+    """
+
+    layout: Layout
+    params: tuple[Tensor, ...] = ()
+    error: float = 0.0
+    _placed: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, compare=False)
+
+    def on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The parameters on ``device``, copied there once."""
+        if device not in self._placed:
+            self._placed[device] = tuple(p.to(device) for p in self.params)
+        return self._placed[device]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameters, on one device."""
+        return sum(p.untyped_storage().nbytes() for p in self.params)
+
+
+class CodeRef:
+    """Keeps a :class:`Code` alive without being the path by which a cache owns its tensors."""
+
+    __slots__ = ("__weakref__", "layout")
+
+    def __init__(self, code: Code) -> None:
+        self.layout = code.layout
+        _CODES[self] = code
+
+    @property
+    def code(self) -> Code:
+        """The code itself."""
+        return _CODES[self]
+
+    def __reduce__(self) -> tuple[type[CodeRef], tuple[Code]]:
+        code = self.code
+        return CodeRef, (Code(code.layout, code.params, code.error),)
+
+    def __deepcopy__(self, memo: object) -> CodeRef:
+        return self  # fitted codes never change
+
+
+_CODES: WeakKeyDictionary[CodeRef, Code] = WeakKeyDictionary()
+
+
+def total_bytes(refs: Sequence[CodeRef]) -> int:
+    """Bytes of all distinct codes behind ``refs``."""
+    return sum(ref.code.nbytes for ref in set(refs))

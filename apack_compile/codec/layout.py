@@ -1,0 +1,100 @@
+"""The contract of a code: a static layout, free functions of tensors, nothing about graphs.
+
+A :class:`Layout` says how one side (K or V) of one layer is stored and knows five things:
+encode, decode, absorbed scores, absorbed mixing, bytes. It holds no tensors. What was fitted
+(means, bases) comes as ``params``, a list of tensors whose meaning is the layout's own. Layouts
+are frozen, hashable and round-trip through a short text (``spec``), which is what graphs carry.
+
+Shapes: B batch, H KV heads, Hq query heads (a multiple of H), T tokens, Q queries, D head_dim.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+_KINDS: dict[str, type[Layout]] = {}
+
+
+@dataclass(frozen=True)
+class Layout(ABC):
+    """How one side of one layer is stored.
+
+    Attributes:
+        heads: KV heads H.
+        dim: head_dim D.
+    """
+
+    heads: int
+    dim: int
+
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        _KINDS[cls.kind] = cls
+
+    @property
+    @abstractmethod
+    def param_count(self) -> int:
+        """How many tensors ``params`` has."""
+
+    @property
+    def spec(self) -> str:
+        """A text that :func:`parse_layout` turns back into this layout."""
+        return f"{self.kind}:" + ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+
+    @abstractmethod
+    def payload_fields(self, dtype: torch.dtype) -> tuple[tuple[int, torch.dtype], ...]:
+        """Width and dtype of each payload tensor ``[B, T, width]`` for a cache of ``dtype``."""
+
+    def token_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes that one coded token of one sequence takes."""
+        return sum(width * kind.itemsize for width, kind in self.payload_fields(dtype))
+
+    @abstractmethod
+    def encode(self, x: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+        """Code ``x [B, H, T, D]`` into payload tensors ``[B, T, width]``."""
+
+    @abstractmethod
+    def decode(
+        self, payload: Sequence[Tensor], params: Sequence[Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """Payload tensors back to ``[B, H, T, D]`` in ``dtype``."""
+
+    @abstractmethod
+    def scores(self, q: Tensor, payload: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+        """``q [B, Hq, Q, D]`` against coded keys, without decoding them: ``[B, Hq, Q, T]``."""
+
+    @abstractmethod
+    def mix(self, p: Tensor, payload: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+        """Weights ``p [B, Hq, Q, T]`` times coded values, decoded once: ``[B, Hq, Q, D]``."""
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a tensor of ``dtype`` is coded and attended: float32, or float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@lru_cache(maxsize=None)
+def parse_layout(spec: str) -> Layout:
+    """The layout that ``spec`` describes.
+
+    Raises:
+        ValueError: the text is not one that :attr:`Layout.spec` made.
+    """
+    kind, _, rest = spec.partition(":")
+    cls = _KINDS.get(kind)
+    if cls is None:
+        raise ValueError(f"unknown code layout {kind!r} in {spec!r}; known: {sorted(_KINDS)}")
+    try:
+        values = {name: int(value) for name, value in (item.split("=") for item in rest.split(","))}
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"malformed code layout {spec!r}: {error}") from error

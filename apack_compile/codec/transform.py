@@ -1,0 +1,174 @@
+r"""Transform code: a basis over the heads of a group, quantised coefficients, absorbed attention.
+
+For each group of KV heads, with the group's heads side by side in one vector x of n numbers,
+
+    y = (x - mean) analysis                    analysis: n x R, in units of the quantiser's step
+    u = clamp(floor(y / t) + 2^(b-1), 0, 2^b - 1)              b = 8, 4 or 2 bits by component
+    x ~ mean + t (u + 1/2 - 2^(b-1)) synthesis                 t: per-token gain, or 1
+
+Weighting, scales and rank are all inside ``analysis`` and ``synthesis`` (see ``fit.py``).
+
+Attention never rebuilds x. With q' = synthesis q and the constant c_r = 1/2 - 2^(b_r - 1),
+
+    q . x  =  q . mean + t (q' . u + q' . c)
+    sum_s p_s x_s  =  (sum_s p_s) mean + ((sum_s p_s t_s u_s) + (sum_s p_s t_s) c) synthesis
+
+so that keys cost one small product a step and values one map a step, whatever the length.
+Transform coding of KV: KVTC (ICLR 2026); absorption as in multi-head latent attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .bits import CLASSES, pack, unpack
+from .layout import Layout, working_dtype
+
+GAIN_DTYPE = torch.float16
+
+
+@dataclass(frozen=True)
+class TransformLayout(Layout):
+    """Components in runs of 8, 4 and 2 bits, the same for every group of heads.
+
+    Attributes:
+        groups: the KV heads are split into this many groups of neighbours.
+        r8, r4, r2: components with 8, 4 and 2 bits in each group.
+        gain: 1 if each token and group carries a 16-bit gain.
+
+    Params: ``mean [G, n]``, ``analysis [G, n, R]``, ``synthesis [G, R, n]``, with a gain also
+    ``whiten [G, R]``, the factor that turns y into unit variance.
+    """
+
+    groups: int
+    r8: int
+    r4: int
+    r2: int
+    gain: int
+
+    kind: ClassVar[str] = "transform"
+
+    @property
+    def param_count(self) -> int:
+        """Mean, analysis, synthesis, and ``whiten`` with a gain."""
+        return 3 + self.gain
+
+    @property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of bits and components, in storage order, empty runs left out."""
+        counts = (self.r8, self.r4, self.r2)
+        return tuple((bits, count) for bits, count in zip(CLASSES, counts, strict=True) if count)
+
+    @property
+    def rank(self) -> int:
+        """Components R that are stored, per group."""
+        return self.r8 + self.r4 + self.r2
+
+    def payload_fields(self, dtype: torch.dtype) -> tuple[tuple[int, torch.dtype], ...]:
+        """Code bytes of all groups, then the gains."""
+        code_bytes = self.groups * sum(bits * count // 8 for bits, count in self.runs)
+        codes = ((code_bytes, torch.uint8),)
+        return (*codes, (self.groups, GAIN_DTYPE)) if self.gain else codes
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """``[B, H, T, D]`` to ``[B, G, T, n]``."""
+        per_group = self.heads // self.groups
+        x = x.unflatten(1, (self.groups, per_group))
+        return x.transpose(2, 3).flatten(3)
+
+    def _centres(self, like: Tensor) -> Tensor:
+        """c_r = 1/2 - 2^(b_r - 1) for each component: ``[R]``."""
+        return torch.cat([like.new_full((n,), 0.5 - 2.0 ** (bits - 1)) for bits, n in self.runs])
+
+    def _codes(self, payload: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """The integer codes as floating-point numbers ``[B, G, T, R]``."""
+        packed = payload[0].unflatten(-1, (self.groups, -1)).transpose(1, 2)  # [B, G, T, bytes]
+        planes: list[Tensor] = []
+        start = 0
+        for bits, count in self.runs:
+            width = bits * count // 8
+            planes += unpack(packed[..., start : start + width], bits)
+            start += width
+        return torch.cat([plane.to(dtype) for plane in planes], -1)
+
+    def _gains(self, payload: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        return payload[1].to(dtype).transpose(1, 2)  # [B, G, T]
+
+    def encode(self, x: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+        """Project, divide by the gain, round, clamp, pack."""
+        x = x.to(working_dtype(x.dtype))
+        mean, analysis = params[0].to(x.dtype), params[1].to(x.dtype)
+        y = (self._grouped(x) - mean[:, None]) @ analysis  # [B, G, T, R]
+        payload = []
+        if self.gain:
+            rms = (y * params[3].to(y.dtype)[:, None]).square().mean(-1).sqrt()  # [B, G, T]
+            gains = rms.clamp(1e-4, 6e4).to(GAIN_DTYPE)
+            y = y / gains.to(y.dtype)[..., None]
+            payload.append(gains.transpose(1, 2))
+        parts = []
+        for (bits, _), part in zip(
+            self.runs, y.split([count for _, count in self.runs], -1), strict=True
+        ):
+            half = 2 ** (bits - 1)
+            parts.append(pack((part.floor() + half).clamp(0, 2 * half - 1), bits))
+        codes = torch.cat(parts, -1).transpose(1, 2).flatten(2)  # [B, T, G * bytes]
+        return [codes, *payload]
+
+    def decode(
+        self, payload: Sequence[Tensor], params: Sequence[Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """Codes times synthesis, the gain, the mean."""
+        work = working_dtype(dtype)
+        mean, synthesis = params[0].to(work), params[2].to(work)
+        codes = self._codes(payload, work)
+        x = (codes + self._centres(codes)) @ synthesis
+        if self.gain:
+            x = x * self._gains(payload, work)[..., None]
+        x = x + mean[:, None]  # [B, G, T, n]
+        per_group = self.heads // self.groups
+        return x.unflatten(-1, (per_group, self.dim)).transpose(2, 3).flatten(1, 2).to(dtype)
+
+    def _per_head(self, params: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Mean ``[H, 1, D]`` and synthesis ``[H, R, D]`` by KV head."""
+        per_group = self.heads // self.groups
+        mean = params[0].to(dtype).reshape(self.heads, 1, self.dim)
+        synthesis = params[2].to(dtype).unflatten(-1, (per_group, self.dim)).transpose(1, 2)
+        return mean, synthesis.reshape(self.heads, self.rank, self.dim)
+
+    def scores(self, q: Tensor, payload: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+        """``q . mean + t (q' . u + q' . c)``, in the dtype of q."""
+        mean, synthesis = self._per_head(params, q.dtype)
+        by_head = q.unflatten(1, (self.heads, -1)).flatten(2, 3)  # [B, H, M, D]
+        folded = by_head @ synthesis.transpose(-1, -2)  # [B, H, M, R]
+        bias = by_head @ mean.transpose(-1, -2)  # [B, H, M, 1]
+        centre = folded @ self._centres(q)[:, None]  # [B, H, M, 1]
+
+        def by_group(z: Tensor) -> Tensor:
+            return z.unflatten(1, (self.groups, -1)).flatten(2, 3)
+
+        coded = by_group(folded) @ self._codes(payload, q.dtype).transpose(-1, -2) + by_group(centre)
+        if self.gain:
+            coded = coded * self._gains(payload, q.dtype)[:, :, None]
+        scores = coded + by_group(bias)  # [B, G, M', T]
+        return scores.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+
+    def mix(self, p: Tensor, payload: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+        """Accumulate codes, then one map to head space, in the dtype of p."""
+        mean, synthesis = self._per_head(params, p.dtype)
+        weights = p.unflatten(1, (self.groups, -1)).flatten(2, 3)  # [B, G, M', T]
+        total = weights.sum(-1, keepdim=True)
+        if self.gain:
+            weights = weights * self._gains(payload, p.dtype)[:, :, None]
+        latent = weights @ self._codes(payload, p.dtype)
+        latent = latent + weights.sum(-1, keepdim=True) * self._centres(p)
+
+        def by_head(z: Tensor) -> Tensor:
+            return z.unflatten(2, (self.heads // self.groups, -1)).flatten(1, 2)
+
+        out = by_head(latent) @ synthesis + by_head(total) * mean  # [B, H, M, D]
+        return out.unflatten(2, (-1, p.shape[2])).flatten(1, 2)

@@ -1,0 +1,126 @@
+"""The options of the backend: names, types, defaults, errors that say what is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any
+
+from .cache import Policy
+
+CODECS = ("transform", "exact")
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+class OptionError(ValueError):
+    """An option of ``torch.compile(..., backend="attentionpack")`` is not accepted."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose.
+
+    Attributes:
+        codec: ``transform`` (joint-head PCA, quantised coefficients) or ``exact`` (tokens kept as
+            they are: for tests, and to have the machinery without any loss).
+        ratio: bytes of a dense 16-bit token over bytes of a coded one, from 2 to 32.
+        sinks: first visible tokens of each sequence, kept exact for good.
+        window: recent tokens that are never coded.
+        block: tokens that gather behind the window before they are coded together.
+        fit_tokens: tokens of prefill to see before a basis is fitted; until then caches are
+            packed exactly. 0: four times the channels of a layer, at most 1024.
+        inductor: Inductor settings, as ``options`` of ``torch.compile`` with that backend.
+    """
+
+    codec: str = "transform"
+    ratio: float = 4.0
+    sinks: int = 4
+    window: int = 64
+    block: int = 32
+    fit_tokens: int = 0
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def policy(self) -> Policy:
+        """Which tokens stay exact."""
+        return Policy(sinks=self.sinks, window=self.window, block=self.block)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What fitted codes depend on."""
+        return (self.codec, float(self.ratio))
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None) -> Options:
+        """Check what the user gave.
+
+        Raises:
+            OptionError: names the option, the value and what is accepted.
+        """
+        given = dict(options or {})
+        names = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in names:
+                close = get_close_matches(str(name), names, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else "."
+                raise OptionError(
+                    f"attentionpack has no option {name!r}{hint} Accepted: {', '.join(names)}. "
+                    "Inductor's own settings go into options={'inductor': {...}}."
+                )
+        codec = given.get("codec", cls.codec)
+        if codec not in CODECS:
+            raise OptionError(f"option codec={codec!r}: accepted are {', '.join(map(repr, CODECS))}")
+        _number(given, "ratio", float, 2, 32)
+        _number(given, "sinks", int, 0, 64)
+        _number(given, "window", int, 1, 4096)
+        _number(given, "block", int, 16, 4096)
+        _number(given, "fit_tokens", int, 0, 1 << 20)
+        if codec == "exact" and "ratio" in given:
+            raise OptionError(
+                f"options codec='exact' and ratio={given['ratio']!r} do not go together: exact "
+                "codes have no ratio; leave one of them out"
+            )
+        inductor = given.get("inductor", {})
+        if not isinstance(inductor, Mapping):
+            raise OptionError(f"option inductor={inductor!r}: accepted is a dict of Inductor settings")
+        _check_inductor(inductor)
+        return cls(**given)
+
+
+def _number(given: dict[str, Any], name: str, kind: type, low: int, high: int) -> None:
+    if name not in given:
+        return
+    value = given[name]
+    numeric = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, numeric) or not low <= value <= high:
+        words = "a whole number" if kind is int else "a number"
+        raise OptionError(f"option {name}={value!r}: accepted is {words} from {low} to {high}")
+
+
+def _check_inductor(settings: Mapping[str, Any]) -> None:
+    import torch._inductor
+
+    known = torch._inductor.list_options()
+    for name, value in settings.items():
+        if name.replace("-", "_") not in known:
+            raise OptionError(
+                f"option inductor={{{name!r}: {value!r}}}: Inductor has no such setting; "
+                "torch._inductor.list_options() lists them"
+            )
+
+
+def inductor_config(mode: str | None, options: Options) -> dict[str, Any]:
+    """Inductor settings for ``mode`` and ``options['inductor']``.
+
+    Raises:
+        OptionError: no such mode.
+    """
+    import torch._inductor
+
+    if mode is not None and mode not in MODES:
+        raise OptionError(f"mode={mode!r}: accepted are {', '.join(map(repr, MODES))}")
+    settings = dict(torch._inductor.list_mode_options(mode)) if mode not in (None, "default") else {}
+    settings.update({name.replace("-", "_"): v for name, v in options.inductor.items()})
+    return settings

@@ -1,0 +1,1 @@
+"""What runs between Dynamo's bytecode and Inductor's code: handles in, plain tensors through."""

@@ -1,0 +1,77 @@
+"""What the inputs of a rewritten graph are: which of their sizes are symbols, and the lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+from ..cache import PackedKV
+from ..codec import parse_layout
+from ..passes.base import value_of
+from ..passes.draft import ARGUMENTS, HANDLES, LENGTHS
+from .specialise import Dynamic
+
+STATIC, DYNAMIC, SHARED = DimDynamic.STATIC, DimDynamic.DYNAMIC, DimDynamic.DUCK
+
+
+class Dynamics:
+    """Which sizes of an input are symbols.
+
+    A Dynamo argument has the symbols that Dynamo gave it. Of a store, the batch is a symbol if the
+    handle's is, and the capacity of the payload always; those two are each one symbol for all
+    stores (K and V of all layers grow together).
+    """
+
+    def __init__(self, graph: fx.Graph, handles: Sequence[fx.Node]) -> None:
+        self._arguments = [
+            _of_example(value_of(n)) for n in graph.nodes if n.op == "placeholder"
+        ]
+        self._batches = [
+            SHARED if isinstance(value_of(h).shape[0], torch.SymInt) else STATIC for h in handles
+        ]
+
+    def of(self, slot: tuple[int, int], value: Any, layouts: Sequence[str]) -> Dynamic:
+        """The dynamic dimensions of the input at ``slot``."""
+        table, index = slot
+        if table == ARGUMENTS:
+            return self._arguments[index]
+        if table == LENGTHS:
+            return (DYNAMIC,) if isinstance(value, int) else None
+        number = table - HANDLES
+        if number >= len(layouts) or not isinstance(value, Tensor):
+            return None
+        payloads = len(parse_layout(layouts[number]).payload_fields(torch.float32))
+        if index >= payloads + 3:
+            return None  # parameters of the code
+        rest = [STATIC] * (value.dim() - 1)
+        if index < payloads:
+            rest[0] = SHARED
+        return (self._batches[number], *rest)
+
+
+def _of_example(example: Any) -> Dynamic:
+    if isinstance(example, torch.SymInt):
+        return (DYNAMIC,)
+    if not isinstance(example, Tensor) or isinstance(example, PackedKV):
+        return None
+    dims = tuple(DYNAMIC if isinstance(size, torch.SymInt) else STATIC for size in example.shape)
+    return dims if DYNAMIC in dims else None
+
+
+def lengths_of(handles: Sequence[PackedKV], appends: Sequence[int]) -> list[Any]:
+    """Lengths before and after the appends, ``int64 [handles, 2]``, then each handle's length."""
+    before, after = [], []
+    for handle, tokens in zip(handles, appends, strict=True):
+        assert handle.store is not None
+        before.append((handle.store.coded, handle.store.recent))
+        after.append((handle.store.coded, handle.store.recent + tokens))
+    device = handles[0].device if handles else torch.device("cpu")
+    return [
+        torch.tensor(before, device=device),
+        torch.tensor(after, device=device),
+        *(handle.shape[2] for handle in handles),
+    ]

@@ -1,0 +1,97 @@
+"""Compile a rewritten graph with Inductor for the shapes at hand, and keep it to those shapes.
+
+Storage tensors are not seen by Dynamo, so Dynamo's guards say nothing about their shapes. Each
+compilation therefore gets a shape environment of its own; the conditions that tracing put on its
+symbols become a guard that is checked before every run. Dimensions that Dynamo has as symbols,
+payload capacities and batch sizes behind symbolic batches are symbols; all else is fixed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import LocalSource
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    SYMPY_INTERP,
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+
+Dynamic = tuple[DimDynamic, ...] | None
+"""What is symbolic in an argument: one entry a dimension; one entry for an int; None: nothing."""
+
+
+class Specialised:
+    """One Inductor artifact with the guard of its shapes.
+
+    Args:
+        gm: the graph; Inductor takes it over.
+        args: real arguments.
+        dynamic: what is symbolic in each.
+        config: Inductor settings.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, args: Sequence[Any], dynamic: Sequence[Dynamic],
+        config: dict[str, Any],
+    ) -> None:  # fmt: skip
+        shape_env = ShapeEnv()
+        mode = FakeTensorMode(shape_env=shape_env, static_shapes=False)
+        fakes = [
+            _fake(mode, shape_env, arg, dims, LocalSource(f"t{i}"))
+            for i, (arg, dims) in enumerate(zip(args, dynamic, strict=True))
+        ]
+        _drop_example_values(gm)
+        with tracing(TracingContext(mode)):
+            self._call: Callable[..., Any] = compile_fx(gm, fakes, config_patches=config)
+        symbolic = [f for f in fakes if isinstance(f, (torch.SymInt, Tensor))]
+        where = [i for i, f in enumerate(fakes) if isinstance(f, (torch.SymInt, Tensor))]
+        self._guard, self._guarded = _compile_guard(shape_env, symbolic, where)
+
+    def accepts(self, args: Sequence[Any]) -> bool:
+        """Whether this artifact holds for these arguments' shapes."""
+        if self._guard is None:
+            return True
+        names = {f"t{n}": args[i] for n, i in self._guarded}
+        return bool(eval(self._guard, SYMPY_INTERP, {"L": names}))
+
+    def __call__(self, args: Sequence[Any]) -> Sequence[Any]:
+        return self._call(*args)  # type: ignore[no-any-return]
+
+
+def _fake(mode: FakeTensorMode, env: ShapeEnv, arg: Any, dims: Dynamic, source: LocalSource) -> Any:
+    if isinstance(arg, Tensor):
+        if dims is None or not arg.dim():
+            return mode.from_tensor(arg, static_shapes=True, source=source)
+        context = StatelessSymbolicContext(dynamic_sizes=list(dims))
+        return mode.from_tensor(arg, source=source, symbolic_context=context)
+    if isinstance(arg, int) and not isinstance(arg, bool) and dims is not None:
+        symbol = env.create_unspecified_symbol(arg, source, dims[0])
+        return env.create_symintnode(symbol, hint=arg, source=source)
+    return arg
+
+
+def _drop_example_values(gm: fx.GraphModule) -> None:
+    """Forget Dynamo's example values: they belong to another shape environment."""
+    for node in gm.graph.nodes:
+        for name in ("example_value", "val", "grapharg"):
+            node.meta.pop(name, None)
+
+
+def _compile_guard(
+    env: ShapeEnv, values: list[Any], where: list[int]
+) -> tuple[Any, list[tuple[int, int]]]:
+    """Code of the guard (None if there is nothing to check), and the arguments it reads."""
+    text = env.produce_guards_expression(values)
+    if not text:
+        return None, []
+    read = sorted({int(n) for n in re.findall(r"L\['t(\d+)'\]", text)})
+    return compile(text, "<shape guard>", "eval"), [(n, where[n]) for n in read]

@@ -1,0 +1,80 @@
+"""Counters of what ran, for the report: one record for each graph that Dynamo handed us."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..cache.store import SideStore
+from ..passes.base import PassReport, Skip
+
+
+@dataclass
+class GraphRecord:
+    """One Dynamo graph.
+
+    Attributes:
+        reason: why the graph runs as stock Inductor runs it; empty if it is ours.
+        reports: of the passes.
+        skipped: sites left alone, and why.
+        names: of the layers that are packed here, in order.
+        compiles: Inductor compilations.
+        runs: graph runs by what was run: ``stock``, ``fit``, ``encode``, ``decode``.
+        attends: packed attention calls.
+        appends: tokens written by the runtime behind packed caches.
+    """
+
+    reason: str = ""
+    reports: tuple[PassReport, ...] = ()
+    skipped: tuple[Skip, ...] = ()
+    names: tuple[str, ...] = ()
+    compiles: int = 0
+    runs: dict[str, int] = field(default_factory=dict)
+    attends: int = 0
+    notes: dict[str, str] = field(default_factory=dict)
+    stores: weakref.WeakSet[SideStore] = field(default_factory=weakref.WeakSet)
+    errors: dict[str, float] = field(default_factory=dict)
+    weights: set[int] = field(default_factory=set)
+    _seen: bool = False
+
+    def ran(self, what: str) -> None:
+        """Count a run."""
+        self.runs[what] = self.runs.get(what, 0) + 1
+
+    def saw(self, args: tuple[Any, ...]) -> None:
+        """Remember which parameters this graph belongs to."""
+        if not self._seen:
+            self._seen = True
+            self.weights = {id(a) for a in args if isinstance(a, torch.nn.Parameter)}
+
+
+class Registry:
+    """All records, in the order in which Dynamo made the graphs."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._records: list[GraphRecord] = []
+
+    def new(self) -> GraphRecord:
+        """A record for a new graph."""
+        record = GraphRecord()
+        with self._lock:
+            self._records.append(record)
+        return record
+
+    def all(self) -> tuple[GraphRecord, ...]:
+        """Every record."""
+        with self._lock:
+            return tuple(self._records)
+
+    def clear(self) -> None:
+        """Forget the records; graphs that live on keep counting into theirs."""
+        with self._lock:
+            self._records.clear()
+
+
+REGISTRY = Registry()

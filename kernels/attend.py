@@ -1,0 +1,96 @@
+"""Packed attention: softmax(q k^T * scale + mask) v over codes, pool and ring, in plain PyTorch.
+
+This is the meaning of ``apack::attend`` and its CPU path: Inductor takes it apart and fuses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..codec import parse_layout
+from ..codec.layout import working_dtype
+from .pool import override, pooled_mass
+from .side import Side
+
+
+def attend(
+    q: Tensor,
+    mask: Tensor | None,
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    lengths: Tensor,
+    scale: float,
+    k_layout: str,
+    v_layout: str,
+) -> Tensor:
+    """Attention of ``q`` over one packed layer.
+
+    Args:
+        q: queries ``[B, Hq, Q, D]``.
+        mask: bool (True: seen) or float (added), ``[B|1, Hq|1, Q|1, S|1]``, or None. S counts
+            logical tokens. Never assumed to be causal.
+        k, v: the two sides, flat (:class:`Side`).
+        lengths: int64 ``[2]``: tokens coded, tokens in the ring; their sum is S.
+        scale: factor of the scores.
+        k_layout, v_layout: specs of the two codes.
+
+    Returns:
+        ``[B, Hq, Q, Dv]`` in the dtype of q. Rows that see no token are 0, as in PyTorch's SDPA.
+    """
+    key_code, value_code = parse_layout(k_layout), parse_layout(v_layout)
+    keys, values = Side.of(k, key_code), Side.of(v, value_code)
+    work = working_dtype(q.dtype)
+    scaled = q.to(work) * scale
+    groups = q.shape[1] // key_code.heads
+    capacity, ring = keys.capacity, keys.ring.shape[2]
+
+    def by_kv_head(x: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, groups)).flatten(2, 3)  # [B, H, Hq/H * Q, .]
+
+    def by_query_head(x: Tensor) -> Tensor:
+        return x.unflatten(2, (groups, -1)).flatten(1, 2)  # [B, Hq, Q, .]
+
+    def against(tokens: Tensor) -> Tensor:
+        """Scores against exact tokens ``[B, H, T, D]``."""
+        return by_query_head(by_kv_head(scaled) @ tokens.to(work).transpose(-1, -2))
+
+    coded_scores = key_code.scores(scaled, keys.payload, keys.params)  # [B, Hq, Q, C]
+    if keys.pool.shape[2]:
+        coded_scores = override(coded_scores, keys.pool_positions, against(keys.pool), 3)
+    scores = torch.cat([coded_scores, against(keys.ring)], -1)  # [B, Hq, Q, C + ring]
+
+    coded, recent = lengths[0], lengths[1]
+    in_codes = torch.arange(capacity, device=q.device)
+    in_ring = torch.arange(ring, device=q.device)
+    live = torch.cat([in_codes < coded, in_ring < recent])
+    if mask is not None:
+        if mask.shape[-1] != 1:
+            where = torch.cat([in_codes, coded + in_ring]).clamp(max=mask.shape[-1] - 1)
+            mask = mask.index_select(-1, where)
+        if mask.dtype == torch.bool:
+            scores = torch.where(mask, scores, float("-inf"))
+        else:
+            scores = scores + mask.to(work)
+    scores = torch.where(live, scores, float("-inf"))
+    top = scores.amax(-1, keepdim=True)
+    weights = (scores - torch.where(top == float("-inf"), 0.0, top)).exp()
+    total = weights.sum(-1, keepdim=True)
+    p = weights / torch.where(total == 0, 1.0, total)
+
+    p_coded, p_ring = p.split([capacity, ring], -1)
+    out = by_query_head(by_kv_head(p_ring) @ live_only(values.ring, recent).to(work))
+    if values.pool.shape[2]:
+        mass = pooled_mass(p_coded, values.pool_positions)  # [B, Hq, Q, E]
+        out = out + by_query_head(by_kv_head(mass) @ values.pool.to(work))
+        p_coded = override(p_coded, values.pool_positions, torch.zeros_like(mass), 3)
+    out = out + value_code.mix(p_coded, values.payload, values.params)
+    return out.to(q.dtype)
+
+
+def live_only(ring: Tensor, recent: Tensor) -> Tensor:
+    """The ring with its unused slots zeroed: 0 * NaN of a stale slot must not reach the output."""
+    slots = torch.arange(ring.shape[2], device=ring.device)
+    return torch.where((slots < recent)[:, None], ring, 0.0)

@@ -1,0 +1,100 @@
+"""The pool: a few tokens of each sequence that stay exact whatever the code does.
+
+Slots are reserved by position (attention sinks: the first visible tokens) or taken on demand by
+tokens that no code can hold (NaN, infinity). A reserved position may lie in the future; its value
+is filled in when that token is coded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def reserve_sinks(visible: Tensor | None, like: Tensor, sinks: int, extra: int) -> Tensor:
+    """Positions ``[B, sinks + extra]``: the first ``sinks`` visible tokens, then free slots.
+
+    Args:
+        visible: ``[B, S]`` bool, or None if position 0 is the first visible token of each row.
+        like: gives batch and device.
+        sinks, extra: slots reserved and free.
+    """
+    batch = like.shape[0]
+    offsets = torch.arange(sinks, device=like.device)
+    if visible is None:
+        first = offsets.new_zeros(batch, 1)
+    else:
+        first = visible.to(torch.int8).argmax(-1, keepdim=True)
+    free = offsets.new_full((batch, extra), -1)
+    return torch.cat([first + offsets, free], 1)
+
+
+def fill_pool(
+    pool: Tensor, positions: Tensor, x: Tensor, start: int, visible: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Take what the pool wants from tokens that are being coded.
+
+    Args:
+        pool: ``[B, H, E, D]``; positions: ``[B, E]``.
+        x: tokens ``[B, H, T, D]`` at positions ``start .. start + T``.
+        visible: ``[B, T]``; tokens that no query sees need no slot when they are not finite.
+
+    Returns:
+        The new pool and positions. Non-finite tokens that find no free slot turn slot 0 of their
+        row into NaN: the row's output then is NaN, as it would be with the dense cache, instead
+        of silently wrong.
+    """
+    here = start + torch.arange(x.shape[2], device=x.device)
+    known = positions[:, :, None] == here  # [B, E, T]
+    broken = ~x.isfinite().all(-1).all(1)  # [B, T]
+    if visible is not None:
+        broken = broken & visible
+    broken = broken & ~known.any(1)
+    free = positions < 0  # [B, E]
+    order_free = torch.where(free, free.cumsum(1), -1)
+    order_broken = torch.where(broken, broken.cumsum(1), -2)
+    taken = order_free[:, :, None] == order_broken[:, None, :]  # [B, E, T]
+    source = known | taken
+    hit = source.any(-1)  # [B, E]
+    index = source.to(torch.int8).argmax(-1)  # [B, E]
+    picked = x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    pool = torch.where(hit[:, None, :, None], picked, pool)
+    positions = torch.where(taken.any(-1), index + start, positions)
+    overflow = broken.sum(1) > free.sum(1)  # [B]
+    slot0 = torch.arange(pool.shape[2], device=x.device) == 0
+    poison = overflow[:, None, None, None] & slot0[:, None]
+    return torch.where(poison, float("nan"), pool), positions
+
+
+def override(dense: Tensor, positions: Tensor, values: Tensor, dim: int) -> Tensor:
+    """Put pool ``values`` into ``dense`` along ``dim`` at their positions.
+
+    Args:
+        dense: 4-D, batch first, tokens along ``dim`` (2 or 3).
+        positions: ``[B, E]``; slots that are free or lie beyond ``dense`` do nothing.
+        values: as ``dense``, with E along ``dim``.
+
+    An unused slot repeats what slot 0 writes (or what is there already), so that no two slots
+    write different values to one place.
+    """
+    used = in_reach(positions, dense.shape[dim])
+    shape = (-1, 1, 1, positions.shape[1]) if dim == 3 else (-1, 1, positions.shape[1], 1)
+    first_used = used[:, :1]
+    index = torch.where(used, positions, torch.where(first_used, positions[:, :1], 0))
+    repeat = torch.where(
+        first_used.view(-1, 1, 1, 1), values.narrow(dim, 0, 1), dense.narrow(dim, 0, 1)
+    )
+    written = torch.where(used.view(shape), values, repeat)
+    return dense.scatter(dim, index.view(shape).expand_as(values), written)
+
+
+def in_reach(positions: Tensor, length: int) -> Tensor:
+    """Which slots are in use and lie within ``length`` tokens: ``[B, E]`` bool."""
+    return (positions >= 0) & (positions < length)
+
+
+def pooled_mass(p: Tensor, positions: Tensor) -> Tensor:
+    """Attention weights ``p [B, Hq, Q, T]`` that fall on pool tokens: ``[B, Hq, Q, E]``."""
+    used = in_reach(positions, p.shape[-1])
+    index = torch.where(used, positions, 0)[:, None, None].expand(*p.shape[:-1], -1)
+    return torch.where(used[:, None, None], p.gather(-1, index), 0.0)

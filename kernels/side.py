@@ -1,0 +1,43 @@
+"""The physical tensors of one packed side, in the order in which ops take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..codec import Layout
+
+
+class Side(NamedTuple):
+    """One side (K or V) of one layer.
+
+    The token at position s is read from, in this order: the pool, if one of its positions is s;
+    the codes, if s < coded; the ring, at slot s - coded.
+
+    Attributes:
+        payload: codes of the tokens ``0 .. coded``, capacity C: each ``[B, C, width]``.
+        pool: tokens kept exact: ``[B, H, E, D]``.
+        pool_positions: their positions, -1 for a free slot: ``[B, E]`` int64.
+        ring: the most recent tokens, exact: ``[B, H, ring, D]``.
+        params: the fitted parameters of the code.
+    """
+
+    payload: tuple[Tensor, ...]
+    pool: Tensor
+    pool_positions: Tensor
+    ring: Tensor
+    params: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], layout: Layout) -> Side:
+        """Split the flat list that an op gets."""
+        n = len(layout.payload_fields(tensors[0].dtype))
+        pool, positions, ring, *params = tensors[n:]
+        return cls(tuple(tensors[:n]), pool, positions, ring, tuple(params))
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the payload has room for."""
+        return self.payload[0].shape[1]

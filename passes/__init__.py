@@ -1,0 +1,1 @@
+"""Graph passes: find attention and cache updates, plan, rewrite. One pass a file."""

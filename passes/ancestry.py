@@ -1,0 +1,59 @@
+"""Data-flow questions on a networkx view of a graph: which hidden state was this made from?"""
+
+from __future__ import annotations
+
+import networkx as nx
+import torch
+from torch import fx
+
+from .base import calls
+
+_PROJECTIONS = (torch.nn.functional.linear, torch._C._nn.linear, torch.addmm)
+
+
+def as_networkx(graph: fx.Graph) -> nx.DiGraph:
+    """Nodes of ``graph`` with an edge from each input to its user."""
+    view = nx.DiGraph()
+    for node in graph.nodes:
+        view.add_node(node)
+        view.add_edges_from((source, node) for source in node.all_input_nodes)
+    return view
+
+
+def projected_from(flow: nx.DiGraph, node: fx.Node, levels: int = 2) -> frozenset[fx.Node]:
+    """The activations that go into the nearest linear layers above ``node``.
+
+    ``levels`` 2 also takes the next linear layers above those, so that a query made by two of
+    them in a row (low-rank query projections) still shares its hidden state with the key.
+    """
+    found: set[fx.Node] = set()
+    frontier = {node}
+    for _ in range(levels):
+        above: set[fx.Node] = set()
+        seen: set[fx.Node] = set()
+        stack = list(frontier)
+        while stack:
+            here = stack.pop()
+            if here in seen:
+                continue
+            seen.add(here)
+            if calls(here, *_PROJECTIONS):
+                activation = here.args[1] if here.target is torch.addmm else here.args[0]
+                if isinstance(activation, fx.Node):
+                    above.add(activation)
+            else:
+                stack.extend(flow.predecessors(here))
+        found |= above
+        frontier = above
+    return frozenset(found)
+
+
+def weight_above(flow: nx.DiGraph, node: fx.Node) -> fx.Node | None:
+    """The weight of the nearest linear layer above ``node``, if it is an input of the graph."""
+    layers = nx.bfs_edges(flow, node, reverse=True)
+    for here in [node, *(child for _, child in layers)]:
+        if calls(here, *_PROJECTIONS):
+            weight = here.args[2] if here.target is torch.addmm else here.args[1]
+            if isinstance(weight, fx.Node) and weight.op in ("placeholder", "get_attr"):
+                return weight
+    return None

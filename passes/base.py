@@ -1,0 +1,76 @@
+"""What all passes share: their report, and how to read a node of a Dynamo graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Something a pass looked at and left alone.
+
+    Attributes:
+        where: the node's name.
+        reason: why, in words for a user.
+    """
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did to one graph.
+
+    Attributes:
+        name: the pass.
+        matched: sites it acted on.
+        skipped: sites it left alone, and why.
+    """
+
+    name: str
+    matched: int
+    skipped: tuple[Skip, ...] = ()
+
+
+def value_of(node: Any) -> Any:
+    """The example value that Dynamo gave a node, or the argument itself if it is no node."""
+    if isinstance(node, fx.Node):
+        return node.meta.get("example_value", node.meta.get("val"))
+    return node
+
+
+def shape_of(node: Any) -> tuple[Any, ...] | None:
+    """Sizes (ints or SymInts) of a node that is a tensor, else None."""
+    value = value_of(node)
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are provably equal, without adding a guard."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(a == b))
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, wherever it stands."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    return node.args[position] if len(node.args) > position else default
+
+
+def calls(node: Any, *targets: Any) -> bool:
+    """Whether ``node`` calls one of ``targets``: functions, or names of tensor methods."""
+    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
+        return False
+    return node.target in targets
+
+
+def output_of(graph: fx.Graph) -> fx.Node:
+    """The graph's output node."""
+    return next(n for n in reversed(graph.nodes) if n.op == "output")

@@ -1,0 +1,238 @@
+"""A graph being rewritten, and the contract between the new graph and the runtime.
+
+The Dynamo graph takes and returns whole cache tensors, packed ones among them. The rewritten
+graph takes and returns plain tensors only. Every input of the new graph is an entry of a table:
+
+    table 0            the Dynamo arguments
+    table 1            lengths before, lengths after ([handles, 2]), then each handle's length
+    table 2 + i        packed input i: the store's tensors, then the parameters of its code
+    table 2 + H + j    parameters of code j, with which the graph encodes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..codec import parse_layout
+from .base import output_of
+from .plan import Plan
+
+ARGUMENTS, LENGTHS, HANDLES = 0, 1, 2
+BEFORE, AFTER = 0, 1
+
+
+@dataclass(frozen=True)
+class PlainOutput:
+    """Result ``value`` of the new graph, as it is."""
+
+    value: int
+
+
+@dataclass(frozen=True)
+class ArgumentOutput:
+    """Dynamo argument ``argument``, a packed input returned as it came."""
+
+    argument: int
+
+
+@dataclass(frozen=True)
+class AppendedOutput:
+    """Packed input ``handle`` with the tokens that the graph wrote into its ring."""
+
+    handle: int
+
+
+@dataclass(frozen=True)
+class ExtendedOutput:
+    """Packed input ``handle``, which the runtime extends by result ``value``, new tokens."""
+
+    handle: int
+    value: int
+
+
+@dataclass(frozen=True)
+class EncodedOutput:
+    """A new store from ``count`` results at ``value``, coded by code ``code``.
+
+    The result behind them is the number of tokens.
+    """
+
+    code: int
+    value: int
+    count: int
+
+
+@dataclass(frozen=True)
+class DenseOutput:
+    """Result ``value``, a dense cache tensor that the runtime packs by code ``code``."""
+
+    code: int
+    value: int
+
+
+Output = (
+    PlainOutput | ArgumentOutput | AppendedOutput | ExtendedOutput | EncodedOutput | DenseOutput
+)
+
+
+@dataclass(frozen=True)
+class Interface:
+    """How to call the new graph and what to make of its results.
+
+    Attributes:
+        slots: for each input, table and index.
+        handles: positions of the packed inputs among the Dynamo arguments.
+        appends: for each packed input, the tokens that the graph writes into its ring.
+        outputs: one entry for each result of the Dynamo graph.
+        extra: where results begin that are for the runtime alone.
+    """
+
+    slots: tuple[tuple[int, int], ...]
+    handles: tuple[int, ...]
+    appends: tuple[int, ...]
+    outputs: tuple[Output, ...]
+    extra: int
+
+
+class Draft:
+    """A copy of a Dynamo graph, open for rewriting.
+
+    Args:
+        gm: the Dynamo graph; it is not changed.
+        plan: its plan.
+        layouts: spec of the code of each packed input.
+    """
+
+    def __init__(self, gm: fx.GraphModule, plan: Plan, layouts: tuple[str, ...]) -> None:
+        self.gm = gm
+        self.plan = plan
+        self.layouts = layouts
+        self.graph = fx.Graph()
+        self.map: dict[fx.Node, fx.Node] = {}
+        self._results: Any = self.graph.graph_copy(gm.graph, self.map)
+        arguments = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        self._slots = {self.map[n]: (ARGUMENTS, i) for i, n in enumerate(arguments)}
+        self._by_slot: dict[tuple[int, int], fx.Node] = {}
+        self._handles = tuple(arguments.index(h) for h in plan.handles)
+        self.appends = [0] * len(plan.handles)
+        self._special: dict[fx.Node, Callable[[Callable[[fx.Node], int]], Output]] = {}
+        self.extra: list[fx.Node] = []
+
+    # Inputs --------------------------------------------------------------------------------------
+
+    def input(self, table: int, index: int) -> fx.Node:
+        """The input that stands for an entry of a table."""
+        slot = (table, index)
+        if slot not in self._by_slot:
+            last = next(reversed(self._slots), None)
+            if last is None:
+                place = self.graph.inserting_before(next(iter(self.graph.nodes), None))
+            else:
+                place = self.graph.inserting_after(last)
+            with place:
+                node = self.graph.placeholder(f"apack_{table}_{index}")
+            self._slots[node] = slot
+            self._by_slot[slot] = node
+        return self._by_slot[slot]
+
+    def number(self, handle: fx.Node | None) -> int:
+        """Which packed input a placeholder of the Dynamo graph is."""
+        return self.plan.handles.index(handle)  # type: ignore[arg-type]
+
+    def side(self, number: int) -> list[fx.Node]:
+        """The tensors of a packed input, as ops take them."""
+        layout = parse_layout(self.layouts[number])
+        count = len(layout.payload_fields(torch.float32)) + 3 + layout.param_count
+        return [self.input(HANDLES + number, i) for i in range(count)]
+
+    def ring(self, number: int) -> fx.Node:
+        """The ring of a packed input."""
+        layout = parse_layout(self.layouts[number])
+        return self.side(number)[len(layout.payload_fields(torch.float32)) + 2]
+
+    def code(self, number: int, layout: str) -> list[fx.Node]:
+        """The parameters of a code to encode with."""
+        table = HANDLES + len(self.plan.handles) + number
+        return [self.input(table, i) for i in range(parse_layout(layout).param_count)]
+
+    def lengths(self, number: int, when: int) -> fx.Node:
+        """``int64 [2]`` of a packed input, at the current insertion point."""
+        every = self.input(LENGTHS, when)
+        return self.graph.call_function(torch.ops.aten.select.int, (every, 0, number))
+
+    def length(self, number: int) -> fx.Node:
+        """The logical length of a packed input, before this graph's appends."""
+        return self.input(LENGTHS, 2 + number)
+
+    # Outputs -------------------------------------------------------------------------------------
+
+    def result(
+        self, original: fx.Node, recipe: Callable[[Callable[[fx.Node], int]], Output]
+    ) -> None:
+        """Make the results that are ``original`` by ``recipe(number_of_result)``."""
+        self._special[original] = recipe
+
+    def replace(self, original: fx.Node, new: fx.Node) -> None:
+        """Let ``new`` stand for ``original`` from now on, among the results too."""
+        old = self.map[original]
+        self._results = [new if r is old else r for r in self._results]
+        self.map[original] = new
+
+    def is_live(self, node: fx.Node) -> bool:
+        """Whether a node of the new graph is read by another, or is a plain result."""
+        return bool(node.users) or node in self._plain_results()
+
+    def _plain_results(self) -> set[fx.Node]:
+        originals: Any = output_of(self.gm.graph).args[0]
+        return {
+            self.map[o]
+            for o in originals
+            if isinstance(o, fx.Node) and o not in self._special and o not in self.plan.handles
+        }
+
+    def finish(self) -> tuple[fx.GraphModule, Interface]:
+        """The new graph module and its contract."""
+        values: list[Any] = []
+        numbers: dict[Any, int] = {}
+
+        def number_of(value: Any) -> int:
+            key = value if isinstance(value, fx.Node) else ("constant", len(values))
+            if key not in numbers:
+                numbers[key] = len(values)
+                values.append(value)
+            return numbers[key]
+
+        outputs: list[Output] = []
+        originals: Any = output_of(self.gm.graph).args[0]
+        for original, value in zip(originals, self._results, strict=True):
+            if original in self.plan.handles:
+                outputs.append(ArgumentOutput(self._handles[self.number(original)]))
+                continue
+            recipe = self._special.get(original) if isinstance(original, fx.Node) else None
+            outputs.append(recipe(number_of) if recipe else PlainOutput(number_of(value)))
+        extra = len(values)
+        values.extend(self.extra)
+        self.graph.output(tuple(values))
+        self._erase_handles()
+        self.graph.lint()
+        interface = Interface(
+            tuple(self._slots.values()), self._handles, tuple(self.appends), tuple(outputs), extra
+        )
+        return fx.GraphModule(self.gm, self.graph), interface
+
+    def _erase_handles(self) -> None:
+        for handle in self.plan.handles:
+            node = self.map[handle]
+            if node.users:
+                raise AssertionError(f"{node} still has users: {list(node.users)}")
+            self.graph.erase_node(node)
+            del self._slots[node]
+
+    def first_user(self, node: fx.Node) -> fx.Node:
+        """The earliest user of ``node`` in the new graph."""
+        return next(n for n in self.graph.nodes if n in node.users)

@@ -1,0 +1,87 @@
+"""Find attention: every form becomes one record.
+
+    scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), attn_mask=m, scale=s, ...)
+        ->  AttentionSite(q, k, v, mask=m, scale=s, groups=G, ...)
+
+Nothing is changed. Arguments may be positional or named, present or absent.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .base import PassReport, Skip, argument, calls, shape_of
+from .views import walk_up
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention call, canonical.
+
+    Attributes:
+        node: the call; its value is ``[B, Hq, Q, Dv]``.
+        q: queries ``[B, Hq, Q, D]``.
+        k, v: the roots of keys and values, ``[B, H, S, D]``, before any repeat_kv or cast.
+        mask: bool or float tensor, or None.
+        scale: factor of the scores.
+        causal: the call's own ``is_causal`` (PyTorch aligns it to the upper left).
+    """
+
+    node: fx.Node
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    mask: fx.Node | None
+    scale: float
+    causal: bool
+
+
+def find_attention(graph: fx.Graph) -> tuple[tuple[AttentionSite, ...], PassReport]:
+    """All attention sites of a Dynamo graph, in order."""
+    sites: list[AttentionSite] = []
+    skipped: list[Skip] = []
+    for node in graph.nodes:
+        if calls(node, torch._C._nn.scaled_dot_product_attention):
+            found = _canonical(node)
+            if isinstance(found, str):
+                skipped.append(Skip(node.name, found))
+            else:
+                sites.append(found)
+    return tuple(sites), PassReport("find_attention", len(sites), tuple(skipped))
+
+
+def _canonical(node: fx.Node) -> AttentionSite | str:
+    """The record of an SDPA call, or why there is none."""
+    q, k, v = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
+    mask = argument(node, 3, "attn_mask")
+    dropout = argument(node, 4, "dropout_p", 0.0)
+    causal = argument(node, 5, "is_causal", False)
+    scale = argument(node, 6, "scale")
+    if not all(isinstance(operand, fx.Node) for operand in (q, k, v)):
+        return "an operand is not a tensor of the graph"
+    if not isinstance(causal, bool):
+        return "is_causal is not known when compiling"
+    if dropout != 0.0:
+        return f"dropout_p is {dropout}: training"
+    q_shape = shape_of(q)
+    if q_shape is None or len(q_shape) != 4:
+        return "queries are not [B, heads, tokens, head_dim]"
+    if not isinstance(q_shape[3], int):
+        return "head_dim is not known when compiling"
+    keys, values = walk_up(k), walk_up(v)
+    k_shape, v_shape = shape_of(keys.root), shape_of(values.root)
+    if k_shape is None or v_shape is None or len(k_shape) != 4 or len(v_shape) != 4:
+        return "keys or values are not [B, heads, tokens, head_dim]"
+    if not all(isinstance(shape[i], int) for shape in (k_shape, v_shape) for i in (1, 3)):
+        return "heads or head_dim of keys or values are not known when compiling"
+    if q_shape[1] % k_shape[1] or k_shape[1] != v_shape[1] or k_shape[3] != q_shape[3]:
+        return f"{q_shape[1]} query heads do not go with {k_shape[1]} and {v_shape[1]} KV heads"
+    if scale is None:
+        scale = 1.0 / math.sqrt(q_shape[3])
+    if not isinstance(scale, (int, float)):
+        return "the scale is not a constant"
+    return AttentionSite(node, q, keys.root, values.root, mask, float(scale), causal)

@@ -1,0 +1,132 @@
+"""Find the cache update behind each attention operand, by data flow.
+
+    keys = cat([past, new], -2);  ... attention(q, keys, ...) ...;  return keys
+        ->  CacheUpdate(node=keys, past=past, new=new, kind="packed" | "dense" | "empty")
+
+``past`` is a graph input (``packed``: one of our handles; ``dense``: a plain tensor), or nothing
+(``empty``: the first prefill, ``cat([tensor([]), new])`` or ``new`` itself). An update must be an
+output of the graph: what a model does not store, or stores sliced (sliding windows), stays as it
+is. Vision attention has no update; cross-attention keys come from another hidden state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import networkx as nx
+import torch
+from torch import fx
+
+from ..cache import PackedKV
+from .ancestry import as_networkx, projected_from, weight_above
+from .base import PassReport, Skip, argument, calls, output_of, same_size, shape_of, value_of
+from .find_attention import AttentionSite
+
+Kind = Literal["packed", "dense", "empty"]
+
+
+@dataclass(frozen=True)
+class CacheUpdate:
+    """How one cache tensor grows in this graph.
+
+    Attributes:
+        node: the whole cache tensor after the update, an output of the graph.
+        past: the input it grew from, None if it starts here.
+        new: the new tokens ``[B, H, T, D]``.
+        kind: what ``past`` is.
+        weight: the projection weight that ``new`` was made with, if it is an input: it names the
+            layer across graphs.
+    """
+
+    node: fx.Node
+    past: fx.Node | None
+    new: fx.Node
+    kind: Kind
+    weight: fx.Node | None
+
+
+@dataclass(frozen=True)
+class CachedSite:
+    """An attention site with the updates of its keys and values."""
+
+    site: AttentionSite
+    k: CacheUpdate
+    v: CacheUpdate
+
+
+def find_updates(
+    graph: fx.Graph, sites: tuple[AttentionSite, ...]
+) -> tuple[tuple[CachedSite, ...], PassReport]:
+    """The sites whose keys and values are both a growing cache."""
+    flow = as_networkx(graph)
+    outputs = set(output_of(graph).all_input_nodes)
+    found: list[CachedSite] = []
+    skipped: list[Skip] = []
+    for site in sites:
+        k = _update(site.k, outputs, flow)
+        v = _update(site.v, outputs, flow)
+        reason = k if isinstance(k, str) else v if isinstance(v, str) else None
+        if reason is None:
+            assert isinstance(k, CacheUpdate) and isinstance(v, CacheUpdate)
+            reason = _mismatch(site, k, v, flow)
+        if reason is not None:
+            skipped.append(Skip(site.node.name, reason))
+        else:
+            found.append(CachedSite(site, k, v))  # type: ignore[arg-type]
+    return tuple(found), PassReport("find_updates", len(found), tuple(skipped))
+
+
+def _update(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> CacheUpdate | str:
+    if not calls(root, torch.cat, torch.concat):
+        return _without_cat(root, outputs, flow)
+    operands = argument(root, 0, "tensors")
+    dim = argument(root, 1, "dim", 0)
+    if dim not in (-2, 2):
+        return "no cache: made by a cat of halves, not of tokens"
+    if root not in outputs:
+        return "the whole cache is not stored (sliding window): left dense"
+    if not isinstance(operands, (list, tuple)) or len(operands) != 2:
+        return f"cat of {len(operands)} tensors"
+    past, new = operands
+    weight = weight_above(flow, new)
+    value, size = value_of(past), shape_of(past)
+    if size is not None and len(size) == 1 and size[0] == 0:
+        return CacheUpdate(root, None, new, "empty", weight)
+    if past.op != "placeholder":
+        return "the past is computed in the graph"
+    if isinstance(value, PackedKV):
+        return CacheUpdate(root, past, new, "packed", weight)
+    past_shape, new_shape = shape_of(past), shape_of(new)
+    if past_shape is None or new_shape is None or len(past_shape) != 4 or len(new_shape) != 4:
+        return "the past is not [B, heads, tokens, head_dim]"
+    return CacheUpdate(root, past, new, "dense", weight)
+
+
+def _without_cat(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> CacheUpdate | str:
+    if root.op == "placeholder":
+        if any(calls(user, "index_copy_", "copy_", "index_put_") for user in root.users):
+            return "preallocated cache, written in place: left dense"
+        return "keys or values are an input that this graph does not grow (cross-attention?)"
+    if root in outputs:
+        return CacheUpdate(root, None, root, "empty", weight_above(flow, root))
+    return "no cache: keys and values are not stored"
+
+
+def _mismatch(
+    site: AttentionSite, k: CacheUpdate, v: CacheUpdate, flow: nx.DiGraph
+) -> str | None:
+    """Why keys and values of one site cannot be packed together, or None."""
+    if k.kind != v.kind:
+        return f"keys grow from a {k.kind} past and values from a {v.kind} one"
+    k_shape, v_shape, q_shape = shape_of(k.new), shape_of(v.new), shape_of(site.q)
+    assert k_shape is not None and v_shape is not None and q_shape is not None
+    if not same_size(k_shape[2], v_shape[2]):
+        return "keys and values do not grow by the same number of tokens"
+    if k.kind == "empty":
+        if not same_size(k_shape[2], q_shape[2]):
+            return "cross-attention: keys and queries are different tokens"
+        of_k, of_q = projected_from(flow, k.new), projected_from(flow, site.q)
+        if of_k and of_q and not of_k & of_q:
+            return "cross-attention: keys come from another hidden state than queries"
+    return None

@@ -1,0 +1,109 @@
+"""Decide what becomes of each cached site in a graph.
+
+==========  =========================  ===========================================================
+past        new tokens                 treatment
+==========  =========================  ===========================================================
+packed      1 to 16, known             ``attend``: append to the ring, attention on codes
+packed      otherwise                  ``unpack``: dense attention of this layer, runtime appends
+dense, none any                        ``encode``: dense attention, the result leaves packed
+==========  =========================  ===========================================================
+
+A packed input that no site accounts for is unpacked where it is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import fx
+
+from ..cache import PackedKV
+from .base import PassReport, Skip, shape_of, value_of
+from .find_attention import find_attention
+from .find_updates import CachedSite, CacheUpdate, find_updates
+
+MAX_QUERIES = 16
+"""Most new tokens for which attention on codes is used."""
+
+Treatment = Literal["attend", "unpack", "encode"]
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """A cached site and what to do with it."""
+
+    cached: CachedSite
+    treatment: Treatment
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with one graph.
+
+    Attributes:
+        sites: the cached sites, in order.
+        handles: placeholders that are packed inputs, in order.
+        reports: of the passes that led here.
+    """
+
+    sites: tuple[PlannedSite, ...]
+    handles: tuple[fx.Node, ...]
+    reports: tuple[PassReport, ...]
+
+    @property
+    def updates(self) -> tuple[CacheUpdate, ...]:
+        """Every cache update once, in order."""
+        every = (u for planned in self.sites for u in (planned.cached.k, planned.cached.v))
+        return tuple({u.node: u for u in every}.values())
+
+    def having(self, treatment: Treatment) -> tuple[PlannedSite, ...]:
+        """The sites with this treatment."""
+        return tuple(s for s in self.sites if s.treatment == treatment)
+
+    @property
+    def skipped(self) -> tuple[Skip, ...]:
+        """Everything left alone, and why."""
+        return tuple(skip for report in self.reports for skip in report.skipped)
+
+
+def make_plan(graph: fx.Graph) -> Plan:
+    """Find the sites of ``graph`` and decide. Nothing is changed."""
+    attention, first = find_attention(graph)
+    cached, second = find_updates(graph, attention)
+    planned: list[PlannedSite] = []
+    skipped: list[Skip] = []
+    for site in cached:
+        treatment, reason = _treat(site)
+        planned.append(PlannedSite(site, treatment))
+        if reason is not None:
+            skipped.append(Skip(site.site.node.name, reason))
+    handles = tuple(
+        n for n in graph.nodes if n.op == "placeholder" and isinstance(value_of(n), PackedKV)
+    )
+    grown = {site.k.past for site in cached} | {site.v.past for site in cached}
+    skipped += [
+        Skip(h.name, "a packed input that no attention here grows: unpacked")
+        for h in handles
+        if h not in grown
+    ]
+    report = PassReport("plan", len(planned), tuple(skipped))
+    return Plan(tuple(planned), handles, (first, second, report))
+
+
+def _treat(cached: CachedSite) -> tuple[Treatment, str | None]:
+    """The treatment of a site, and why not the better one."""
+    if cached.k.kind != "packed":
+        return "encode", None
+    shape = shape_of(cached.k.new)
+    tokens = None if shape is None else shape[2]
+    if not isinstance(tokens, int):
+        return "unpack", "the number of new tokens is not known when compiling: dense attention"
+    if tokens > MAX_QUERIES:
+        return "unpack", f"{tokens} new tokens on a packed cache: dense attention"
+    if cached.site.causal and cached.site.mask is None:
+        return "unpack", "is_causal on a cache: dense attention"
+    q_shape = shape_of(cached.site.q)
+    if q_shape is None or q_shape[2] != tokens:
+        return "unpack", "queries and new keys are different in number: dense attention"
+    return "attend", None

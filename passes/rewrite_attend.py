@@ -1,0 +1,79 @@
+"""Attention on codes.
+
+    keys = cat([packed, k], -2)                     append_(ring_k, k, lengths)
+    values = cat([packed_1, v], -2)           ->    append_(ring_v, v, lengths)
+    o = sdpa(q, repeat_kv(keys), ...)               o = attend(q, mask, side_k, side_v, lengths, ...)
+    return o, keys, values                          return o      + handles grown by the runtime
+
+``append_`` stands where the cat stood. Views and casts between cache and attention vanish with
+their last user.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from .base import PassReport, shape_of
+from .draft import AFTER, AppendedOutput, Draft
+from .find_updates import CacheUpdate
+
+
+def rewrite_attend(draft: Draft) -> PassReport:
+    """Rewrite every site that the plan wants attended on codes."""
+    sites = draft.plan.having("attend")
+    appended: set[fx.Node] = set()
+    for planned in sites:
+        cached = planned.cached
+        for update in (cached.k, cached.v):
+            if update.node not in appended:
+                appended.add(update.node)
+                _append(draft, update)
+        site = cached.site
+        k, v = draft.number(cached.k.past), draft.number(cached.v.past)
+        old = draft.map[site.node]
+        with draft.graph.inserting_before(old):
+            new = draft.graph.call_function(
+                torch.ops.apack.attend.default,
+                (
+                    draft.map[site.q],
+                    None if site.mask is None else draft.map[site.mask],
+                    draft.side(k),
+                    draft.side(v),
+                    draft.lengths(k, AFTER),
+                    site.scale,
+                    draft.layouts[k],
+                    draft.layouts[v],
+                ),
+            )
+        new.meta = dict(old.meta)
+        operands = list(old.all_input_nodes)
+        old.replace_all_uses_with(new)
+        draft.replace(site.node, new)
+        draft.graph.erase_node(old)
+        for operand in operands:
+            _erase_views(draft, operand, keep=(draft.map[site.k], draft.map[site.v]))
+    return PassReport("rewrite_attend", len(sites))
+
+
+def _append(draft: Draft, update: CacheUpdate) -> None:
+    number = draft.number(update.past)
+    shape = shape_of(update.new)
+    assert shape is not None
+    draft.appends[number] = shape[2]
+    with draft.graph.inserting_before(draft.map[update.node]):
+        draft.graph.call_function(
+            torch.ops.apack.append_.default,
+            (draft.ring(number), draft.map[update.new], draft.lengths(number, AFTER)),
+        )
+    draft.result(update.node, lambda _: AppendedOutput(number))
+
+
+def _erase_views(draft: Draft, node: fx.Node, keep: tuple[fx.Node, ...]) -> None:
+    """Erase ``node`` and what it alone used, up to ``keep``: views that lost their user."""
+    while node not in keep and not draft.is_live(node) and node.op != "placeholder":
+        sources = node.all_input_nodes
+        if not sources or node.is_impure():
+            return
+        draft.graph.erase_node(node)
+        node = sources[0]

@@ -1,0 +1,123 @@
+"""Encode in the graph: the dense cache of a layer dies with its own attention.
+
+    keys = cat([past, k], -2)                  keys = cat([past, k], -2)
+    o = sdpa(q, keys, values, mask)      ->    o = sdpa(q, keys, values, mask)
+    return o, keys, values                     codes, pool, positions, ring = encode(keys, ...)
+                                               return o, codes, pool, ...    + handles made of them
+
+The first prefill of a layer, whose code is not known yet, returns the dense tensors and their
+moments instead (``collect``); the runtime fits and packs.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from ..cache import Policy
+from ..codec import parse_layout
+from .base import PassReport
+from .draft import DenseOutput, Draft, EncodedOutput
+from .find_updates import CacheUpdate
+from .plan import PlannedSite
+
+
+def encoded_updates(draft_sites: tuple[PlannedSite, ...]) -> tuple[CacheUpdate, ...]:
+    """The updates of ``encode`` sites, keys and values in turn, each once."""
+    every = (u for s in draft_sites for u in (s.cached.k, s.cached.v))
+    return tuple({u.node: u for u in every}.values())
+
+
+def rewrite_encode(draft: Draft, layouts: tuple[str, ...], policies: tuple[Policy, ...]) -> PassReport:
+    """Encode every update of the ``encode`` sites.
+
+    Args:
+        draft: the graph.
+        layouts: spec of the code of each update, in the order of :func:`encoded_updates`.
+        policies: what stays exact, for each update.
+    """
+    sites = draft.plan.having("encode")
+    seen = _Visible(draft)
+    updates = encoded_updates(sites)
+    for number, update in enumerate(updates):
+        planned = next(s for s in sites if update in (s.cached.k, s.cached.v))
+        layout, policy = layouts[number], policies[number]
+        visible = seen.of(planned)
+        x = draft.map[update.node]
+        with draft.graph.inserting_after(draft.map[planned.cached.site.node]):
+            call = draft.graph.call_function(
+                torch.ops.apack.encode.default,
+                (x, visible, draft.code(number, layout), layout, policy.sinks, policy.extra,
+                 policy.window, policy.ring, policy.chunk),
+            )  # fmt: skip
+        count = len(parse_layout(layout).payload_fields(torch.float32)) + 3
+        pieces = []
+        last = call
+        for i in range(count):
+            with draft.graph.inserting_after(last):
+                last = draft.graph.call_function(operator.getitem, (call, i))
+            pieces.append(last)
+        with draft.graph.inserting_after(last):
+            pieces.append(draft.graph.call_function(torch.ops.aten.sym_size.int, (x, 2)))
+        _return_pieces(draft, update, number, pieces)
+    return PassReport("rewrite_encode", len(updates))
+
+
+def _return_pieces(draft: Draft, update: CacheUpdate, code: int, pieces: list[fx.Node]) -> None:
+    def recipe(number_of: Callable[[fx.Node], int]) -> EncodedOutput:
+        numbers = [number_of(piece) for piece in pieces]
+        return EncodedOutput(code, numbers[0], len(numbers) - 1)
+
+    draft.result(update.node, recipe)
+
+
+def collect(draft: Draft) -> PassReport:
+    """Return dense tensors, and behind all results each site's moments and visible tokens.
+
+    The extra results are, for each ``encode`` site: six moments, then visible or None.
+    """
+    sites = draft.plan.having("encode")
+    seen = _Visible(draft)
+    updates = encoded_updates(sites)
+    for number, update in enumerate(updates):
+        node = draft.map[update.node]
+        draft.result(update.node, lambda of, number=number, node=node: DenseOutput(number, of(node)))
+    for planned in sites:
+        cached = planned.cached
+        visible = seen.of(planned)
+        after = draft.map[cached.site.node]
+        with draft.graph.inserting_after(after):
+            moments = draft.graph.call_function(
+                torch.ops.apack.moments.default,
+                (draft.map[cached.site.q], draft.map[cached.k.node], draft.map[cached.v.node],
+                 visible),
+            )  # fmt: skip
+        draft.extra += [moments, visible]
+    return PassReport("collect", len(sites))
+
+
+class _Visible:
+    """The visible tokens of a mask, computed once for each mask."""
+
+    def __init__(self, draft: Draft) -> None:
+        self.draft = draft
+        self.known: dict[fx.Node, fx.Node] = {}
+
+    def of(self, planned: PlannedSite) -> fx.Node | None:
+        site = planned.cached.site
+        if site.mask is None:
+            return None
+        if site.mask not in self.known:
+            graph = self.draft.graph
+            keys = self.draft.map[planned.cached.k.node]
+            mask = self.draft.map[site.mask]
+            with graph.inserting_before(self.draft.map[site.node]):
+                sizes = [graph.call_function(torch.ops.aten.sym_size.int, (keys, d)) for d in (0, 2)]
+                self.known[site.mask] = graph.call_function(
+                    torch.ops.apack.visible.default, (mask, *sizes)
+                )
+        return self.known[site.mask]
+

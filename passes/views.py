@@ -1,0 +1,98 @@
+"""From the operand of an attention back to the cached tensor: undo repeat_kv and casts.
+
+    keys = cat([past, new], -2)                        [B, H, S, D]     <- root
+    a = keys[:, :, None, :, :]                         [B, H, 1, S, D]
+    b = a.expand(B, H, G, S, D)
+    c = b.reshape(B, H * G, S, D)                      <- operand; or repeat_interleave(keys, G, 1)
+
+Only forms that repeat each KV head G times in a row count; anything else stops the walk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .base import argument, calls, same_size, shape_of
+
+_CASTS = ("to", "float", "half", "bfloat16", "double", "type_as")
+_FULL = slice(None)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Where a walk ended.
+
+    Attributes:
+        root: the tensor ``[B, H, S, D]`` that is neither a view nor a cast of another.
+        groups: query heads that read one KV head through the views walked.
+    """
+
+    root: fx.Node
+    groups: int
+
+
+def walk_up(node: fx.Node) -> Walk:
+    """Follow ``node`` back through repeat_kv, casts and ``contiguous``."""
+    groups = 1
+    while True:
+        step = _repeat_kv(node) or _repeat_interleave(node)
+        if step is not None:
+            node, factor = step
+            groups *= factor
+        elif calls(node, "contiguous") or _is_cast(node):
+            node = node.args[0]  # type: ignore[assignment]
+        else:
+            return Walk(node, groups)
+
+
+def _is_cast(node: fx.Node) -> bool:
+    if not calls(node, *_CASTS) or not isinstance(node.args[0], fx.Node):
+        return False
+    before, after = node.args[0].meta.get("example_value"), node.meta.get("example_value")
+    if before is None or after is None or before.device != after.device:
+        return False
+    return bool(before.is_floating_point() and after.is_floating_point())
+
+
+def _repeat_kv(node: fx.Node) -> tuple[fx.Node, int] | None:
+    if not calls(node, "reshape", "view", torch.reshape):
+        return None
+    expand = node.args[0]
+    if not calls(expand, "expand"):
+        return None
+    inserted = expand.args[0]  # type: ignore[union-attr]
+    import operator
+
+    if not calls(inserted, operator.getitem):
+        return None
+    root, index = inserted.args  # type: ignore[union-attr]
+    if not isinstance(index, tuple) or not isinstance(root, fx.Node):
+        return None
+    rest = [i for i in index if i is not Ellipsis]
+    if rest[:3] != [_FULL, _FULL, None] or any(i != _FULL for i in rest[3:]):
+        return None
+    source, wide, flat = shape_of(root), shape_of(expand), shape_of(node)
+    if source is None or wide is None or flat is None or len(source) != 4 or len(flat) != 4:
+        return None
+    groups = wide[2]
+    if not isinstance(groups, int) or len(wide) != 5:
+        return None
+    batch, heads, length, dim = source
+    wanted = (batch, heads * groups, length, dim)
+    if not all(same_size(a, b) for a, b in zip(flat, wanted, strict=True)):
+        return None
+    return root, groups
+
+
+def _repeat_interleave(node: fx.Node) -> tuple[fx.Node, int] | None:
+    if not calls(node, "repeat_interleave", torch.repeat_interleave):
+        return None
+    root, repeats = node.args[0], argument(node, 1, "repeats")
+    dim = argument(node, 2, "dim")
+    source = shape_of(root)
+    if not isinstance(root, fx.Node) or not isinstance(repeats, int) or source is None:
+        return None
+    return (root, repeats) if len(source) == 4 and dim in (1, -3) else None

@@ -17,6 +17,7 @@ from .profile import PROFILES
 from .runtime.graph import PackedGraph
 from .runtime.stats import REGISTRY
 from .runtime.stock import StockGraph
+from .source_hash import keyed
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ def attentionpack(
         OptionError: an option or the mode is not accepted.
     """
     parsed = Options.parse(options)
-    config = hooks.with_source_hash(inductor_config(mode, parsed))
+    config = inductor_config(mode, parsed)
+    hooks.raise_recompile_limit()
     record = REGISTRY.new()
     packed = any(isinstance(e, PackedKV) for e in example_inputs)
     if not packed and not _may_have_sites(gm.graph):
@@ -63,7 +65,7 @@ def attentionpack(
         record.reason = "no attention with a growing cache"
         return StockGraph(gm, example_inputs, config, record)
     record.names = tuple(s.cached.site.node.name for s in plan.sites)
-    return PackedGraph(gm, plan, parsed, config, record)
+    return PackedGraph(gm, plan, parsed, keyed(config), record)
 
 
 def _may_have_sites(graph: fx.Graph) -> bool:
@@ -73,10 +75,14 @@ def _may_have_sites(graph: fx.Graph) -> bool:
 
 
 def reset() -> None:
-    """Called by ``torch._dynamo.reset()``: forget records and fitted codes, undo the hooks."""
+    """Called by ``torch._dynamo.reset()``: forget records and fitted codes, restore the limit.
+
+    The other hooks stay: they do nothing for other backends, and models that were compiled with
+    this one go on being used after a reset.
+    """
     REGISTRY.clear()
     PROFILES.clear()
-    hooks.uninstall()
+    hooks.restore_recompile_limit()
 
 
 attentionpack.reset = reset  # type: ignore[attr-defined]

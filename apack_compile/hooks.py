@@ -1,10 +1,126 @@
-"""What the backend does when it is loaded, besides compiling."""
+"""What loading the backend does besides compiling: small, idempotent, only for our backend.
+
+* Dynamo's ``recompile_limit`` is raised. Its 8 is counted per code object, and nearly all Hugging
+  Face forwards share one: past the limit decode runs eagerly, without a word.
+* ``torch.compile(model, backend="attentionpack").generate(...)`` uses the compiled forward.
+  ``OptimizedModule`` hands out ``generate`` bound to the original model, which stock torch then
+  runs eagerly; here every model inside that can generate gets the compiled call as its own.
+* Hugging Face's output-capturing hooks are installed before tracing; installed during the first
+  forward, under a lock, they break graphs.
+* ``generate(compile_config=CompileConfig(backend="attentionpack"))`` also compiles with a
+  DynamicCache and on any device; stock transformers skips both.
+"""
+
 from __future__ import annotations
+
+import functools
+import logging
+import sys
 from typing import Any
+
 import torch
+from torch import nn
+
+log = logging.getLogger(__name__)
+
+BACKEND = "attentionpack"
+RECOMPILE_LIMIT = 64
+
+_MARK = "_apack_hook"
+_limit_before: list[int] = []
+
 
 def install() -> None:
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-def uninstall() -> None: pass
-def with_source_hash(config: dict[str, Any]) -> dict[str, Any]:
-    return config
+    """Install every hook that is not installed yet."""
+    raise_recompile_limit()
+    _hook_optimized_module()
+    _hook_generation_criteria()
+
+
+def raise_recompile_limit() -> None:
+    """Raise Dynamo's limit to ours, unless the user has a higher one."""
+    config = torch._dynamo.config
+    if config.recompile_limit < RECOMPILE_LIMIT:
+        _limit_before[:] = [config.recompile_limit]
+        config.recompile_limit = RECOMPILE_LIMIT
+        log.info("Dynamo's recompile_limit raised from %d to %d", _limit_before[0], RECOMPILE_LIMIT)
+
+
+def restore_recompile_limit() -> None:
+    """Undo :func:`raise_recompile_limit`, unless someone has changed the limit since."""
+    if _limit_before and torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT:
+        torch._dynamo.config.recompile_limit = _limit_before[0]
+    _limit_before.clear()
+
+
+def _hook_optimized_module() -> None:
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    original = OptimizedModule._initialize
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def initialize(self: Any) -> None:
+        original(self)
+        if _is_ours(self.dynamo_ctx):
+            adopt(self._orig_mod, self.dynamo_ctx)
+
+    setattr(initialize, _MARK, True)
+    OptimizedModule._initialize = initialize  # type: ignore[method-assign]
+
+
+def _is_ours(context: Any) -> bool:
+    from torch._dynamo.eval_frame import DisableContext, innermost_backend
+
+    callback = getattr(context, "callback", None)
+    if isinstance(context, DisableContext) or not callable(callback):
+        return False
+    compiler = getattr(innermost_backend(callback), "compiler_name", None)
+    return compiler == BACKEND or _name_of(innermost_backend(callback)) == BACKEND
+
+
+def _name_of(backend: Any) -> str:
+    inner = getattr(backend, "compiler_fn", backend)
+    return getattr(inner, "__name__", "")
+
+
+def adopt(model: nn.Module, context: Any) -> None:
+    """Give every generating model inside ``model`` the compiled call as its own."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None:
+        return
+    for module in model.modules():
+        if isinstance(module, transformers.GenerationMixin):
+            module._compiled_call_impl = context(module._call_impl)  # type: ignore[assignment]
+            log.info("%s.generate uses the compiled forward", type(module).__name__)
+    _install_capturing_hooks(model)
+
+
+def _install_capturing_hooks(model: nn.Module) -> None:
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    install_hooks = getattr(capturing, "install_all_output_capturing_hooks", None)
+    if install_hooks is None:
+        return
+    for module in model.modules():
+        if isinstance(module, sys.modules["transformers"].PreTrainedModel):
+            install_hooks(module)
+
+
+def _hook_generation_criteria() -> None:
+    generation = sys.modules.get("transformers.generation.utils")
+    if generation is None:
+        return
+    original = generation.GenerationMixin._valid_auto_compile_criteria
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def criteria(self: Any, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        compile_config = generation_config.compile_config
+        if getattr(compile_config, "backend", None) == BACKEND:
+            return not generation_config.disable_compile
+        return bool(original(self, model_kwargs, generation_config))
+
+    setattr(criteria, _MARK, True)
+    generation.GenerationMixin._valid_auto_compile_criteria = criteria

@@ -37,7 +37,7 @@ class Policy:
     extra: int = 4
     window: int = 64
     block: int = 32
-    chunk: int = 256
+    chunk: int = 64
 
     @property
     def ring(self) -> int:

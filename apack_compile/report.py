@@ -1,0 +1,156 @@
+"""``apack_compile.report(model)``: what was packed, what was left alone and why, what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from .codec.code import total_bytes
+from .passes.base import Skip
+from .runtime.stats import REGISTRY, GraphRecord
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One graph that Dynamo handed to the backend.
+
+    Attributes:
+        packed: attention sites whose cache is packed here.
+        skipped: sites left alone, and why.
+        reason: why the whole graph runs as stock Inductor runs it; empty if it does not.
+        runs: how often it ran, by what was run: ``stock``, ``fit`` (once, uncompiled, to learn
+            the codes), ``encode`` (prefill), ``decode``.
+        compiles: Inductor compilations.
+        notes: of single sites, such as why a layer has no fitted code yet.
+    """
+
+    packed: tuple[str, ...]
+    skipped: tuple[Skip, ...]
+    reason: str
+    runs: tuple[tuple[str, int], ...]
+    compiles: int
+    notes: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the backend did for a model.
+
+    Attributes:
+        graph_reports: one for each graph.
+        attends: packed attention calls.
+        dense_bytes, packed_bytes: of the caches that this model packed and that are alive.
+        basis_bytes: of the codes' parameters, which belong to the model.
+        errors: relative squared coding error of each site's keys and values, as predicted from
+            the tokens the codes were fitted on.
+    """
+
+    graph_reports: tuple[GraphReport, ...]
+    attends: int
+    dense_bytes: int
+    packed_bytes: int
+    basis_bytes: int
+    errors: tuple[tuple[str, float], ...]
+
+    @property
+    def graphs(self) -> int:
+        """Graphs that Dynamo handed to the backend."""
+        return len(self.graph_reports)
+
+    @property
+    def packed_graphs(self) -> int:
+        """Graphs with packed caches."""
+        return sum(not g.reason for g in self.graph_reports)
+
+    @property
+    def recompiles(self) -> int:
+        """Inductor compilations of packed graphs beyond the first of each."""
+        return sum(max(g.compiles - 1, 0) for g in self.graph_reports if not g.reason)
+
+    @property
+    def sites(self) -> int:
+        """The most attention sites packed in one graph."""
+        return max((len(g.packed) for g in self.graph_reports), default=0)
+
+    def __str__(self) -> str:
+        lines = [
+            f"attentionpack: {self.sites} attention sites packed; {self.graphs} graphs, "
+            f"{self.packed_graphs} of them with packed caches, {self.recompiles} recompiles; "
+            f"{self.attends} packed attention calls"
+        ]
+        if self.packed_bytes:
+            lines.append(
+                f"  caches alive: {self.dense_bytes / 1e6:.2f} MB dense, "
+                f"{self.packed_bytes / 1e6:.2f} MB packed "
+                f"({self.dense_bytes / self.packed_bytes:.2f}x); bases, per model: "
+                f"{self.basis_bytes / 1e6:.2f} MB"
+            )
+        for side, title in (("k", "keys"), ("v", "values")):
+            errors = [e for name, e in self.errors if name.endswith(f".{side}")]
+            if errors:
+                mean = sum(errors) / len(errors)
+                lines.append(
+                    f"  coding error of {title}, relative, by layer: mean {mean:.4f}, "
+                    f"largest {max(errors):.4f}"
+                )
+        for number, graph in enumerate(self.graph_reports):
+            lines.extend(_graph_lines(number, graph))
+        return "\n".join(lines)
+
+
+def _graph_lines(number: int, graph: GraphReport) -> Iterable[str]:
+    runs = ", ".join(f"{what} {count}" for what, count in graph.runs) or "not run"
+    what = f"{len(graph.packed)} sites packed" if not graph.reason else f"stock: {graph.reason}"
+    yield f"  graph {number}: {what}; compiled {graph.compiles}x; runs: {runs}"
+    for reason, names in _by_reason((s.where, s.reason) for s in graph.skipped):
+        yield f"    left alone: {names}: {reason}"
+    for reason, names in _by_reason(graph.notes):
+        yield f"    {names}: {reason}"
+
+
+def _by_reason(pairs: Iterable[tuple[str, str]]) -> Iterable[tuple[str, str]]:
+    """Names that share a reason on one line, at most three of them spelled out."""
+    grouped: dict[str, list[str]] = {}
+    for name, reason in pairs:
+        grouped.setdefault(reason, []).append(name)
+    for reason, names in grouped.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        yield reason, ", ".join(names[:3]) + more
+
+
+def report(model: nn.Module | None = None) -> Report:
+    """What the backend did for ``model``, or for every model of the process.
+
+    Args:
+        model: the model, compiled or original; None: everything since the last
+            ``torch._dynamo.reset()``.
+    """
+    records = REGISTRY.all()
+    if model is not None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model={model!r}: accepted is an nn.Module, or nothing for all models")
+        weights = {id(p) for p in model.parameters()}
+        records = tuple(r for r in records if r.weights & weights)
+    stores = {id(s): s for r in records for s in r.stores}.values()
+    dense = sum(
+        s.side.ring.shape[0] * s.side.ring.shape[1] * s.length * s.side.ring.shape[3]
+        * s.dtype.itemsize for s in stores
+    )  # fmt: skip
+    errors = {name: error for r in records for name, error in r.errors.items()}
+    return Report(
+        tuple(_graph_report(r) for r in records),
+        sum(r.attends for r in records),
+        dense,
+        sum(s.nbytes for s in stores),
+        total_bytes([s.ref for s in stores]),
+        tuple(sorted(errors.items())),
+    )
+
+
+def _graph_report(record: GraphRecord) -> GraphReport:
+    return GraphReport(
+        record.names, record.skipped, record.reason, tuple(record.runs.items()), record.compiles,
+        tuple(record.notes.items()),
+    )  # fmt: skip

@@ -5,12 +5,16 @@
     print(apack_compile.report(model))
 """
 
-from . import hooks
-from .accounting import CacheBytes, cache_bytes
-from .backend import attentionpack
-from .cache import PackedKV
-from .options import OptionError, Options
-from .report import Report, report
+from .compat import check_torch
+
+check_torch()
+
+from . import hooks  # noqa: E402
+from .accounting import CacheBytes, cache_bytes  # noqa: E402
+from .backend import attentionpack  # noqa: E402
+from .cache import PackedKV  # noqa: E402
+from .options import OptionError, Options  # noqa: E402
+from .report import Report, report  # noqa: E402
 
 __version__ = "0.1.0"
 

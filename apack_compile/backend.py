@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import fx
 
 from . import hooks, ops  # noqa: F401  (registers the operators)
 from .cache import PackedKV
+from .compat import compile_inner
 from .options import Options, inductor_config
 from .passes.plan import make_plan
 from .profile import PROFILES
@@ -47,25 +49,27 @@ def attentionpack(
     parsed = Options.parse(options)
     config = inductor_config(mode, parsed)
     hooks.raise_recompile_limit()
+    stock = partial(compile_inner, parsed.inner, config=config)
     record = REGISTRY.new()
     packed = any(isinstance(e, PackedKV) for e in example_inputs)
     if not packed and not _may_have_sites(gm.graph):
         record.reason = "no attention with a growing cache"
-        return StockGraph(gm, example_inputs, config, record)
+        return StockGraph(gm, example_inputs, stock, record)
     if torch.is_grad_enabled() and any(
         isinstance(e, torch.Tensor) and e.requires_grad for e in example_inputs
     ):
         record.reason = "inputs require grad: wrap inference in torch.no_grad()"
         log.warning("attentionpack: %s; this graph runs as stock Inductor runs it", record.reason)
-        return StockGraph(gm, example_inputs, config, record)
+        return StockGraph(gm, example_inputs, stock, record)
     plan = make_plan(gm.graph)
     record.skipped = plan.skipped
     record.reports = plan.reports
     if not plan.sites and not plan.handles:
         record.reason = "no attention with a growing cache"
-        return StockGraph(gm, example_inputs, config, record)
+        return StockGraph(gm, example_inputs, stock, record)
     record.names = tuple(s.cached.site.node.name for s in plan.sites)
-    return PackedGraph(gm, plan, parsed, keyed(config), record)
+    ours = partial(compile_inner, parsed.inner, config=keyed(config))
+    return PackedGraph(gm, plan, parsed, ours, record)
 
 
 def _may_have_sites(graph: fx.Graph) -> bool:

@@ -11,6 +11,8 @@ from .cache import Policy
 
 CODECS = ("transform", "exact")
 
+INNER = ("inductor", "aot_eager")
+
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -31,6 +33,8 @@ class Options:
         block: tokens that gather behind the window before they are coded together.
         fit_tokens: tokens of prefill to see before a basis is fitted; until then caches are
             packed exactly. 0: four times the channels of a layer, at most 1024.
+        inner: ``inductor``, or ``aot_eager`` to run rewritten graphs operator by operator, for
+            debugging.
         inductor: Inductor settings, as ``options`` of ``torch.compile`` with that backend.
     """
 
@@ -40,6 +44,7 @@ class Options:
     window: int = 64
     block: int = 32
     fit_tokens: int = 0
+    inner: str = "inductor"
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -69,15 +74,14 @@ class Options:
                     f"attentionpack has no option {name!r}{hint} Accepted: {', '.join(names)}. "
                     "Inductor's own settings go into options={'inductor': {...}}."
                 )
-        codec = given.get("codec", cls.codec)
-        if codec not in CODECS:
-            raise OptionError(f"option codec={codec!r}: accepted are {', '.join(map(repr, CODECS))}")
+        _one_of(given, "codec", CODECS)
+        _one_of(given, "inner", INNER)
         _number(given, "ratio", float, 2, 32)
         _number(given, "sinks", int, 0, 64)
         _number(given, "window", int, 1, 4096)
         _number(given, "block", int, 16, 4096)
         _number(given, "fit_tokens", int, 0, 1 << 20)
-        if codec == "exact" and "ratio" in given:
+        if given.get("codec") == "exact" and "ratio" in given:
             raise OptionError(
                 f"options codec='exact' and ratio={given['ratio']!r} do not go together: exact "
                 "codes have no ratio; leave one of them out"
@@ -87,6 +91,12 @@ class Options:
             raise OptionError(f"option inductor={inductor!r}: accepted is a dict of Inductor settings")
         _check_inductor(inductor)
         return cls(**given)
+
+
+def _one_of(given: dict[str, Any], name: str, accepted: tuple[str, ...]) -> None:
+    if name in given and given[name] not in accepted:
+        words = ", ".join(map(repr, accepted))
+        raise OptionError(f"option {name}={given[name]!r}: accepted are {words}")
 
 
 def _number(given: dict[str, Any], name: str, kind: type, low: int, high: int) -> None:

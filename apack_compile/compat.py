@@ -1,0 +1,52 @@
+"""Every difference between the versions of torch that are supported, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+OLDEST, FIRST_UNTESTED = (2, 11), (2, 14)
+
+
+def torch_version() -> tuple[int, int]:
+    """Major and minor version of torch."""
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def check_torch() -> None:
+    """Refuse a torch that this package cannot work with.
+
+    Raises:
+        ImportError: names the version found and those supported.
+    """
+    if not OLDEST <= torch_version() < FIRST_UNTESTED:
+        raise ImportError(
+            f"attentionpack supports torch {OLDEST[0]}.{OLDEST[1]} up to, but not including, "
+            f"{FIRST_UNTESTED[0]}.{FIRST_UNTESTED[1]}; this is torch {torch.__version__}"
+        )
+
+
+def compile_inner(
+    inner: str, gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]
+) -> Callable[..., Any]:
+    """Compile a graph of plain tensors.
+
+    Args:
+        inner: ``inductor``, or ``aot_eager`` to run the traced operators one by one: for
+            debugging, and where Inductor's C++ code does not build (torch 2.11 with gcc 12 on
+            Hugging Face decoders).
+        gm: the graph; the compiler takes it over.
+        inputs: fake inputs.
+        config: Inductor settings.
+    """
+    if inner == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, list(inputs))  # type: ignore[no-any-return]
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, list(inputs), config_patches=config)  # type: ignore[no-any-return]

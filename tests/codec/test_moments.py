@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from apack_compile.codec.moments import Moments
+
+# float32 sums of some hundred products
+CLOSE = {"rtol": 1e-5, "atol": 1e-3}
+
+
+def data(batch: int = 2, tokens: int = 40, dim_v: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    q = torch.randn(batch, 6, tokens, 4)
+    k = torch.randn(batch, 3, tokens, 4) + 1
+    return q, k, torch.randn(batch, 3, tokens, dim_v)
+
+
+def assert_same(a: Moments, b: Moments) -> None:
+    for mine, theirs in zip(a.tensors(), b.tensors(), strict=True):
+        torch.testing.assert_close(mine, theirs, **CLOSE)
+
+
+def test_moments_are_sums_of_tokens_and_of_their_outer_products() -> None:
+    q, k, v = data()
+    m = Moments.of(q, k, v, None)
+    flat_k, flat_v = k.transpose(1, 2).reshape(80, 12), v.transpose(1, 2).reshape(80, 18)
+    assert m.count.item() == 80
+    assert m.count.dtype == torch.float64
+    torch.testing.assert_close(m.k_sum, flat_k.sum(0), **CLOSE)
+    torch.testing.assert_close(m.k_gram, flat_k.T @ flat_k, **CLOSE)
+    torch.testing.assert_close(m.v_sum, flat_v.sum(0), **CLOSE)
+    torch.testing.assert_close(m.v_gram, flat_v.T @ flat_v, **CLOSE)
+    for head in range(3):
+        readers = q[:, 2 * head : 2 * head + 2].reshape(-1, 4)
+        torch.testing.assert_close(m.q_gram[head], readers.T @ readers, **CLOSE)
+
+
+@pytest.mark.parametrize("dim", [0, 2])
+def test_two_halves_equal_the_whole(dim: int) -> None:
+    q, k, v = data()
+    halves = [Moments.of(*part, None) for part in zip(*(x.chunk(2, dim) for x in (q, k, v)), strict=True)]
+    assert_same(halves[0] + halves[1], Moments.of(q, k, v, None))
+
+
+def test_padding_is_left_out() -> None:
+    q, k, v = data(batch=1)
+    visible = torch.ones(1, 40, dtype=torch.bool)
+    visible[0, :15] = False
+    q[:, :, :15], k[:, :, :15], v[:, :, :15] = 1e3, 1e3, 1e3
+    rest = [x[:, :, 15:] for x in (q, k, v)]
+    assert_same(Moments.of(q, k, v, visible), Moments.of(*rest, None))
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_tokens_that_are_not_finite_are_left_out_on_both_sides(side: str, broken: float) -> None:
+    q, k, v = data(batch=1)
+    (k if side == "k" else v)[0, 1, 7, 2] = broken
+    rest = [torch.cat([x[:, :, :7], x[:, :, 8:]], 2) for x in (q, k, v)]
+    assert_same(Moments.of(q, k, v, None), Moments.of(*rest, None))
+
+
+def test_queries_that_are_not_finite_are_left_out() -> None:
+    q, k, v = data(batch=1)
+    q[0, 0, 3, 1] = float("nan")
+    m = Moments.of(q, k, v, None)
+    assert m.q_gram.isfinite().all()
+    assert m.count.item() == 40
+
+
+def test_all_queries_count_where_they_are_not_the_keys_own_tokens() -> None:
+    q, k, v = data(batch=1)
+    visible = torch.zeros(1, 40, dtype=torch.bool)
+    visible[0, 10:] = True
+    recent = q[:, :, 30:]
+    m = Moments.of(recent, k, v, visible)
+    assert m.count.item() == 30
+    expected = Moments.of(recent, k[:, :, 30:], v[:, :, 30:], None).q_gram
+    torch.testing.assert_close(m.q_gram, expected, **CLOSE)
+
+
+def test_nothing_but_padding_gives_zeros() -> None:
+    q, k, v = data()
+    m = Moments.of(q, k, v, torch.zeros(2, 40, dtype=torch.bool))
+    assert all(not t.any() for t in m.tensors())

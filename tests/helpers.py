@@ -1,0 +1,71 @@
+"""What several test modules share: codes made by hand, packed sides, Dynamo graphs."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+
+from apack_compile import ops  # noqa: F401  (registers the operators)
+from apack_compile.cache import Policy
+from apack_compile.codec import Code, ExactLayout, Layout, TransformLayout
+
+few = settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+"""Hypothesis settings of tests whose examples take milliseconds."""
+
+
+def hand_code(layout: Layout, seed: int = 0) -> Code:
+    """A code with made-up parameters: right in shape, of sensible size, optimal for nothing."""
+    if isinstance(layout, ExactLayout):
+        return Code(layout)
+    assert isinstance(layout, TransformLayout)
+    generator = torch.Generator().manual_seed(seed)
+    n, rank = layout.heads // layout.groups * layout.dim, layout.rank
+    shapes = [(layout.groups, n), (layout.groups, n, rank), (layout.groups, rank, n)]
+    params = [torch.randn(shape, generator=generator) for shape in shapes]
+    if layout.gain:
+        params.append(torch.rand(layout.groups, rank, generator=generator) + 0.5)
+    return Code(layout, tuple(params))
+
+
+def random_payload(layout: Layout, batch: int, tokens: int, dtype: torch.dtype) -> list[Tensor]:
+    """Payload tensors with every code as likely as any other."""
+    payload = []
+    for width, kind in layout.payload_fields(dtype):
+        if kind == torch.uint8:
+            payload.append(torch.randint(0, 256, (batch, tokens, width), dtype=torch.uint8))
+        else:
+            payload.append(torch.rand(batch, tokens, width).to(kind) + 0.5)
+    return payload
+
+
+def encoded(
+    x: Tensor, code: Code, policy: Policy, visible: Tensor | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """One side, flat, as ops take it, and its lengths."""
+    tensors = torch.ops.apack.encode(
+        x, visible, list(code.params), code.layout.spec, policy.sinks, policy.extra,
+        policy.window, policy.ring, policy.chunk,
+    )  # fmt: skip
+    coded = max(x.shape[2] - policy.window, 0)
+    return [*tensors, *code.params], torch.tensor([coded, x.shape[2] - coded])
+
+
+def poison(side: list[Tensor], lengths: Tensor, layout: Layout) -> list[Tensor]:
+    """A copy of one flat side with NaN (and arbitrary codes) wherever no live token is."""
+    side = [t.clone() for t in side]
+    count = len(layout.payload_fields(torch.float32))
+    coded, recent = lengths.tolist()
+    for payload in side[:count]:
+        stale = payload[:, coded:]
+        stale.fill_(float("nan") if stale.is_floating_point() else 171)
+    pool, positions, ring = side[count : count + 3]
+    ring[:, :, recent:] = float("nan")
+    unused = (positions < 0) | (positions >= coded)
+    pool.masked_fill_(unused[:, None, :, None], float("nan"))
+    return side

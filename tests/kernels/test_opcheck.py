@@ -1,0 +1,91 @@
+"""Schemas, fakes and tracing of the ops, by PyTorch's own checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from apack_compile.cache import Policy
+from apack_compile.codec import Code, ExactLayout, TransformLayout
+
+from ..helpers import encoded, hand_code
+
+POLICY = Policy(sinks=2, extra=1, window=4, block=16, chunk=8)
+CODES = {
+    "exact": Code(ExactLayout(2, 4)),
+    "transform": hand_code(TransformLayout(2, 4, 1, 2, 2, 4, 0)),
+    "gain": hand_code(TransformLayout(2, 4, 2, 0, 4, 0, 1)),
+}
+# Not test_autograd_registration: gradients are not supported.
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+every_code = pytest.mark.parametrize("kind", CODES)
+
+
+def check(op: Any, *args: Any) -> None:
+    opcheck(op.default, args, test_utils=CHECKS)
+
+
+def by_token(batch: int, heads: int, tokens: int, dim: int) -> torch.Tensor:
+    """``[B, H, T, D]`` with the strides that models give it: heads of a token side by side."""
+    return torch.randn(batch, tokens, heads, dim).transpose(1, 2)
+
+
+@every_code
+@pytest.mark.parametrize("masked", [False, True])
+def test_attend(kind: str, masked: bool) -> None:
+    code = CODES[kind]
+    k, lengths = encoded(torch.randn(2, 2, 10, 4), code, POLICY)
+    v, _ = encoded(torch.randn(2, 2, 10, 4), code, POLICY)
+    mask = torch.rand(2, 1, 3, 10) < 0.8 if masked else None
+    spec = code.layout.spec
+    check(torch.ops.apack.attend, by_token(2, 4, 3, 4), mask, k, v, lengths, 0.5, spec, spec)
+
+
+@every_code
+@pytest.mark.parametrize("length", [3, 10, 16])
+def test_encode(kind: str, length: int) -> None:
+    """Bug: gains of several groups had other strides than their fake at a multiple of the chunk."""
+    code = CODES[kind]
+    visible = torch.rand(2, length) < 0.8 if length == 10 else None
+    check(
+        torch.ops.apack.encode, by_token(2, 2, length, 4), visible, list(code.params),
+        code.layout.spec, POLICY.sinks, POLICY.extra, POLICY.window, POLICY.ring, POLICY.chunk,
+    )  # fmt: skip
+
+
+def test_encode_of_one_head_aliases_nothing() -> None:
+    code = Code(ExactLayout(1, 4))
+    check(torch.ops.apack.encode, torch.randn(1, 1, 8, 4), None, [], code.layout.spec, 0, 0, 4, 20, 8)
+
+
+@every_code
+def test_unpack(kind: str) -> None:
+    code = CODES[kind]
+    side, lengths = encoded(torch.randn(2, 2, 10, 4), code, POLICY)
+    check(torch.ops.apack.unpack, side, lengths, 9, code.layout.spec)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_moments(masked: bool) -> None:
+    visible = torch.rand(2, 6) < 0.8 if masked else None
+    q, k, v = by_token(2, 4, 6, 4), by_token(2, 2, 6, 4), by_token(2, 2, 6, 3)
+    check(torch.ops.apack.moments, q, k, v, visible)
+
+
+def test_append_and_visible_are_seen_through_by_tracing() -> None:
+    def fn(ring: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        torch.ops.apack.append_(ring, new, lengths)
+        return torch.ops.apack.visible(ring > 0, 1, 2)
+
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    traced = make_fx(fn, tracing_mode="fake")(
+        torch.zeros(1, 1, 4, 2), torch.ones(1, 1, 1, 2), torch.tensor([0, 1])
+    )
+    names = [str(n.target) for n in traced.graph.nodes if n.op == "call_function"]
+    assert not any("apack" in name for name in names)
+    assert any("index_copy_" in name for name in names)

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from apack_compile.kernels.pool import fill_pool, in_reach, override, pooled_mass, reserve_sinks
+
+from ..helpers import few
+
+NAN, INF = float("nan"), float("inf")
+
+
+def empty(positions: list[list[int]], heads: int = 2, dim: int = 3) -> tuple[Tensor, Tensor]:
+    where = torch.tensor(positions)
+    return torch.zeros(len(positions), heads, where.shape[1], dim), where
+
+
+def test_sinks_are_the_first_tokens_where_nothing_is_hidden() -> None:
+    positions = reserve_sinks(None, torch.empty(2, 1, 9, 1), 3, 2)
+    assert positions.tolist() == [[0, 1, 2, -1, -1]] * 2
+
+
+def test_sinks_begin_behind_left_padding() -> None:
+    visible = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]]).bool()
+    positions = reserve_sinks(visible, visible, 2, 1)
+    assert positions.tolist() == [[2, 3, -1], [0, 1, -1], [4, 5, -1]]
+
+
+def test_a_row_that_sees_nothing_has_its_sinks_at_its_start() -> None:
+    visible = torch.zeros(1, 5, dtype=torch.bool)
+    assert reserve_sinks(visible, visible, 2, 0).tolist() == [[0, 1]]
+
+
+def test_reserved_slots_take_their_tokens() -> None:
+    x = torch.randn(2, 2, 6, 3)
+    pool, positions = fill_pool(*empty([[0, 1, -1], [3, 4, -1]]), x, 0, None)
+    assert positions.tolist() == [[0, 1, -1], [3, 4, -1]]
+    assert torch.equal(pool[0, :, :2], x[0, :, 0:2])
+    assert torch.equal(pool[1, :, :2], x[1, :, 3:5])
+    assert not pool[:, :, 2].any()
+
+
+def test_a_position_in_the_future_is_filled_when_its_token_comes() -> None:
+    x = torch.randn(1, 2, 8, 3)
+    pool, positions = fill_pool(*empty([[4, 5, -1]]), x[:, :, :5], 0, None)
+    assert torch.equal(pool[:, :, 0], x[:, :, 4])
+    assert not pool[:, :, 1].any()
+    pool, positions = fill_pool(pool, positions, x[:, :, 5:], 5, None)
+    assert torch.equal(pool[:, :, :2], x[:, :, 4:6])
+    assert positions.tolist() == [[4, 5, -1]]
+
+
+@pytest.mark.parametrize("broken", [NAN, INF, -INF])
+def test_tokens_that_are_not_finite_take_free_slots_in_order(broken: float) -> None:
+    x = torch.randn(2, 2, 6, 3)
+    x[0, 1, 2, 0] = x[0, 0, 5, 2] = broken
+    pool, positions = fill_pool(*empty([[0, -1, -1]] * 2), x, 10, None)
+    assert positions.tolist() == [[0, 12, 15], [0, -1, -1]]
+    assert torch.equal(pool[0, :, 1:].nan_to_num(7), x[0][:, [2, 5]].nan_to_num(7))
+    assert not pool[1].any()
+
+
+def test_a_broken_token_with_a_reserved_slot_takes_no_other() -> None:
+    x = torch.randn(1, 2, 4, 3)
+    x[0, 0, 1, 0] = NAN
+    pool, positions = fill_pool(*empty([[0, 1, -1]]), x, 0, None)
+    assert positions.tolist() == [[0, 1, -1]]
+    assert pool[0, 0, 1, 0].isnan()
+
+
+def test_hidden_broken_tokens_take_no_slot() -> None:
+    x = torch.full((1, 2, 4, 3), NAN)
+    visible = torch.tensor([[False, False, False, True]])
+    pool, positions = fill_pool(*empty([[-1, -1]]), x, 0, visible)
+    assert positions.tolist() == [[3, -1]]
+    assert not pool[0, :, 1].isnan().any()
+
+
+def test_too_many_broken_tokens_spoil_slot_0_of_their_row_only() -> None:
+    x = torch.randn(3, 2, 5, 3)
+    x[0, :, 2:5] = NAN  # three, and one slot is free
+    x[2, :, 4] = NAN
+    pool, positions = fill_pool(*empty([[0, 1, -1]] * 3), x, 0, None)
+    assert pool[0, :, 0].isnan().all()
+    assert torch.equal(pool[0, :, 1], x[0, :, 1])
+    assert torch.equal(pool[1:, :, :2], x[1:, :, :2])
+    assert positions.tolist() == [[0, 1, 2], [0, 1, -1], [0, 1, 4]]
+
+
+@given(st.data())
+@few
+def test_rows_of_a_batch_do_not_know_of_each_other(data: st.DataObject) -> None:
+    rows, slots, tokens = 3, data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
+    x = torch.randn(rows, 2, tokens, 3)
+    for row, token in data.draw(st.sets(st.tuples(st.integers(0, 2), st.integers(0, tokens - 1)))):
+        x[row, 0, token] = NAN
+    start = data.draw(st.integers(0, 4))
+    reserved = data.draw(st.integers(0, slots))
+    positions = [[*range(row, row + reserved), *[-1] * (slots - reserved)] for row in range(rows)]
+    pool, where = fill_pool(*empty(positions), x, start, None)
+    for row in range(rows):
+        mine, here = fill_pool(*empty([positions[row]]), x[row : row + 1], start, None)
+        assert torch.equal(mine[0].nan_to_num(7), pool[row].nan_to_num(7))
+        assert torch.equal(here[0], where[row])
+
+
+def test_slots_are_in_reach_if_used_and_not_beyond_the_end() -> None:
+    assert in_reach(torch.tensor([[-1, 0, 3, 4]]), 4).tolist() == [[False, True, True, False]]
+
+
+slots = st.lists(st.integers(0, 8), max_size=4, unique=True).map(sorted)
+
+
+@given(first=slots, second=slots, dim=st.sampled_from([2, 3]), length=st.integers(1, 8))
+@few
+def test_override_writes_used_slots_and_nothing_else(
+    first: list[int], second: list[int], dim: int, length: int
+) -> None:
+    # Slots are taken in order of position, unused ones stand behind.
+    positions = torch.tensor([row + [-1] * (5 - len(row)) for row in (first, second)])
+    shape = [2, 3, 2, 2]
+    shape[dim] = length
+    dense = torch.randn(shape)
+    shape[dim] = 5
+    values = torch.randn(shape)
+    expected = dense.clone()
+    for row in range(2):
+        for slot, position in enumerate(positions[row].tolist()):
+            if 0 <= position < length:
+                expected[row].select(dim - 1, position).copy_(values[row].select(dim - 1, slot))
+    assert torch.equal(override(dense, positions, values, dim), expected)
+
+
+@given(first=slots, second=slots)
+@few
+def test_pooled_mass_counts_each_used_slot_once(first: list[int], second: list[int]) -> None:
+    positions = torch.tensor([row + [-1] * (5 - len(row)) for row in (first, second)])
+    p = torch.rand(2, 4, 3, 7)
+    mass = pooled_mass(p, positions)
+    for row in range(2):
+        for slot, position in enumerate(positions[row].tolist()):
+            if 0 <= position < 7:
+                assert torch.equal(mass[row, ..., slot], p[row, ..., position])
+            else:
+                assert not mass[row, ..., slot].any()
+    rest = override(p, positions, torch.zeros_like(mass), 3)
+    # float32 sums of 7 numbers
+    torch.testing.assert_close(mass.sum(-1) + rest.sum(-1), p.sum(-1), rtol=1e-6, atol=1e-6)

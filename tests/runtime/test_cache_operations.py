@@ -1,0 +1,181 @@
+"""What a model, ``generate`` or a person does to the cache object gives what the dense cache gives."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import apack_compile
+from apack_compile import PackedKV
+
+from .. import zoo
+
+EXACT = {"codec": "exact", "inner": "aot_eager"}
+RATIO = {"ratio": 4, "fit_tokens": 64, "inner": "aot_eager"}
+
+
+def prefilled(model: Any, batch: int = 2) -> Any:
+    inputs = zoo.prompt(0, 150, batch, padded=False)
+    cache = transformers.DynamicCache()
+    model(input_ids=inputs["input_ids"], past_key_values=cache)
+    return cache
+
+
+def pickled(cache: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(cache, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def reorder(cache: Any) -> Any:
+    cache.reorder_cache(torch.tensor([1, 0]))
+    return cache
+
+
+def crop(cache: Any) -> Any:
+    cache.crop(-20)
+    return cache
+
+
+def crop_into_codes(cache: Any) -> Any:
+    cache.crop(-110)
+    return cache
+
+
+def select(cache: Any) -> Any:
+    cache.batch_select_indices(torch.tensor([1]))
+    return cache
+
+
+def repeat(cache: Any) -> Any:
+    cache.batch_repeat_interleave(2)
+    return cache
+
+
+def half_and_back(cache: Any) -> Any:
+    for layer in cache.layers:
+        layer.keys = layer.keys.to(torch.float16).to(torch.float32)
+        layer.values = layer.values.half().float()
+    return cache
+
+
+OPERATIONS: list[Callable[[Any], Any]] = [
+    copy.deepcopy, pickled, reorder, crop, crop_into_codes, select, repeat, half_and_back,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda f: f.__name__)
+def test_operation_gives_what_the_dense_cache_gives_and_keeps_it_packed(
+    operation: Callable[[Any], Any],
+) -> None:
+    model = zoo.llama().model
+    dense = operation(prefilled(model))
+    compiled = torch.compile(model, backend="attentionpack", options=EXACT)
+    packed = operation(prefilled(compiled))
+    batch = dense.layers[0].keys.shape[0]
+    token = torch.randint(10, 190, (batch, 1))
+    for layer, expected in zip(packed.layers, dense.layers, strict=True):
+        assert isinstance(layer.keys, PackedKV) and isinstance(layer.values, PackedKV)
+        torch.testing.assert_close(layer.keys.unpack(), expected.keys, rtol=1e-5, atol=1e-5)
+    got = compiled(input_ids=token, past_key_values=packed).logits
+    want = transformers.LlamaForCausalLM.forward(model, input_ids=token, past_key_values=dense)
+    torch.testing.assert_close(got, want.logits, rtol=1e-4, atol=1e-4)
+    assert all(isinstance(layer.keys, PackedKV) for layer in packed.layers)
+
+
+@pytest.mark.parametrize("options", [EXACT, RATIO], ids=["exact", "ratio"])
+def test_eager_forward_between_compiled_ones_uses_and_keeps_the_packed_cache(
+    options: dict[str, Any],
+) -> None:
+    model = zoo.llama().model
+    compiled = torch.compile(model, backend="attentionpack", options=options)
+    packed = prefilled(compiled)
+    twin = transformers.DynamicCache()
+    for i, layer in enumerate(packed.layers):
+        twin.update(layer.keys.unpack(), layer.values.unpack(), i)
+    for step in range(40):
+        token = torch.full((2, 1), 20 + step)
+        eager = torch.compiler.disable(transformers.LlamaForCausalLM.forward)
+        forward = eager if step % 3 == 1 else lambda _, **kw: compiled(**kw)
+        got = forward(model, input_ids=token, past_key_values=packed).logits
+        want = eager(model, input_ids=token, past_key_values=twin).logits
+        if options is EXACT or step < 30:  # before the first flush nothing new is coded
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert all(isinstance(layer.keys, PackedKV) for layer in packed.layers)
+
+
+def test_one_prefilled_cache_serves_two_continuations() -> None:
+    model = zoo.llama().model
+    compiled = torch.compile(model, backend="attentionpack", options=EXACT)
+
+    def continued(run: Any, cache: Any, token: int) -> torch.Tensor:
+        logits = []
+        for step in range(40):
+            out = run(input_ids=torch.full((1, 1), token + step), past_key_values=cache)
+            logits.append(out.logits[:, -1])
+        return torch.stack(logits)
+
+    prompt_cache = prefilled(compiled, batch=1)
+    first, second = copy.copy(prompt_cache), copy.copy(prompt_cache)
+    for branch in (first, second):  # shallow copies: both share the very handles
+        branch.layers = [copy.copy(layer) for layer in prompt_cache.layers]
+    a, b = continued(compiled, first, 20), continued(compiled, second, 100)
+
+    def eager(**kwargs: Any) -> Any:
+        return transformers.LlamaForCausalLM.forward(model, **kwargs)
+
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(a, continued(eager, prefilled(model, 1), 20), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(b, continued(eager, prefilled(model, 1), 100), rtol=1e-4, atol=1e-4)
+
+
+def test_several_tokens_on_a_packed_cache_and_a_second_turn() -> None:
+    """Chunked prefill and multi-turn chat: few tokens attend to codes, many to dense tensors."""
+    model = zoo.llama().model
+    compiled = torch.compile(model, backend="attentionpack", options=EXACT)
+    packed, dense = prefilled(compiled), prefilled(model)
+    for tokens in (5, 1, 40, 1, 16, 3):
+        ids = torch.randint(10, 190, (2, tokens))
+        got = compiled(input_ids=ids, past_key_values=packed).logits
+        with torch.compiler.set_stance("force_eager"):
+            want = model(input_ids=ids, past_key_values=dense).logits
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        assert all(isinstance(layer.keys, PackedKV) for layer in packed.layers)
+
+
+@pytest.mark.parametrize("beams", [2, 3])
+def test_beam_search_gives_the_dense_tokens(beams: int) -> None:
+    case = zoo.llama()
+    settings = dict(max_new_tokens=12, num_beams=beams, do_sample=False)
+    expected = case.model.generate(**case.inputs, **settings)
+    compiled = torch.compile(case.model, backend="attentionpack", options=EXACT)
+    assert torch.equal(compiled.generate(**case.inputs, **settings), expected)
+    assert apack_compile.report(case.model).attends > 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_tokens_that_are_not_finite_stay_exact_and_do_not_crash(bad: float) -> None:
+    """A NaN in the keys of one row must not touch the others, nor vanish."""
+    model = zoo.plain_decoder()
+    compiled = torch.compile(model, backend="attentionpack", options=RATIO)
+    ids = torch.randint(10, 190, (2, 150))
+    places = torch.arange(150).expand(2, -1)
+    compiled(ids, places)  # learn the codes
+    weight = model.place.weight.data
+    weight[2000] = bad
+    strange = places.clone()
+    strange[1, 40] = 2000
+    _, past = compiled(ids, strange)
+    keys = past[0][0]
+    assert isinstance(keys, PackedKV)
+    dense = keys.unpack()
+    assert not dense[1, :, 40].isfinite().any()
+    assert dense[0].isfinite().all()
+    assert dense[1, :, :40].isfinite().all() and dense[1, :, 41:].isfinite().all()

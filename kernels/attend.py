@@ -62,39 +62,27 @@ def attend(
         coded_scores = override(coded_scores, keys.pool_positions, against(keys.pool), 3)
     scores = torch.cat([coded_scores, against(keys.ring)], -1)  # [B, Hq, Q, C + ring]
 
-    coded, recent = lengths[0], lengths[1]
-    in_codes = torch.arange(capacity, device=q.device)
-    in_ring = torch.arange(ring, device=q.device)
-    live = torch.cat([in_codes < coded, in_ring < recent])
-    if mask is not None:
-        if mask.shape[-1] != 1:
-            where = torch.cat([in_codes, coded + in_ring]).clamp(max=mask.shape[-1] - 1)
-            mask = mask.index_select(-1, where)
-        if mask.dtype == torch.bool:
-            scores = torch.where(mask, scores, float("-inf"))
-        else:
-            scores = scores + mask.to(work)
-    scores = torch.where(live, scores, float("-inf"))
+    bias = torch.ops.apack.score_bias(mask, lengths, capacity, ring, q.dtype)
+    scores = torch.where(bias == float("-inf"), bias, scores + bias)
     top = scores.amax(-1, keepdim=True)
     weights = (scores - torch.where(top == float("-inf"), 0.0, top)).exp()
     total = weights.sum(-1, keepdim=True)
     p = weights / torch.where(total == 0, 1.0, total)
 
     p_coded, p_ring = p.split([capacity, ring], -1)
-    out = by_query_head(by_kv_head(p_ring) @ live_only(values.ring, in_ring < recent).to(work))
+    out = by_query_head(by_kv_head(p_ring) @ live_only(values.ring, lengths[1]).to(work))
     if values.pool.shape[2]:
         mass = pooled_mass(p_coded, values.pool_positions)  # [B, Hq, Q, E]
-        used = in_reach(values.pool_positions, coded)[:, None, :, None]
+        used = in_reach(values.pool_positions, lengths[0])[:, None, :, None]
         pool = torch.where(used, values.pool, 0.0)
         out = out + by_query_head(by_kv_head(mass) @ pool.to(work))
         p_coded = override(p_coded, values.pool_positions, torch.zeros_like(mass), 3)
-    payload = [
-        live_only(t, in_codes < coded) if t.is_floating_point() else t for t in values.payload
-    ]
+    payload = [live_only(t, lengths[0]) if t.is_floating_point() else t for t in values.payload]
     out = out + value_code.mix(p_coded, payload, values.params)
     return out.to(q.dtype)
 
 
-def live_only(tokens: Tensor, live: Tensor) -> Tensor:
+def live_only(tokens: Tensor, count: Tensor) -> Tensor:
     """Tokens ``[..., T, width]`` with stale ones zeroed: 0 * NaN must not reach the output."""
+    live = torch.arange(tokens.shape[-2], device=tokens.device) < count
     return torch.where(live[:, None], tokens, 0.0)

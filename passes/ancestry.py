@@ -6,7 +6,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from .base import calls
+from .base import argument, calls
 
 _PROJECTIONS = (torch.nn.functional.linear, torch._C._nn.linear, torch.addmm)
 
@@ -38,7 +38,11 @@ def projected_from(flow: nx.DiGraph, node: fx.Node, levels: int = 2) -> frozense
                 continue
             seen.add(here)
             if calls(here, *_PROJECTIONS):
-                activation = here.args[1] if here.target is torch.addmm else here.args[0]
+                activation = (
+                    argument(here, 1, "mat1")
+                    if here.target is torch.addmm
+                    else argument(here, 0, "input")
+                )
                 if isinstance(activation, fx.Node):
                     above.add(activation)
             else:
@@ -53,7 +57,11 @@ def weight_above(flow: nx.DiGraph, node: fx.Node) -> fx.Node | None:
     layers = nx.bfs_edges(flow, node, reverse=True)
     for here in [node, *(child for _, child in layers)]:
         if calls(here, *_PROJECTIONS):
-            weight = here.args[2] if here.target is torch.addmm else here.args[1]
+            weight = (
+                argument(here, 2, "mat2")
+                if here.target is torch.addmm
+                else argument(here, 1, "weight")
+            )
             if isinstance(weight, fx.Node) and weight.op in ("placeholder", "get_attr"):
                 return weight
     return None

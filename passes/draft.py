@@ -4,7 +4,8 @@ The Dynamo graph takes and returns whole cache tensors, packed ones among them. 
 graph takes and returns plain tensors only. Every input of the new graph is an entry of a table:
 
     table 0            the Dynamo arguments
-    table 1            lengths before, lengths after ([handles, 2]), then each handle's length
+    table 1            lengths before and after ([handles, 2]), the common lengths after ([2]),
+                       then each handle's length
     table 2 + i        packed input i: the store's tensors, then the parameters of its code
     table 2 + H + j    parameters of code j, with which the graph encodes
 """
@@ -23,7 +24,7 @@ from .base import output_of
 from .plan import Plan
 
 ARGUMENTS, LENGTHS, HANDLES = 0, 1, 2
-BEFORE, AFTER = 0, 1
+BEFORE, AFTER, COMMON, EACH = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,17 @@ class Draft:
         gm: the Dynamo graph; it is not changed.
         plan: its plan.
         layouts: spec of the code of each packed input.
+        in_step: all packed inputs have the same lengths, as they have unless a person has cut
+            some of them: what depends on lengths is then computed once for all layers.
     """
 
-    def __init__(self, gm: fx.GraphModule, plan: Plan, layouts: tuple[str, ...]) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, plan: Plan, layouts: tuple[str, ...], in_step: bool = False
+    ) -> None:
         self.gm = gm
         self.plan = plan
         self.layouts = layouts
+        self.in_step = in_step
         self.graph = fx.Graph()
         self.map: dict[fx.Node, fx.Node] = {}
         self._results: Any = self.graph.graph_copy(gm.graph, self.map)
@@ -162,12 +168,14 @@ class Draft:
 
     def lengths(self, number: int, when: int) -> fx.Node:
         """``int64 [2]`` of a packed input, at the current insertion point."""
+        if self.in_step and when == AFTER:
+            return self.input(LENGTHS, COMMON)
         every = self.input(LENGTHS, when)
         return self.graph.call_function(torch.ops.aten.select.int, (every, 0, number))
 
     def length(self, number: int) -> fx.Node:
         """The logical length of a packed input, before this graph's appends."""
-        return self.input(LENGTHS, 2 + number)
+        return self.input(LENGTHS, EACH + number)
 
     # Outputs -------------------------------------------------------------------------------------
 

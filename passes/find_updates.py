@@ -113,9 +113,7 @@ def _without_cat(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> Cach
     return "no cache: keys and values are not stored"
 
 
-def _mismatch(
-    site: AttentionSite, k: CacheUpdate, v: CacheUpdate, flow: nx.DiGraph
-) -> str | None:
+def _mismatch(site: AttentionSite, k: CacheUpdate, v: CacheUpdate, flow: nx.DiGraph) -> str | None:
     """Why keys and values of one site cannot be packed together, or None."""
     if k.kind != v.kind:
         return f"keys grow from a {k.kind} past and values from a {v.kind} one"

@@ -17,6 +17,18 @@ from torch import fx
 from .base import PassReport, shape_of
 from .draft import AFTER, AppendedOutput, Draft
 from .find_updates import CacheUpdate
+from .plan import Plan
+
+
+def appended_tokens(plan: Plan) -> tuple[int, ...]:
+    """For each packed input, the tokens that ``attend`` sites write into its ring."""
+    tokens = dict.fromkeys(plan.handles, 0)
+    for planned in plan.having("attend"):
+        for update in (planned.cached.k, planned.cached.v):
+            shape = shape_of(update.new)
+            assert shape is not None and update.past is not None
+            tokens[update.past] = shape[2]
+    return tuple(tokens.values())
 
 
 def rewrite_attend(draft: Draft) -> PassReport:
@@ -58,9 +70,7 @@ def rewrite_attend(draft: Draft) -> PassReport:
 
 def _append(draft: Draft, update: CacheUpdate) -> None:
     number = draft.number(update.past)
-    shape = shape_of(update.new)
-    assert shape is not None
-    draft.appends[number] = shape[2]
+    draft.appends[number] = appended_tokens(draft.plan)[number]
     with draft.graph.inserting_before(draft.map[update.node]):
         draft.graph.call_function(
             torch.ops.apack.append_.default,

@@ -31,7 +31,9 @@ def encoded_updates(draft_sites: tuple[PlannedSite, ...]) -> tuple[CacheUpdate, 
     return tuple({u.node: u for u in every}.values())
 
 
-def rewrite_encode(draft: Draft, layouts: tuple[str, ...], policies: tuple[Policy, ...]) -> PassReport:
+def rewrite_encode(
+    draft: Draft, layouts: tuple[str, ...], policies: tuple[Policy, ...]
+) -> PassReport:
     """Encode every update of the ``encode`` sites.
 
     Args:
@@ -84,7 +86,9 @@ def collect(draft: Draft) -> PassReport:
     updates = encoded_updates(sites)
     for number, update in enumerate(updates):
         node = draft.map[update.node]
-        draft.result(update.node, lambda of, number=number, node=node: DenseOutput(number, of(node)))
+        draft.result(
+            update.node, lambda of, number=number, node=node: DenseOutput(number, of(node))
+        )
     for planned in sites:
         cached = planned.cached
         visible = seen.of(planned)
@@ -115,9 +119,10 @@ class _Visible:
             keys = self.draft.map[planned.cached.k.node]
             mask = self.draft.map[site.mask]
             with graph.inserting_before(self.draft.map[site.node]):
-                sizes = [graph.call_function(torch.ops.aten.sym_size.int, (keys, d)) for d in (0, 2)]
+                sizes = [
+                    graph.call_function(torch.ops.aten.sym_size.int, (keys, d)) for d in (0, 2)
+                ]
                 self.known[site.mask] = graph.call_function(
                     torch.ops.apack.visible.default, (mask, *sizes)
                 )
         return self.known[site.mask]
-

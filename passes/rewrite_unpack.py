@@ -12,7 +12,6 @@ cats are gone unless something else reads them.
 from __future__ import annotations
 
 import torch
-from torch import fx
 
 from .base import PassReport
 from .draft import BEFORE, Draft, ExtendedOutput
@@ -20,13 +19,13 @@ from .find_updates import CacheUpdate
 
 
 def rewrite_unpack(draft: Draft) -> PassReport:
-    """Unpack where the plan says so and wherever a packed input is still used."""
-    for planned in draft.plan.having("unpack"):
-        for update in (planned.cached.k, planned.cached.v):
-            if not draft.appends[draft.number(update.past)]:
-                _extend(draft, update)
+    """Unpack wherever a packed input is still used; the runtime extends those that grow."""
     for update in draft.plan.updates:
-        if update.kind == "packed" and not draft.is_live(draft.map[update.node]):
+        if update.kind != "packed":
+            continue
+        if not draft.appends[draft.number(update.past)]:
+            _extend(draft, update)
+        if not draft.is_live(draft.map[update.node]):
             draft.graph.erase_node(draft.map[update.node])
     unpacked = 0
     for handle in draft.plan.handles:
@@ -53,4 +52,3 @@ def _extend(draft: Draft, update: CacheUpdate) -> None:
     number = draft.number(update.past)
     new = draft.map[update.new]
     draft.result(update.node, lambda number_of: ExtendedOutput(number, number_of(new)))
-

@@ -60,7 +60,7 @@ def _is_cast(node: fx.Node) -> bool:
 def _repeat_kv(node: fx.Node) -> tuple[fx.Node, int] | None:
     if not calls(node, "reshape", "view", torch.reshape):
         return None
-    expand = node.args[0]
+    expand = argument(node, 0, "input")
     if not calls(expand, "expand"):
         return None
     inserted = expand.args[0]  # type: ignore[union-attr]
@@ -90,7 +90,7 @@ def _repeat_kv(node: fx.Node) -> tuple[fx.Node, int] | None:
 def _repeat_interleave(node: fx.Node) -> tuple[fx.Node, int] | None:
     if not calls(node, "repeat_interleave", torch.repeat_interleave):
         return None
-    root, repeats = node.args[0], argument(node, 1, "repeats")
+    root, repeats = argument(node, 0, "input"), argument(node, 1, "repeats")
     dim = argument(node, 2, "dim")
     source = shape_of(root)
     if not isinstance(root, fx.Node) or not isinstance(repeats, int) or source is None:

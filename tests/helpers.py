@@ -8,7 +8,9 @@ from torch import Tensor
 
 from apack_compile import ops  # noqa: F401  (registers the operators)
 from apack_compile.cache import Policy
-from apack_compile.codec import Code, ExactLayout, Layout, TransformLayout
+from apack_compile.codec import Code, CodeRef, ExactLayout, Layout, TransformLayout
+from apack_compile.codec.fit import fit_transform
+from apack_compile.codec.moments import Moments
 
 few = settings(
     max_examples=30,
@@ -69,3 +71,11 @@ def poison(side: list[Tensor], lengths: Tensor, layout: Layout) -> list[Tensor]:
     unused = (positions < 0) | (positions >= coded)
     pool.masked_fill_(unused[:, None, :, None], float("nan"))
     return side
+
+
+def fitted_ref(heads: int = 2, dim: int = 8, ratio: float = 4, gain: bool = True) -> CodeRef:
+    """A code that was fitted: for keys, or for values (``gain``: one gain a token)."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(1, heads, 200, dim, generator=generator)
+    codes = fit_transform([Moments.of(x, x, x, None)], dim, dim, ratio)
+    return CodeRef(codes[0][int(gain)])

@@ -38,7 +38,9 @@ def vision_config(**changes: Any) -> dict[str, Any]:
     return {**base, **changes}
 
 
-def prompt(images: int, text: int, batch: int, padded: bool, start: tuple[int, ...] = (1,)) -> dict[str, Tensor]:
+def prompt(
+    images: int, text: int, batch: int, padded: bool, start: tuple[int, ...] = (1,)
+) -> dict[str, Tensor]:
     """``start``, image tokens, text; with ``padded`` row 0 begins with five padding tokens."""
     generator = torch.Generator().manual_seed(7)
     rows = []
@@ -167,7 +169,9 @@ def plain_masks(valid: Tensor, queries: int, kind: str) -> Tensor | None:
     return seen if kind == "bool" else torch.where(seen, 0.0, torch.finfo(torch.float32).min)
 
 
-def plain_generate(model: Any, ids: Tensor, valid: Tensor, steps: int, kind: str) -> tuple[Tensor, Any]:
+def plain_generate(
+    model: Any, ids: Tensor, valid: Tensor, steps: int, kind: str
+) -> tuple[Tensor, Any]:
     """Greedy decoding by hand: tokens ``[B, steps]`` and the cache."""
     positions = (valid.cumsum(1) - 1).clamp(min=0)
     logits, past = model(ids, positions, None, plain_masks(valid, ids.shape[1], kind))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tensor import PACKED_OPS, PackedKV, on_dense
+from .tensor import PACKED_OPS, PackedKV
 
 aten = torch.ops.aten
 
@@ -61,15 +61,17 @@ def _to(func: Any, x: PackedKV, **kwargs: Any) -> Any:
 @_keeps_packed(aten.cat.default)
 def _append(func: Any, tensors: list[Tensor], dim: int = 0) -> Any:
     first, *rest = [t for t in tensors if t.numel() or t.dim() > 1]
-    fits = isinstance(first, PackedKV) and dim in (2, -2) and not any(
-        isinstance(t, PackedKV) or t.dtype != first.dtype or t.dim() != 4 for t in rest
-    )
-    if not fits:
+    if not isinstance(first, PackedKV) or dim not in (2, -2):
         return NotImplemented
-    assert isinstance(first, PackedKV)
+    batch, heads, _, width = first.shape
     for new in rest:
-        first = first.append(new)
-    return first
+        fits = new.dim() == 4 and (*new.shape[:2], new.shape[3]) == (batch, heads, width)
+        if isinstance(new, PackedKV) or new.dtype != first.dtype or not fits:
+            return NotImplemented
+    grown = _same(func, first)
+    for new in rest:
+        grown = grown.append(new)
+    return grown
 
 
 @_keeps_packed(aten.slice.Tensor)
@@ -119,63 +121,15 @@ def _repeat(func: Any, x: PackedKV, repeats: list[int]) -> Any:
     return _rows(x, _all_rows(x).repeat(repeats[0]))
 
 
-@_keeps_packed(aten.repeat_interleave.self_int)
+@_keeps_packed(
+    # PyTorch would take this one apart (unsqueeze, expand, clone, flatten) before dispatch.
+    torch.Tensor.repeat_interleave,
+    torch.repeat_interleave,
+    aten.repeat_interleave.self_int,
+)
 def _repeat_rows(
     func: Any, x: PackedKV, repeats: int, dim: int | None = None, *, output_size: Any = None
 ) -> Any:
-    if dim is None or dim % 4 != 0:
+    if dim is None or dim % 4 != 0 or not isinstance(repeats, int):
         return NotImplemented
     return _rows(x, _all_rows(x).repeat_interleave(repeats))
-
-
-@_keeps_packed(aten.unsqueeze.default)
-def _unsqueeze(func: Any, x: PackedKV, dim: int) -> Any:
-    # The first step of repeat_interleave(n, dim=0), which PyTorch takes apart before us.
-    return RowRepeat(x, 1) if dim == 1 else NotImplemented
-
-
-class RowRepeat(torch.Tensor):
-    """``x.unsqueeze(1).expand(-1, repeats, ...)`` of a handle, not computed.
-
-    PyTorch turns ``repeat_interleave(n, dim=0)`` into unsqueeze, expand, clone, flatten. This
-    carries the handle through; any other operator gets the dense tensor.
-    """
-
-    @staticmethod
-    def __new__(cls, source: PackedKV, repeats: int) -> RowRepeat:
-        batch, *rest = source.shape
-        return torch.Tensor._make_wrapper_subclass(
-            cls, (batch, repeats, *rest), dtype=source.dtype, device=source.device
-        )
-
-    def __init__(self, source: PackedKV, repeats: int) -> None:
-        self.source = source
-        self.repeats = repeats
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    def __repr__(self, *, tensor_contents: object = None) -> str:
-        return f"RowRepeat({self.source!r}, {self.repeats})"
-
-    @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        x = args[0]
-        if isinstance(x, RowRepeat):
-            batch, heads, length, dim = x.source.shape
-            if func is aten.expand.default and x.repeats == 1:
-                size = [old if new == -1 else new for new, old in zip(args[1], x.shape, strict=False)]
-                if len(size) == 5 and size[0] == batch and size[2:] == [heads, length, dim]:
-                    return RowRepeat(x.source, size[1])
-            if func in (aten.clone.default, aten.detach.default):
-                return x
-            views = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
-            if func in views and list(args[1]) == [batch * x.repeats, heads, length, dim]:
-                return _rows(x.source, _all_rows(x.source).repeat_interleave(x.repeats))
-
-        def dense(r: RowRepeat) -> Tensor:
-            return r.source.unpack().unsqueeze(1).expand(r.shape)
-
-        args, kwargs = torch.utils._pytree.tree_map_only(RowRepeat, dense, (args, kwargs or {}))
-        return on_dense(func, args, kwargs)

@@ -9,6 +9,7 @@ a store of its own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from weakref import WeakSet
 
@@ -166,9 +167,10 @@ class SideStore:
     def code_oldest(self, tokens: int) -> None:
         """Move the oldest ``tokens`` of the ring into the codes."""
         ring = self.side.ring
-        self._code(ring[:, :, :tokens])
-        rest = self.recent  # self.coded has moved on
-        ring[:, :, :rest] = ring[:, :, tokens : tokens + rest].clone()
+        with self._writing():
+            self._code(ring[:, :, :tokens])
+            rest = self.recent  # self.coded has moved on
+            ring[:, :, :rest] = ring[:, :, tokens : tokens + rest].clone()
 
     def advance(self, tokens: int) -> None:
         """``tokens`` have been written behind the live slots of the ring."""
@@ -176,6 +178,10 @@ class SideStore:
 
     def extend(self, new: Tensor) -> None:
         """Append ``new [B, H, T, D]``, however long."""
+        with self._writing():
+            self._extend(new)
+
+    def _extend(self, new: Tensor) -> None:
         tokens = new.shape[2]
         ring, live = self.side.ring, self.recent
         new = new.to(ring.dtype)
@@ -188,6 +194,11 @@ class SideStore:
         self._code(run[:, :, :old])
         self.length += tokens
         ring[:, :, : self.policy.window] = run[:, :, old:]
+
+    def _writing(self) -> AbstractContextManager[object]:
+        """What was made in inference mode may be written in inference mode only."""
+        inference = any(t.is_inference() for t in self.tensors())
+        return torch.inference_mode() if inference else nullcontext()
 
     def _code(self, x: Tensor) -> None:
         start, end = self.coded, self.coded + x.shape[2]
@@ -240,12 +251,21 @@ class SideStore:
         return self._copy(length)
 
     def to(self, length: int, dtype: torch.dtype, device: torch.device) -> SideStore:
-        """A copy in another dtype or on another device; integer codes keep their dtype."""
+        """A copy in another dtype or on another device; codes and gains keep their dtype."""
 
-        def move(t: Tensor) -> Tensor:
-            return t.to(device=device, dtype=dtype if t.dtype == self.dtype else t.dtype, copy=True)
+        def move(t: Tensor, kind: torch.dtype) -> Tensor:
+            return t.to(device=device, dtype=kind, copy=True)
 
-        moved = self._map(move)
+        payload, pool, positions, ring, _ = self.side
+        kinds = [kind for _, kind in self.ref.layout.payload_fields(dtype)]
+        side = Side(
+            tuple(move(t, kind) for t, kind in zip(payload, kinds, strict=True)),
+            move(pool, dtype),
+            move(positions, positions.dtype),
+            move(ring, dtype),
+            (),
+        )
+        moved = SideStore(self.ref, self.policy, side, self.coded, self.length)
         moved._truncate(length)
         return moved
 

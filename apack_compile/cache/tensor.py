@@ -26,7 +26,7 @@ from .store import Policy, SideStore, exact_ref
 log = logging.getLogger(__name__)
 
 PACKED_OPS: dict[Any, Callable[..., Any]] = {}
-"""Operators that keep a handle packed; filled by ``packed_ops``."""
+"""Operators and functions that keep a handle packed; filled by ``packed_ops``."""
 
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
@@ -58,16 +58,16 @@ class PackedKV(torch.Tensor):
         self._lease = None if store is None else store.lease(size[2])
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Without view tracking: a cropped handle is a tensor of its own. Autograd would make it
         # a view that keeps the whole handle alive, and Dynamo could not trace such a view.
         with torch._C.DisableTorchFunctionSubclass():
             if torch.compiler.is_compiling():
                 return func(*args, **(kwargs or {}))
             with torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
-                return func(*args, **(kwargs or {}))
+                rule = PACKED_OPS.get(func)
+                result = NotImplemented if rule is None else rule(func, *args, **(kwargs or {}))
+                return func(*args, **(kwargs or {})) if result is NotImplemented else result
 
     # Making and reading --------------------------------------------------------------------------
 
@@ -139,6 +139,15 @@ class PackedKV(torch.Tensor):
             f"{self.store.coded} coded, {self.packed_bytes} of {self.dense_bytes} bytes)"
         )
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        # PyTorch would write to a view of the dense tensor, which nobody keeps.
+        if self.store is None:
+            super().__setitem__(index, value)
+            return
+        dense = self.unpack()
+        dense[index] = value.unpack() if isinstance(value, PackedKV) else value
+        _take_over(self, dense)
+
     # Tracing -------------------------------------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
@@ -157,9 +166,7 @@ class PackedKV(torch.Tensor):
     # Dispatch ------------------------------------------------------------------------------------
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         handles = [a for a in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(a, PackedKV)]
         if all(h.store is not None for h in handles):
@@ -201,7 +208,9 @@ def on_dense(func: Any, args: Any, kwargs: Any) -> Any:
 
     plain_args, plain_kwargs = pytree.tree_map_only(PackedKV, unpacked, (args, kwargs))
     result = func(*plain_args, **plain_kwargs)
-    for argument, value in zip(func._schema.arguments, args, strict=False):
+    given = dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | kwargs
+    for argument in func._schema.arguments:
+        value = given.get(argument.name)
         written = argument.alias_info is not None and argument.alias_info.is_write
         if written and isinstance(value, PackedKV) and value.store is not None:
             _take_over(value, dense[id(value)])

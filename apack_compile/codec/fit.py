@@ -11,7 +11,9 @@ components in order of variance so that the sum of distortions is least under th
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ GROUP = 1024
 """A group of heads has at most this many channels (or is one head): one eigh each."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def uniform_quantiser(bits: int) -> tuple[float, float]:
     """Best step and its mean squared error for a unit Gaussian, mid-rise, ``2**bits`` levels."""
     grid = torch.linspace(-8, 8, 20001, dtype=torch.float64)
@@ -91,11 +93,46 @@ def allocate(variances: Tensor, budget: int) -> tuple[int, int, int]:
     return counts[0], counts[1], counts[2]
 
 
-def _fit_side(
-    total: Tensor, gram: Tensor, count: Tensor, weight: Tensor | None, dim: int, budget: int,
-    gain: bool,
-) -> Code:  # fmt: skip
-    """One side. ``weight [H, D, D]`` or None; ``budget`` bytes a token."""
+@dataclass(frozen=True)
+class Spectrum:
+    """The weighted principal components of one side of one layer.
+
+    Attributes:
+        dim: head_dim.
+        mean: ``[G, n]``, by group of heads.
+        variances: ``[G, n]``, descending.
+        forward: ``[G, n, n]``, from centred tokens to components (columns).
+        backward: ``[G, n, n]``, from components (rows) to tokens.
+    """
+
+    dim: int
+    mean: Tensor
+    variances: Tensor
+    forward: Tensor
+    backward: Tensor
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return self.mean.numel() // self.dim
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Heads, head_dim, groups: layers that agree in these can share a layout."""
+        return self.heads, self.dim, self.mean.shape[0]
+
+
+def spectrum(
+    total: Tensor, gram: Tensor, count: Tensor, weight: Tensor | None, dim: int
+) -> Spectrum:
+    """Weighted PCA of one side.
+
+    Args:
+        total: sum of tokens ``[H * D]``; gram: sum of outer products ``[H * D, H * D]``.
+        count: tokens.
+        weight: ``[H, D, D]``, the metric by KV head, or None for the plain one.
+        dim: head_dim D.
+    """
     heads = total.numel() // dim
     groups = head_groups(heads, dim)
     n = heads // groups * dim
@@ -112,38 +149,57 @@ def _fit_side(
         inverse = torch.stack([torch.block_diag(*i) for _, i in blocks])
     variances, basis = torch.linalg.eigh(root @ cov @ root)
     variances, basis = variances.flip(-1).clamp_min(0), basis.flip(-1)  # descending
+    return Spectrum(dim, mean, variances, root @ basis, basis.transpose(-1, -2) @ inverse)
+
+
+def choose_layout(spectra: Sequence[Spectrum], budget: int, gain: bool) -> TransformLayout:
+    """One layout for layers of one shape: bits by the mean of their relative variances.
+
+    One layout for all keys and one for all values keeps kernels and compile time few.
+
+    Args:
+        spectra: of the layers.
+        budget: bytes for a token of one layer.
+        gain: whether each token and group gets a gain, if the budget has room for it.
+
+    Raises:
+        ValueError: no code is that small.
+    """
+    heads, dim, groups = spectra[0].shape
+    relative = [s.variances / s.variances.sum().clamp_min(1e-30) for s in spectra]
+    variances = torch.stack(relative).mean((0, 1)).cpu()
     code_bytes = budget // groups - (GAIN_DTYPE.itemsize if gain else 0)
     if gain and code_bytes < RUN // 4:
         code_bytes, gain = budget // groups, False
-    counts = allocate(variances.mean(0).cpu(), code_bytes)
-    rank = sum(counts)
-    if not rank:
+    counts = allocate(variances, code_bytes)
+    if not sum(counts):
         raise ValueError(f"{heads} KV heads of {dim} have no code of {budget} bytes a token")
+    return TransformLayout(heads, dim, groups, *counts, int(gain))
+
+
+def quantise(side: Spectrum, layout: TransformLayout) -> Code:
+    """The code of one side with a given layout."""
     steps = torch.cat(
-        [
-            total.new_full((count_b,), uniform_quantiser(bits)[0])
-            for bits, count_b in zip(CLASSES, counts, strict=True)
-        ]
+        [side.mean.new_full((count,), uniform_quantiser(bits)[0]) for bits, count in layout.runs]
     )
-    deviation = variances[:, :rank].sqrt()
+    rank = layout.rank
+    deviation = side.variances[:, :rank].sqrt()
     deviation = deviation.clamp_min(deviation.amax(-1, keepdim=True) * 1e-5 + 1e-20)
     step = deviation * steps  # [G, R]
-    basis = basis[..., :rank]
     params = [
-        mean,
-        root @ basis / step[:, None],
-        (basis * step[:, None]).transpose(-1, -2) @ inverse,
+        side.mean,
+        side.forward[..., :rank] / step[:, None],
+        side.backward[:, :rank] * step[:, :, None],
     ]
-    if gain:
-        params.append(steps.expand(groups, rank))
-    layout = TransformLayout(heads, dim, groups, *counts, int(gain))
-    distortion = variances[:, rank:].sum()
+    if layout.gain:
+        params.append(steps.expand(layout.groups, rank))
+    distortion = side.variances[:, rank:].sum()
     start = 0
-    for bits, count_b in zip(CLASSES, counts, strict=True):
-        energy = variances[:, start : start + count_b].sum()
+    for bits, count in layout.runs:
+        energy = side.variances[:, start : start + count].sum()
         distortion = distortion + uniform_quantiser(bits)[1] * energy
-        start += count_b
-    error = float(distortion / variances.sum().clamp_min(1e-30))
+        start += count
+    error = float(distortion / side.variances.sum().clamp_min(1e-30))
     return Code(layout, tuple(p.float().contiguous() for p in params), error)
 
 
@@ -152,16 +208,27 @@ def side_budget(channels: int, ratio: float) -> int:
     return int(2 * channels / ratio)
 
 
-def fit_transform(moments: Moments, dim_k: int, dim_v: int, ratio: float) -> tuple[Code, Code]:
-    """Codes for K and V of one layer at ``ratio`` against 16 bits a number.
+def fit_transform(
+    moments: Sequence[Moments], dim_k: int, dim_v: int, ratio: float
+) -> list[tuple[Code, Code]]:
+    """Codes for K and V of layers of one shape at ``ratio`` against 16 bits a number.
 
     Args:
-        moments: sums over the tokens to fit on.
+        moments: of each layer, sums over the tokens to fit on.
         dim_k, dim_v: head dimensions.
         ratio: dense 16-bit bytes over coded bytes, gains counted.
+
+    Raises:
+        ValueError: no code is that small.
     """
-    count, k_sum, k_gram, v_sum, v_gram, q_gram = (t.double() for t in moments.tensors())
-    weight = q_gram / q_gram.diagonal(dim1=-2, dim2=-1).sum().clamp_min(1e-30)
-    k = _fit_side(k_sum, k_gram, count, weight, dim_k, side_budget(len(k_sum), ratio), False)
-    v = _fit_side(v_sum, v_gram, count, None, dim_v, side_budget(len(v_sum), ratio), True)
-    return k, v
+    keys, values = [], []
+    for layer in moments:
+        count, k_sum, k_gram, v_sum, v_gram, q_gram = (t.double() for t in layer.tensors())
+        weight = q_gram / q_gram.diagonal(dim1=-2, dim2=-1).sum().clamp_min(1e-30)
+        keys.append(spectrum(k_sum, k_gram, count, weight, dim_k))
+        values.append(spectrum(v_sum, v_gram, count, None, dim_v))
+    k_layout = choose_layout(keys, side_budget(keys[0].mean.numel(), ratio), gain=False)
+    v_layout = choose_layout(values, side_budget(values[0].mean.numel(), ratio), gain=True)
+    return [
+        (quantise(k, k_layout), quantise(v, v_layout)) for k, v in zip(keys, values, strict=True)
+    ]

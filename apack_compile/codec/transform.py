@@ -151,7 +151,9 @@ class TransformLayout(Layout):
         def by_group(z: Tensor) -> Tensor:
             return z.unflatten(1, (self.groups, -1)).flatten(2, 3)
 
-        coded = by_group(folded) @ self._codes(payload, q.dtype).transpose(-1, -2) + by_group(centre)
+        coded = by_group(folded) @ self._codes(payload, q.dtype).transpose(-1, -2) + by_group(
+            centre
+        )
         if self.gain:
             coded = coded * self._gains(payload, q.dtype)[:, :, None]
         scores = coded + by_group(bias)  # [B, G, M', T]

@@ -1,8 +1,9 @@
 """Schemas of the ``apack`` operators and what runs behind them.
 
 Every operator has one meaning, the plain PyTorch function in ``kernels``. In eager mode that
-function runs. Under Inductor on a CPU it is traced into, so that Inductor fuses it; on other
-devices the operator stays one node, which a lowering may turn into a kernel of ours.
+function runs. Under AOTAutograd the operator is one node until Inductor's decompositions, which
+trace into the function so that Inductor fuses it. A kernel of our own takes an operator over by a
+decomposition that returns NotImplemented for its device, and a lowering.
 """
 
 from __future__ import annotations
@@ -15,29 +16,33 @@ from torch import Tensor
 from torch._inductor.decomposition import register_decomposition
 
 from ..codec import parse_layout
+from ..codec.layout import working_dtype
 from ..kernels.append import append_ as _append_
 from ..kernels.attend import attend as _attend
 from ..kernels.encode import encode as _encode
 from ..kernels.moments import moments as _moments
+from ..kernels.score_bias import score_bias as _score_bias
 from ..kernels.unpack import unpack as _unpack
 from ..kernels.visible import visible as _visible
 
 _LIB = torch.library.Library("apack", "DEF")
 
 
-def _define(schema: str, meaning: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """An operator that is opaque to tracing; ``fake`` gives its output shapes."""
+def _define(
+    schema: str, meaning: Callable[..., Any], fake: Callable[..., Any], opaque: bool = False
+) -> None:
+    """An operator that is one node to AOTAutograd; ``fake`` gives its output shapes.
+
+    Inductor traces into it, unless it is ``opaque``: what all layers share is computed once, not
+    fused into each of them.
+    """
     name = schema.partition("(")[0]
     _LIB.define(schema)
     _LIB.impl(name, meaning, "CompositeExplicitAutograd")
     torch.library.register_fake(f"apack::{name}", fake, lib=_LIB)
 
-    def decompose(*args: Any) -> Any:
-        tensor = next(a for a in args if isinstance(a, Tensor) or isinstance(a, (list, tuple)))
-        tensor = tensor if isinstance(tensor, Tensor) else tensor[0]
-        return meaning(*args) if tensor.device.type == "cpu" else NotImplemented
-
-    register_decomposition(getattr(torch.ops.apack, name).default)(decompose)
+    if not opaque:
+        register_decomposition(getattr(torch.ops.apack, name).default)(meaning)
 
 
 def _define_composite(schema: str, meaning: Callable[..., Any]) -> None:
@@ -51,6 +56,14 @@ def _attend_fake(
     scale: float, k_layout: str, v_layout: str,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(*q.shape[:3], parse_layout(v_layout).dim)
+
+
+def _score_bias_fake(
+    mask: Tensor | None, lengths: Tensor, capacity: int, ring: int, dtype: torch.dtype
+) -> Tensor:
+    shape = () if mask is None else mask.shape
+    sizes = [1] * (4 - len(shape)) + list(shape)
+    return lengths.new_empty([*sizes[:3], capacity + ring], dtype=working_dtype(dtype))
 
 
 def _encode_fake(
@@ -101,6 +114,14 @@ _define(
     _unpack,
     _unpack_fake,
 )
-_define("moments(Tensor q, Tensor k, Tensor v, Tensor? visible) -> Tensor[]", _moments, _moments_fake)
+_define(
+    "moments(Tensor q, Tensor k, Tensor v, Tensor? visible) -> Tensor[]", _moments, _moments_fake
+)
+_define(
+    "score_bias(Tensor? mask, Tensor lengths, SymInt capacity, int ring, ScalarType dtype) -> Tensor",
+    _score_bias,
+    _score_bias_fake,
+    opaque=True,
+)
 _define_composite("append_(Tensor(a!) ring, Tensor new, Tensor lengths) -> ()", _append_)
 _define_composite("visible(Tensor mask, SymInt batch, SymInt length) -> Tensor", _visible)

@@ -27,9 +27,7 @@ class Dynamics:
     """
 
     def __init__(self, graph: fx.Graph, handles: Sequence[fx.Node]) -> None:
-        self._arguments = [
-            _of_example(value_of(n)) for n in graph.nodes if n.op == "placeholder"
-        ]
+        self._arguments = [_of_example(value_of(n)) for n in graph.nodes if n.op == "placeholder"]
         self._batches = [
             SHARED if isinstance(value_of(h).shape[0], torch.SymInt) else STATIC for h in handles
         ]
@@ -63,15 +61,28 @@ def _of_example(example: Any) -> Dynamic:
 
 
 def lengths_of(handles: Sequence[PackedKV], appends: Sequence[int]) -> list[Any]:
-    """Lengths before and after the appends, ``int64 [handles, 2]``, then each handle's length."""
+    """Table 1: lengths before and after the appends, those after in common, each handle's."""
     before, after = [], []
     for handle, tokens in zip(handles, appends, strict=True):
         assert handle.store is not None
         before.append((handle.store.coded, handle.store.recent))
         after.append((handle.store.coded, handle.store.recent + tokens))
-    device = handles[0].device if handles else torch.device("cpu")
+    if not handles:
+        return [None, None, None]
+    device = handles[0].device
+    rows = torch.tensor([*before, *after], device=device)
     return [
-        torch.tensor(before, device=device),
-        torch.tensor(after, device=device),
+        rows[: len(handles)],
+        rows[len(handles) :],
+        rows[-1],
         *(handle.shape[2] for handle in handles),
     ]
+
+
+def in_step(handles: Sequence[PackedKV], appends: Sequence[int]) -> bool:
+    """Whether all packed inputs grow alike and have the same lengths."""
+    states = {
+        (h.store.coded, h.store.recent, tokens)  # type: ignore[union-attr]
+        for h, tokens in zip(handles, appends, strict=True)
+    }
+    return len(states) <= 1

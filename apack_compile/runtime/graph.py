@@ -31,11 +31,11 @@ from ..passes.draft import (
     PlainOutput,
 )
 from ..passes.plan import Plan
-from ..passes.rewrite_attend import rewrite_attend
+from ..passes.rewrite_attend import appended_tokens, rewrite_attend
 from ..passes.rewrite_encode import collect, encoded_updates, rewrite_encode
 from ..passes.rewrite_unpack import rewrite_unpack
-from ..profile import PROFILES, LayerProfile, learn_all
-from .arguments import Dynamics, lengths_of
+from ..profile import PROFILES, LayerProfile, learn
+from .arguments import Dynamics, in_step, lengths_of
 from .specialise import Specialised
 from .stats import GraphRecord
 
@@ -45,9 +45,7 @@ log = logging.getLogger(__name__)
 class Lowered:
     """One rewriting of the graph and its Inductor artifacts, one for each set of shapes."""
 
-    def __init__(
-        self, gm: fx.GraphModule, interface: Interface, layouts: tuple[str, ...]
-    ) -> None:
+    def __init__(self, gm: fx.GraphModule, interface: Interface, layouts: tuple[str, ...]) -> None:
         self.gm = gm
         self.interface = interface
         self.layouts = layouts
@@ -82,9 +80,11 @@ class PackedGraph:
         self._positions = {n: i for i, n in enumerate(arguments)}
         self._encode_sites = plan.having("encode")
         self._updates = encoded_updates(self._encode_sites)
+        self._appends = appended_tokens(plan)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
-        self.record.saw(args)
+        if not self.record.runs:
+            self.record.belongs_to((*args, *self.gm.parameters()))
         profiles = self._profiles(args)
         if any(p.codes is None for p in profiles):
             return self._fit(args, profiles)
@@ -141,7 +141,7 @@ class PackedGraph:
             results = gm(*inputs)
         sums = results[interface.extra :: 2]
         seen = results[interface.extra + 1 :: 2]
-        learn_all(profiles, sums, self._dims(), self.options)
+        learn(profiles, sums, self._dims(), self.options)
         for index, profile in enumerate(profiles):
             self._note(index, profile)
         refs = self._refs(profiles)
@@ -164,15 +164,15 @@ class PackedGraph:
 
     def _run(self, args: tuple[Any, ...], refs: list[CodeRef]) -> tuple[Any, ...]:
         """Run the compiled graph."""
-        layouts = self._layouts(args)
-        stores = [args[i].store for i in self._handles]
-        policies = [s.policy for s in stores]
-        key = (layouts, tuple(r.layout.spec for r in refs), tuple(policies))
+        args = self._make_room(args)
+        handles = [args[i] for i in self._handles]
+        layouts, together = self._layouts(args), in_step(handles, self._appends)
+        specs = tuple(ref.layout.spec for ref in refs)
+        key = (layouts, specs, tuple(h.store.policy for h in handles), together)
         lowered = self._lowered.get(key)
         if lowered is None:
-            lowered = self._lowered[key] = self._lower(layouts, refs)
+            lowered = self._lowered[key] = self._lower(layouts, refs, together)
         interface = lowered.interface
-        args = self._make_room(args, interface)
         inputs = self._inputs(args, interface, refs)
         for artifact in lowered.artifacts:
             if artifact.accepts(inputs):
@@ -185,8 +185,8 @@ class PackedGraph:
         self.record.ran("decode" if self._handles else "encode")
         return self._outputs(args, interface, list(results), refs, {})
 
-    def _lower(self, layouts: tuple[str, ...], refs: list[CodeRef]) -> Lowered:
-        draft = Draft(self.gm, self.plan, layouts)
+    def _lower(self, layouts: tuple[str, ...], refs: list[CodeRef], together: bool) -> Lowered:
+        draft = Draft(self.gm, self.plan, layouts, together)
         reports = [rewrite_attend(draft), rewrite_unpack(draft)]
         policies = tuple(self.options.policy.for_code(ref) for ref in refs)
         reports.append(rewrite_encode(draft, tuple(r.layout.spec for r in refs), policies))
@@ -209,13 +209,16 @@ class PackedGraph:
     def _layouts(self, args: tuple[Any, ...]) -> tuple[str, ...]:
         return tuple(args[i].store.ref.layout.spec for i in self._handles)
 
-    def _make_room(self, args: tuple[Any, ...], interface: Interface) -> tuple[Any, ...]:
-        """Handles whose store has room in the ring for what the graph appends, in step."""
-        if not any(interface.appends):
+    def _make_room(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Handles whose stores have room in the ring for what the graph appends.
+
+        Stores of one length are brought in step: coded up to the same token, capacities alike.
+        """
+        if not any(self._appends):
             return args
         ready = list(args)
         stores: list[SideStore] = []
-        for position, tokens in zip(self._handles, interface.appends, strict=True):
+        for position, tokens in zip(self._handles, self._appends, strict=True):
             handle = args[position]
             if tokens:
                 store = handle.store.branch(handle.shape[2])
@@ -223,16 +226,20 @@ class PackedGraph:
                 stores.append(store)
                 if store is not handle.store:
                     ready[position] = PackedKV.of(store)
-        coded = max(s.coded for s in stores)
         capacity = max(s.side.capacity for s in stores)
+        coded: dict[int, int] = {}
         for store in stores:
-            if store.coded != coded or store.side.capacity != capacity:
-                store.align(coded, capacity)
+            coded[store.length] = max(coded.get(store.length, 0), store.coded)
+        for store in stores:
+            if store.coded != coded[store.length] or store.side.capacity != capacity:
+                store.align(coded[store.length], capacity)
         return tuple(ready)
 
-    def _inputs(self, args: tuple[Any, ...], interface: Interface, refs: Sequence[CodeRef]) -> list[Any]:
+    def _inputs(
+        self, args: tuple[Any, ...], interface: Interface, refs: Sequence[CodeRef]
+    ) -> list[Any]:
         handles = [args[i] for i in self._handles]
-        tables: list[Sequence[Any]] = [args, lengths_of(handles, interface.appends)]
+        tables: list[Sequence[Any]] = [args, lengths_of(handles, self._appends)]
         for handle in handles:
             store = handle.store
             tables.append((*store.tensors(), *store.ref.code.on(store.device)))
@@ -264,7 +271,7 @@ class PackedGraph:
             return args[recipe.argument]  # type: ignore[no-any-return]
         if isinstance(recipe, AppendedOutput):
             store = args[self._handles[recipe.handle]].store
-            store.advance(interface.appends[recipe.handle])
+            store.advance(self._appends[recipe.handle])
             return PackedKV.of(store)
         if isinstance(recipe, ExtendedOutput):
             return args[self._handles[recipe.handle]].append(results[recipe.value])  # type: ignore[no-any-return]
@@ -276,7 +283,9 @@ class PackedGraph:
         else:
             assert isinstance(recipe, DenseOutput)
             dense, results[recipe.value] = results[recipe.value], None
-            store = SideStore.encode(dense, ref, policy, visible.get(self._updates[recipe.code].node))
+            store = SideStore.encode(
+                dense, ref, policy, visible.get(self._updates[recipe.code].node)
+            )
         self.record.stores.add(store)
         return PackedKV.of(store)
 

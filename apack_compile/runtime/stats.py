@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..cache.store import SideStore
 from ..passes.base import PassReport, Skip
@@ -25,7 +27,10 @@ class GraphRecord:
         compiles: Inductor compilations.
         runs: graph runs by what was run: ``stock``, ``fit``, ``encode``, ``decode``.
         attends: packed attention calls.
-        appends: tokens written by the runtime behind packed caches.
+        notes: of single sites, such as why there is no fit yet.
+        stores: caches that this graph made and that are alive.
+        errors: coding error predicted at the fit, by site and side.
+        weights: the model's parameters among the inputs.
     """
 
     reason: str = ""
@@ -38,18 +43,17 @@ class GraphRecord:
     notes: dict[str, str] = field(default_factory=dict)
     stores: weakref.WeakSet[SideStore] = field(default_factory=weakref.WeakSet)
     errors: dict[str, float] = field(default_factory=dict)
-    weights: set[int] = field(default_factory=set)
-    _seen: bool = False
+    weights: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
     def ran(self, what: str) -> None:
         """Count a run."""
         self.runs[what] = self.runs.get(what, 0) + 1
 
-    def saw(self, args: tuple[Any, ...]) -> None:
-        """Remember which parameters this graph belongs to."""
-        if not self._seen:
-            self._seen = True
-            self.weights = {id(a) for a in args if isinstance(a, torch.nn.Parameter)}
+    def belongs_to(self, parameters: Iterable[Any]) -> None:
+        """Remember whose graph this is."""
+        for p in parameters:
+            if isinstance(p, torch.nn.Parameter):
+                self.weights[p] = True
 
 
 class Registry:

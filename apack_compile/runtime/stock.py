@@ -26,7 +26,8 @@ class StockGraph:
         record.compiles += 1
 
     def __call__(self, *args: Any) -> Any:
-        self.record.saw(args)
+        if not self.record.runs:
+            self.record.belongs_to(args)
         self.record.ran("stock")
         if self.handles:
             args = tuple(a.unpack() if isinstance(a, PackedKV) else a for a in args)

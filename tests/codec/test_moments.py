@@ -39,7 +39,9 @@ def test_moments_are_sums_of_tokens_and_of_their_outer_products() -> None:
 @pytest.mark.parametrize("dim", [0, 2])
 def test_two_halves_equal_the_whole(dim: int) -> None:
     q, k, v = data()
-    halves = [Moments.of(*part, None) for part in zip(*(x.chunk(2, dim) for x in (q, k, v)), strict=True)]
+    halves = [
+        Moments.of(*part, None) for part in zip(*(x.chunk(2, dim) for x in (q, k, v)), strict=True)
+    ]
     assert_same(halves[0] + halves[1], Moments.of(q, k, v, None))
 
 

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from apack_compile.kernels.reference import decode_reference
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from apack_compile.codec import TransformLayout
 from apack_compile.codec.transform import GAIN_DTYPE
-from apack_compile.kernels.reference import decode_reference
 
 from ..helpers import few, hand_code, random_payload
 
@@ -93,7 +93,9 @@ def test_components_are_rounded_to_the_middle_of_their_step() -> None:
     assert decoded.tolist() == [0.5, -0.5, 3.5, -3.5, 0.5, 1.5, -1.5, -0.5]
 
 
-@pytest.mark.parametrize(("runs", "largest"), [((4, 0, 0), 127.5), ((0, 4, 0), 7.5), ((0, 0, 4), 1.5)])
+@pytest.mark.parametrize(
+    ("runs", "largest"), [((4, 0, 0), 127.5), ((0, 4, 0), 7.5), ((0, 0, 4), 1.5)]
+)
 def test_numbers_beyond_the_last_level_are_clamped(
     runs: tuple[int, int, int], largest: float
 ) -> None:

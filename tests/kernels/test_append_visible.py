@@ -26,7 +26,9 @@ def test_append_casts_to_the_dtype_of_the_ring() -> None:
 
 def test_append_without_room_is_refused() -> None:
     with pytest.raises((RuntimeError, IndexError), match="out of (range|bounds)"):
-        torch.ops.apack.append_(torch.zeros(1, 1, 4, 2), torch.ones(1, 1, 1, 2), torch.tensor([0, 5]))
+        torch.ops.apack.append_(
+            torch.zeros(1, 1, 4, 2), torch.ones(1, 1, 1, 2), torch.tensor([0, 5])
+        )
 
 
 def seen(mask: torch.Tensor, batch: int, length: int) -> list[list[int]]:
@@ -40,7 +42,8 @@ def test_a_token_is_visible_if_any_query_of_any_head_sees_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "hidden"), [(d, least) for d, least in LEAST.items()] + [(torch.float32, float("-inf"))]
+    ("dtype", "hidden"),
+    [(d, least) for d, least in LEAST.items()] + [(torch.float32, float("-inf"))],
 )
 def test_float_masks_hide_by_very_low_numbers(dtype: torch.dtype, hidden: float) -> None:
     mask = torch.zeros(1, 1, 2, 4, dtype=dtype)

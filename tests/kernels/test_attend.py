@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from apack_compile.kernels.reference import attend_reference, unpack_reference
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from apack_compile.cache import Policy
 from apack_compile.codec import Code, ExactLayout, TransformLayout
-from apack_compile.kernels.reference import attend_reference, unpack_reference
 
 from ..helpers import encoded, few, hand_code, poison
 
@@ -91,7 +91,15 @@ def test_any_shape_agrees_with_the_oracle(poisoned: bool, **shape: Any) -> None:
     check(given)
 
 
-MASKS = [(2, 1, 3, 20), (1, 1, 3, 20), (2, 4, 3, 20), (1, 4, 1, 20), (2, 1, 3, 1), (1, 1, 1, 1), (3, 20)]
+MASKS = [
+    (2, 1, 3, 20),
+    (1, 1, 3, 20),
+    (2, 4, 3, 20),
+    (1, 4, 1, 20),
+    (2, 1, 3, 1),
+    (1, 1, 1, 1),
+    (3, 20),
+]
 
 
 @pytest.mark.parametrize("shape", MASKS)
@@ -102,8 +110,10 @@ def test_masks_broadcast_as_they_do_in_sdpa(
 ) -> None:
     given = case(queries=3, policy=policy)
     hidden = torch.rand(shape) < 0.3
-    given["mask"] = ~hidden if dtype == torch.bool else torch.randn(shape).to(dtype).masked_fill(
-        hidden, float("-inf")
+    given["mask"] = (
+        ~hidden
+        if dtype == torch.bool
+        else torch.randn(shape).to(dtype).masked_fill(hidden, float("-inf"))
     )
     check(given)
 
@@ -120,8 +130,10 @@ def test_rows_that_see_nothing_are_zero(dtype: torch.dtype) -> None:
     given = case(queries=3)
     mask = torch.ones(2, 1, 3, 20, dtype=torch.bool)
     mask[0, :, 1] = False
-    given["mask"] = mask if dtype == torch.bool else torch.zeros(mask.shape, dtype=dtype).masked_fill(
-        ~mask, float("-inf")
+    given["mask"] = (
+        mask
+        if dtype == torch.bool
+        else torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, float("-inf"))
     )
     out = check(given)
     assert not out[0, :, 1].any()

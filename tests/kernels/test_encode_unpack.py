@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from apack_compile.kernels.encode import encode_tokens
+from apack_compile.kernels.reference import unpack_reference
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from apack_compile.cache import Policy
 from apack_compile.codec import Code, ExactLayout, TransformLayout
-from apack_compile.kernels.encode import encode_tokens
-from apack_compile.kernels.reference import unpack_reference
 
 from ..helpers import encoded, few, hand_code, poison
 
@@ -71,9 +71,7 @@ def test_unpacking_reads_every_token_from_where_the_oracle_does(
     prefix = min(prefix, length)
     expected = unpack_reference(side, lengths, prefix, code.layout.spec)
     # float64 rounding of sums of 10 products of size up to 1e3
-    torch.testing.assert_close(
-        unpack(side, lengths, prefix, code), expected, rtol=0, atol=1e-10
-    )
+    torch.testing.assert_close(unpack(side, lengths, prefix, code), expected, rtol=0, atol=1e-10)
 
 
 def test_window_and_sinks_are_exact_and_the_rest_is_coded() -> None:

@@ -59,7 +59,9 @@ def test_encode(kind: str, length: int) -> None:
 
 def test_encode_of_one_head_aliases_nothing() -> None:
     code = Code(ExactLayout(1, 4))
-    check(torch.ops.apack.encode, torch.randn(1, 1, 8, 4), None, [], code.layout.spec, 0, 0, 4, 20, 8)
+    check(
+        torch.ops.apack.encode, torch.randn(1, 1, 8, 4), None, [], code.layout.spec, 0, 0, 4, 20, 8
+    )
 
 
 @every_code

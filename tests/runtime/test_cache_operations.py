@@ -132,8 +132,12 @@ def test_one_prefilled_cache_serves_two_continuations() -> None:
         return transformers.LlamaForCausalLM.forward(model, **kwargs)
 
     with torch.compiler.set_stance("force_eager"):
-        torch.testing.assert_close(a, continued(eager, prefilled(model, 1), 20), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(b, continued(eager, prefilled(model, 1), 100), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            a, continued(eager, prefilled(model, 1), 20), rtol=1e-4, atol=1e-4
+        )
+        torch.testing.assert_close(
+            b, continued(eager, prefilled(model, 1), 100), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_several_tokens_on_a_packed_cache_and_a_second_turn() -> None:

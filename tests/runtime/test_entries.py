@@ -32,9 +32,7 @@ def module_compile(case: zoo.Case) -> torch.Tensor:
 
 
 def compiled_forward(case: zoo.Case) -> torch.Tensor:
-    case.model.forward = torch.compile(
-        case.model.forward, backend="attentionpack", options=OPTIONS
-    )
+    case.model.forward = torch.compile(case.model.forward, backend="attentionpack", options=OPTIONS)
     return generate(case.model, case)
 
 

@@ -1,0 +1,203 @@
+"""SmolLM2 answers a question about a long document, and looks at a photograph.
+
+Each is done with stock torch and with ``torch.compile(model, backend="attentionpack")``; bytes of
+the KV cache and speeds are printed beside each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import smollm2  # first: it keeps transformers off the network
+import smolvlm
+import torch
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+import apack_compile
+
+DATA = Path(__file__).parent / "data"
+QUESTION = "What sum did the tribunal at Geneva award to the United States?"
+FACT = "15,500,000"
+
+
+class Clock(BaseStreamer):
+    """Notes when ``generate`` starts and when each token arrives."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called with the prompt, then with each token."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Called after the last token."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one call of ``generate`` made, and when.
+
+    Attributes:
+        prompt: tokens of the prompt.
+        tokens: the new tokens.
+        cache: the KV cache that was left.
+        seconds: until the first token, and from each token to the next.
+    """
+
+    prompt: int
+    tokens: torch.Tensor
+    cache: Any
+    seconds: list[float]
+
+    @property
+    def prefill(self) -> float:
+        """Tokens of the prompt a second."""
+        return self.prompt / self.seconds[0]
+
+    @property
+    def decode(self) -> float:
+        """New tokens a second, after the first."""
+        return len(self.seconds[1:]) / sum(self.seconds[1:])
+
+
+def generate(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int) -> Run:
+    """Greedy decoding with a clock."""
+    clock = Clock()
+    out = model.generate(
+        **inputs,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        streamer=clock,
+        return_dict_in_generate=True,
+    )
+    times = clock.times
+    seconds = [after - before for before, after in zip(times, times[1:], strict=False)]
+    prompt = inputs["input_ids"].shape[1]
+    return Run(prompt, out.sequences[0, prompt:], out.past_key_values, seconds)
+
+
+@contextmanager
+def step(what: str, every: float = 15.0) -> Iterator[None]:
+    """Say what is being done, that it still is, and how long it took."""
+    start, done = time.perf_counter(), threading.Event()
+
+    def tick() -> None:
+        while not done.wait(every):
+            say(f"    ... {time.perf_counter() - start:.0f} s")
+
+    say(f"  {what}")
+    ticker = threading.Thread(target=tick, daemon=True)
+    ticker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        ticker.join()
+    say(f"    done in {time.perf_counter() - start:.1f} s")
+
+
+def say(line: str = "") -> None:
+    """Print at once, also into a pipe."""
+    print(line, flush=True)
+
+
+def compare(
+    model: PreTrainedModel, inputs: dict[str, torch.Tensor], new_tokens: int, ratio: float
+) -> tuple[Run, Run]:
+    """Generate with stock torch, then packed; the packed run that is kept compiles nothing."""
+    prompt = inputs["input_ids"].shape[1]
+    with step(f"stock torch, eager: prefill of {prompt:,} tokens, then greedy decoding"):
+        stock = generate(model, inputs, new_tokens)
+    packed_model: Any = torch.compile(
+        model, backend="attentionpack", options={"ratio": ratio}
+    )
+    with step(
+        "attentionpack, first call: the prefill runs uncompiled to fit the codes, then the decode "
+        "step is compiled (a minute or two)"
+    ):
+        first = generate(packed_model, inputs, new_tokens)
+    say(f"    fitting prefill {first.seconds[0]:.1f} s, compiling decode {first.seconds[1]:.1f} s")
+    with step("attentionpack, second call: the prefill is compiled too"):
+        second = generate(packed_model, inputs, 2)
+    say(f"    compiling prefill {second.seconds[0]:.1f} s, the prefill itself included")
+    with step("attentionpack, third call: nothing left to compile; this one is measured"):
+        packed = generate(packed_model, inputs, new_tokens)
+    return stock, packed
+
+
+def show(tokenizer: smollm2.Tokenizer, stock: Run, packed: Run) -> None:
+    """Answers, bytes and speeds, side by side."""
+    for name, run in (("stock", stock), ("packed", packed)):
+        say(f"  {name + ':':<8}{tokenizer.decode(run.tokens, skip_special_tokens=True).strip()}")
+    same = torch.equal(stock.tokens, packed.tokens)
+    say(f"  the same tokens: {'yes' if same else 'no'}")
+    say()
+    size = apack_compile.cache_bytes(packed.cache)
+    kind = "32-bit" if stock.cache.layers[0].keys.dtype == torch.float32 else "16-bit"
+    say(f"  {'':<24}{'stock eager':>14}{'attentionpack':>16}")
+    for name, left, right in (
+        (f"KV cache ({kind} dense)", f"{size.dense / 1e6:.2f} MB", f"{size.packed / 1e6:.2f} MB"),
+        ("prefill", f"{stock.prefill:.1f} tok/s", f"{packed.prefill:.1f} tok/s"),
+        ("decode", f"{stock.decode:.2f} tok/s", f"{packed.decode:.2f} tok/s"),
+    ):
+        say(f"  {name:<24}{left:>14}{right:>16}")
+    say(f"  cache: {size}")
+    say()
+
+
+def about_document(tokenizer: smollm2.Tokenizer, model: PreTrainedModel, args: Any) -> None:
+    """The text job: a question about a document of 4,500 tokens."""
+    document = " ".join((DATA / "message-1872.txt").read_text().split())
+    ids = smollm2.chat(tokenizer, f"{document}\n\n{QUESTION}")
+    say("\n1. A question about a long document (examples/data/message-1872.txt)")
+    say(f"  {QUESTION}")
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    stock, packed = compare(model, inputs, args.tokens, args.ratio)
+    say()
+    show(tokenizer, stock, packed)
+    found = FACT in tokenizer.decode(packed.tokens)
+    say(f"  the document says ${FACT}: the packed answer {'has it' if found else 'LACKS IT'}")
+    say(f"\n{apack_compile.report(model)}")
+
+
+def about_photograph(tokenizer: smollm2.Tokenizer, model: PreTrainedModel, args: Any) -> None:
+    """The image job: the same decoder behind a vision tower."""
+    say("\n2. The same model as the decoder of a SmolVLM (examples/data/cat.jpg)")
+    say("  The vision tower is UNTRAINED: the decoder gets image tokens that mean nothing to it,")
+    say("  and the text does not describe the photograph. What this shows is the image path:")
+    say(f"  {smolvlm.TOKENS} tokens of the prompt come from pixels, and their cache is packed.")
+    with step("building"):
+        vlm = smolvlm.build(model, tokenizer)
+        inputs = smolvlm.look(tokenizer, DATA / "cat.jpg", "What is in this picture?")
+    stock, packed = compare(vlm, inputs, args.tokens, args.ratio)
+    say()
+    show(tokenizer, stock, packed)
+    say(f"\n{apack_compile.report(vlm)}")
+
+
+def main() -> None:
+    """Run both jobs."""
+    parser = argparse.ArgumentParser(description=__doc__, prog="make demo")
+    parser.add_argument("--ratio", type=float, default=8, help="of dense 16-bit bytes to coded")
+    parser.add_argument("--tokens", type=int, default=48, help="new tokens at most")
+    args = parser.parse_args()
+    start = time.perf_counter()
+    say(f"torch {torch.__version__}, {torch.get_num_threads()} threads, ratio {args.ratio:g}")
+    with step("loading SmolLM2-135M-Instruct: decoding the 4-bit weights"):
+        tokenizer, model = smollm2.load_tokenizer(), smollm2.load_model()
+    about_document(tokenizer, model, args)
+    about_photograph(tokenizer, model, args)
+    say(f"\nall done in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

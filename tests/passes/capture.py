@@ -1,0 +1,167 @@
+"""Dynamo graphs of small functions, and running their rewritings without Inductor."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from apack_compile.cache import PackedKV, Policy, SideStore
+from apack_compile.cache.store import exact_ref
+from apack_compile.codec import CodeRef
+from apack_compile.passes.base import PassReport
+from apack_compile.passes.draft import (
+    AppendedOutput,
+    ArgumentOutput,
+    DenseOutput,
+    Draft,
+    EncodedOutput,
+    ExtendedOutput,
+    Interface,
+    PlainOutput,
+)
+from apack_compile.passes.plan import Plan, make_plan
+from apack_compile.passes.rewrite_attend import rewrite_attend
+from apack_compile.passes.rewrite_encode import encoded_updates, rewrite_encode
+from apack_compile.passes.rewrite_unpack import rewrite_unpack
+
+POLICY = Policy(sinks=2, extra=2, window=8, block=32, chunk=16)
+
+
+@dataclass
+class Captured:
+    """One Dynamo graph, its plan, and the arguments of its first call."""
+
+    gm: fx.GraphModule
+    plan: Plan
+    args: tuple[Any, ...]
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.gm.graph
+
+    @property
+    def treatments(self) -> list[str]:
+        return [site.treatment for site in self.plan.sites]
+
+    @property
+    def reasons(self) -> list[str]:
+        return [skip.reason for skip in self.plan.skipped]
+
+    @property
+    def stores(self) -> list[SideStore]:
+        return [a.store for a in self.args if isinstance(a, PackedKV)]
+
+    def draft(self) -> Draft:
+        return Draft(self.gm, self.plan, tuple(s.ref.layout.spec for s in self.stores))
+
+    def expected(self) -> tuple[Any, ...]:
+        """What the Dynamo graph returns for dense tensors."""
+        dense = [a.unpack() if isinstance(a, PackedKV) else a for a in self.args]
+        return self.gm(*dense)
+
+
+def capture(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None) -> Captured:
+    """The one graph of ``fn(*args)``."""
+    found: list[Captured] = []
+
+    def record(gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        captured = Captured(gm, make_plan(gm.graph), ())
+        found.append(captured)
+
+        def call(*args: Any) -> Any:
+            captured.args = args
+            dense = [a.unpack() if isinstance(a, PackedKV) else a for a in args]
+            return gm(*dense)
+
+        return call
+
+    torch.compile(fn, backend=record, fullgraph=True, dynamic=dynamic)(*args)
+    assert len(found) == 1
+    return found[0]
+
+
+@dataclass
+class Rewritten:
+    """A rewritten graph and how to call it."""
+
+    gm: fx.GraphModule
+    interface: Interface
+    reports: list[PassReport]
+    refs: list[CodeRef]
+
+    @property
+    def calls(self) -> Counter[str]:
+        return calls(self.gm.graph)
+
+
+def rewrite(captured: Captured, refs: Sequence[CodeRef] | None = None) -> Rewritten:
+    """All rewriting passes; exact codes unless ``refs`` are given."""
+    draft = captured.draft()
+    updates = encoded_updates(captured.plan.having("encode"))
+    shapes = [update.node.meta["example_value"].shape for update in updates]
+    codes = list(refs or [exact_ref(shape[1], shape[3]) for shape in shapes])
+    specs = tuple(ref.layout.spec for ref in codes)
+    policies = tuple(POLICY.for_code(ref) for ref in codes)
+    reports = [rewrite_attend(draft), rewrite_unpack(draft), rewrite_encode(draft, specs, policies)]
+    gm, interface = draft.finish()
+    return Rewritten(gm, interface, reports, codes)
+
+
+def run(captured: Captured, new: Rewritten) -> tuple[list[Any], list[Any]]:
+    """Results of the Dynamo graph by its rewriting, handles unpacked; then the extra ones.
+
+    Stores need room in their rings for what the graph appends.
+    """
+    gm, interface, refs = new.gm, new.interface, new.refs
+    handles = [captured.args[i] for i in interface.handles]
+    lengths = [
+        torch.tensor([[s.coded, s.recent + n * appended] for s, n in zip(
+            (h.store for h in handles), interface.appends, strict=True)])
+        for appended in (0, 1)
+    ]  # fmt: skip
+    tables = [captured.args, [*lengths, *(h.shape[2] for h in handles)]]
+    tables += [[*h.store.tensors(), *h.store.ref.code.params] for h in handles]
+    tables += [ref.code.params for ref in refs]
+    results = gm(*(tables[table][index] for table, index in interface.slots))
+    for handle, tokens in zip(handles, interface.appends, strict=True):
+        handle.store.advance(tokens)
+
+    def value(out: Any) -> Any:
+        if isinstance(out, PlainOutput | DenseOutput):
+            return results[out.value]
+        if isinstance(out, ArgumentOutput):
+            return captured.args[out.argument].unpack()
+        if isinstance(out, AppendedOutput):
+            return handles[out.handle].store.dense(handles[out.handle].store.length)
+        if isinstance(out, ExtendedOutput):
+            return handles[out.handle].append(results[out.value]).unpack()
+        assert isinstance(out, EncodedOutput)
+        tensors = list(results[out.value : out.value + out.count])
+        length = results[out.value + out.count]
+        ref = refs[out.code]
+        store = SideStore.from_encoded(tensors, ref, POLICY.for_code(ref), length)
+        return store.dense(length)
+
+    return [value(out) for out in interface.outputs], list(results[interface.extra :])
+
+
+def calls(graph: fx.Graph) -> Counter[str]:
+    """How often each function or method is called."""
+    return Counter(
+        n.target if isinstance(n.target, str) else str(getattr(n.target, "name", lambda n=n: n.target.__name__)())
+        for n in graph.nodes
+        if n.op.startswith("call")
+    )  # fmt: skip
+
+
+def tokens(count: int, heads: int = 2, batch: int = 2, dim: int = 8) -> Tensor:
+    return torch.randn(batch, heads, count, dim)
+
+
+def packed(count: int, heads: int = 2, batch: int = 2, dim: int = 8) -> PackedKV:
+    return PackedKV.pack(tokens(count, heads, batch, dim), policy=POLICY)

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .capture import Captured, capture, packed, tokens
+
+sdpa = F.scaled_dot_product_attention
+Grow = Callable[[Tensor, Tensor], Tensor]
+
+
+def decode(grow: Grow = lambda past, new: torch.cat([past, new], 2)) -> Callable[..., Any]:
+    def fn(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Any:
+        keys, values = grow(past_k, k), grow(past_v, v)
+        return sdpa(q, keys, values), keys, values
+
+    return fn
+
+
+def kinds(captured: Captured) -> list[tuple[str, str]]:
+    return [(s.cached.k.kind, s.cached.v.kind) for s in captured.plan.sites]
+
+
+def reasons(captured: Captured) -> list[str]:
+    """Why ``find_updates`` left sites alone; exactly one reason for each."""
+    report = captured.plan.reports[1]
+    assert report.name == "find_updates"
+    assert report.matched == len(captured.plan.sites)
+    return [skip.reason for skip in report.skipped]
+
+
+GROWN: dict[str, Grow] = {
+    "dim 2": lambda past, new: torch.cat([past, new], 2),
+    "dim -2": lambda past, new: torch.cat([past, new], -2),
+    "named dim": lambda past, new: torch.cat([past, new], dim=-2),
+    "all named": lambda past, new: torch.cat(tensors=[past, new], dim=2),
+    "tuple": lambda past, new: torch.cat((past, new), dim=2),
+    "concat": lambda past, new: torch.concat([past, new], 2),
+}
+
+
+@pytest.mark.parametrize("grow", GROWN.values(), ids=GROWN)
+@pytest.mark.parametrize("make", [tokens, packed])
+def test_a_growing_cache_is_found(grow: Grow, make: Callable[[int], Tensor]) -> None:
+    captured = capture(decode(grow), tokens(1), tokens(1), tokens(1), make(40), make(40))
+    kind = "packed" if make is packed else "dense"
+    assert kinds(captured) == [(kind, kind)]
+    assert reasons(captured) == []
+    site = captured.plan.sites[0].cached
+    for update in (site.k, site.v):
+        assert update.node.args[0] == [update.past, update.new] or update.node.kwargs
+        assert update.past.op == "placeholder"
+        assert update.new.meta["example_value"].shape[2] == 1
+    assert site.k.past is not site.v.past
+
+
+def test_a_first_prefill_behind_an_empty_tensor_is_found() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        keys, values = (torch.cat([torch.tensor([]), x], -2) for x in (k, v))
+        return sdpa(q, keys, values), keys, values
+
+    captured = capture(fn, tokens(6), tokens(6), tokens(6))
+    assert kinds(captured) == [("empty", "empty")]
+    assert captured.plan.sites[0].cached.k.past is None
+
+
+def test_an_empty_tensor_that_is_an_input_is_an_empty_past() -> None:
+    empty = torch.tensor([])
+    captured = capture(decode(), tokens(6), tokens(6), tokens(6), empty, empty.clone())
+    assert kinds(captured) == [("empty", "empty")]
+
+
+def test_a_first_prefill_without_a_cat_is_found() -> None:
+    captured = capture(lambda q, k, v: (sdpa(q, k * 2, v * 2), k * 2), *[tokens(6)] * 3)
+    assert reasons(captured) == ["no cache: keys and values are not stored"]
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        keys, values = k * 2, v * 2
+        return sdpa(q, keys, values), keys, values
+
+    captured = capture(fn, tokens(6), tokens(6), tokens(6))
+    assert kinds(captured) == [("empty", "empty")]
+    assert captured.plan.sites[0].cached.k.node is captured.plan.sites[0].cached.k.new
+
+
+LEFT_ALONE: dict[str, tuple[Grow, str]] = {
+    "last dimension": (
+        lambda past, new: torch.cat([past[..., :4], past[..., 4:]], -1),
+        "no cache: made by a cat of halves, not of tokens",
+    ),
+    "batch": (
+        lambda past, new: torch.cat([past, past]),
+        "no cache: made by a cat of halves, not of tokens",
+    ),
+    "three tensors": (lambda past, new: torch.cat([past, new, new], 2), "cat of 3 tensors"),
+    "computed past": (
+        lambda past, new: torch.cat([past * 2, new], 2), "the past is computed in the graph"
+    ),
+    "new tokens in front": (
+        lambda past, new: torch.cat([new * 2, past], 2), "the past is computed in the graph"
+    ),
+    "not grown": (
+        lambda past, new: past,
+        "keys or values are an input that this graph does not grow (cross-attention?)",
+    ),
+    "written in place": (
+        lambda past, new: past.index_copy_(2, torch.arange(new.shape[2]), new),
+        "no cache: keys and values are not stored",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("grow", "reason"), LEFT_ALONE.values(), ids=LEFT_ALONE)
+def test_what_is_no_growing_cache_is_left_alone(grow: Grow, reason: str) -> None:
+    q = tokens(3, batch=4) if reason.startswith("no cache: made") else tokens(3)
+    if grow is LEFT_ALONE["last dimension"][0]:
+        q = tokens(3)
+    captured = capture(decode(grow), q, tokens(3), tokens(3), tokens(40), tokens(40))
+    assert kinds(captured) == []
+    assert len(reasons(captured)) == 1
+    if reason.startswith("no cache: keys"):
+        return  # in place: any reason will do
+    assert reasons(captured) == [reason]
+
+
+def test_a_preallocated_cache_is_left_alone() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        where = torch.tensor([5])
+        keys.index_copy_(2, where, k)
+        values.index_copy_(2, where, v)
+        return sdpa(q, keys, values)
+
+    captured = capture(fn, tokens(1), tokens(1), tokens(1), tokens(40), tokens(40))
+    assert kinds(captured) == []
+    assert reasons(captured) == ["preallocated cache, written in place: left dense"]
+
+
+@pytest.mark.parametrize("make", [tokens, packed])
+def test_a_sliding_window_is_left_alone(make: Callable[[int], Tensor]) -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Any:
+        keys, values = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        return sdpa(q, keys, values), keys[:, :, -20:], values[:, :, -20:]
+
+    captured = capture(fn, tokens(1), tokens(1), tokens(1), make(40), make(40))
+    assert kinds(captured) == []
+    assert reasons(captured) == ["the whole cache is not stored (sliding window): left dense"]
+
+
+def test_vision_attention_is_left_alone() -> None:
+    w = torch.randn(3, 16, 16)
+
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        q, k, v = (F.linear(x, w[i]).view(2, 9, 2, 8).transpose(1, 2) for i in range(3))
+        return sdpa(q, k, v)
+
+    captured = capture(fn, torch.randn(2, 9, 16), w)
+    assert kinds(captured) == []
+    assert reasons(captured) == ["no cache: keys and values are not stored"]
+
+
+def projected(x: Tensor, w: Tensor) -> Tensor:
+    return F.linear(x, w).unflatten(-1, (2, 8)).transpose(1, 2)
+
+
+def attention(x: Tensor, y: Tensor, wq: Tensor, wk: Tensor, wv: Tensor) -> Any:
+    q, k, v = projected(x, wq), projected(y, wk), projected(y, wv)
+    return sdpa(q, k, v), k, v
+
+
+WEIGHTS = [torch.randn(16, 16) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("length", "reason"),
+    [
+        (6, "cross-attention: keys come from another hidden state than queries"),
+        (9, "cross-attention: keys and queries are different tokens"),
+    ],
+)
+def test_cross_attention_is_left_alone(length: int, reason: str) -> None:
+    captured = capture(attention, torch.randn(2, 6, 16), torch.randn(2, length, 16), *WEIGHTS)
+    assert kinds(captured) == []
+    assert reasons(captured) == [reason]
+
+
+def test_self_attention_shares_its_hidden_state_and_names_its_weights() -> None:
+    x = torch.randn(2, 6, 16)
+    captured = capture(lambda x, *w: attention(x, x, *w), x, *WEIGHTS)
+    assert kinds(captured) == [("empty", "empty")]
+    cached = captured.plan.sites[0].cached
+    arguments = [n for n in captured.graph.nodes if n.op == "placeholder"]
+    for update, weight in ((cached.k, WEIGHTS[1]), (cached.v, WEIGHTS[2])):
+        assert captured.args[arguments.index(update.weight)] is weight
+
+
+def test_projections_with_named_arguments_are_read() -> None:
+    """Bug: they stopped the compilation with an IndexError."""
+
+    def fn(x: Tensor, y: Tensor, wq: Tensor, wk: Tensor) -> Any:
+        q, k = (F.linear(input=a, weight=w).view(2, 6, 2, 8).transpose(1, 2) for a, w in
+                ((x, wq), (y, wk)))  # fmt: skip
+        values = k * 2
+        return sdpa(q, k, values), k, values
+
+    captured = capture(fn, torch.randn(2, 6, 16), torch.randn(2, 6, 16), *WEIGHTS[:2])
+    assert reasons(captured) == ["cross-attention: keys come from another hidden state than queries"]
+
+
+def test_queries_of_low_rank_still_share_the_hidden_state() -> None:
+    def fn(x: Tensor, down: Tensor, up: Tensor, wk: Tensor, wv: Tensor) -> Any:
+        return attention(F.linear(x, down), x, up, wk, wv)
+
+    down, up = torch.randn(4, 16), torch.randn(16, 4)
+    captured = capture(fn, torch.randn(2, 6, 16), down, up, *WEIGHTS[1:])
+    assert kinds(captured) == [("empty", "empty")]
+
+
+def test_keys_and_values_of_different_pasts_are_left_alone() -> None:
+    args = (tokens(1), tokens(1), tokens(1), packed(40), tokens(40))
+    captured = capture(decode(), *args)
+    assert reasons(captured) == ["keys grow from a packed past and values from a dense one"]
+
+
+def test_keys_and_values_that_grow_differently_are_left_alone() -> None:
+    captured = capture(decode(), tokens(1), tokens(1), tokens(2), tokens(40), tokens(39))
+    assert reasons(captured) == ["keys and values do not grow by the same number of tokens"]

@@ -14,8 +14,12 @@
 from __future__ import annotations
 
 import functools
+import importlib.abc
+import importlib.util
 import logging
 import sys
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,6 +28,7 @@ from torch import nn
 log = logging.getLogger(__name__)
 
 BACKEND = "attentionpack"
+GENERATION = "transformers.generation.utils"
 RECOMPILE_LIMIT = 64
 
 _MARK = "_apack_hook"
@@ -34,7 +39,7 @@ def install() -> None:
     """Install every hook that is not installed yet."""
     raise_recompile_limit()
     _hook_optimized_module()
-    _hook_generation_criteria()
+    after_import(GENERATION, _hook_generation_criteria)
 
 
 def raise_recompile_limit() -> None:
@@ -107,10 +112,7 @@ def _install_capturing_hooks(model: nn.Module) -> None:
             install_hooks(module)
 
 
-def _hook_generation_criteria() -> None:
-    generation = sys.modules.get("transformers.generation.utils")
-    if generation is None:
-        return
+def _hook_generation_criteria(generation: ModuleType) -> None:
     original = generation.GenerationMixin._valid_auto_compile_criteria
     if hasattr(original, _MARK):
         return
@@ -124,3 +126,34 @@ def _hook_generation_criteria() -> None:
 
     setattr(criteria, _MARK, True)
     generation.GenerationMixin._valid_auto_compile_criteria = criteria
+
+
+def after_import(name: str, act: Callable[[ModuleType], None]) -> None:
+    """Call ``act`` with module ``name``: now if it is imported, else when it is."""
+    if name in sys.modules:
+        act(sys.modules[name])
+    elif not any(isinstance(f, _AfterImport) and f.name == name for f in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(name, act))
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds one module by the other finders, and acts once it has been executed."""
+
+    def __init__(self, name: str, act: Callable[[ModuleType], None]) -> None:
+        self.name = name
+        self.act = act
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                self.act(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec

@@ -116,7 +116,7 @@ def _check_inductor(settings: Mapping[str, Any]) -> None:
 
     known = torch._inductor.list_options()
     for name, value in settings.items():
-        if name.replace("-", "_") not in known:
+        if str(name).replace("-", "_") not in known:
             raise OptionError(
                 f"option inductor={{{name!r}: {value!r}}}: Inductor has no such setting; "
                 "torch._inductor.list_options() lists them"

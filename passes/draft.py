@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from ..codec import parse_layout
-from .base import output_of
+from .base import output_of, value_of
 from .plan import Plan
 
 ARGUMENTS, LENGTHS, HANDLES = 0, 1, 2
@@ -194,6 +194,18 @@ class Draft:
     def is_live(self, node: fx.Node) -> bool:
         """Whether a node of the new graph is read by another, or is a plain result."""
         return bool(node.users) or node in self._plain_results()
+
+    def erase_dead_sizes(self) -> None:
+        """Erase sizes, and what was computed from them, that nobody reads any more.
+
+        They would keep the tensor alive whose size they are.
+        """
+        results = self._plain_results()
+        for node in reversed(list(self.graph.nodes)):
+            if node.op.startswith("call") and not node.users and node not in results:
+                value = value_of(node)
+                if isinstance(value, (int, torch.SymInt, torch.Size)):
+                    self.graph.erase_node(node)
 
     def _plain_results(self) -> set[fx.Node]:
         originals: Any = output_of(self.gm.graph).args[0]

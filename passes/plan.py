@@ -73,8 +73,15 @@ def make_plan(graph: fx.Graph) -> Plan:
     cached, second = find_updates(graph, attention)
     planned: list[PlannedSite] = []
     skipped: list[Skip] = []
+    growths: dict[fx.Node | None, set[fx.Node]] = {}
+    for site in cached:
+        for update in (site.k, site.v):
+            growths.setdefault(update.past, set()).add(update.node)
     for site in cached:
         treatment, reason = _treat(site)
+        if treatment == "attend" and any(len(growths[u.past]) > 1 for u in (site.k, site.v)):
+            treatment = "unpack"
+            reason = "the cache grows in two ways at once: dense attention"
         planned.append(PlannedSite(site, treatment))
         if reason is not None:
             skipped.append(Skip(site.site.node.name, reason))

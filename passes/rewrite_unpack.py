@@ -20,6 +20,7 @@ from .find_updates import CacheUpdate
 
 def rewrite_unpack(draft: Draft) -> PassReport:
     """Unpack wherever a packed input is still used; the runtime extends those that grow."""
+    draft.erase_dead_sizes()
     for update in draft.plan.updates:
         if update.kind != "packed":
             continue

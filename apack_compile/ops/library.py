@@ -21,6 +21,7 @@ from ..kernels.append import append_ as _append_
 from ..kernels.attend import attend as _attend
 from ..kernels.encode import encode as _encode
 from ..kernels.moments import moments as _moments
+from ..kernels.pool import fill_pool as _fill_pool
 from ..kernels.score_bias import score_bias as _score_bias
 from ..kernels.unpack import unpack as _unpack
 from ..kernels.visible import visible as _visible
@@ -34,7 +35,8 @@ def _define(
     """An operator that is one node to AOTAutograd; ``fake`` gives its output shapes.
 
     Inductor traces into it, unless it is ``opaque``: what all layers share is computed once, not
-    fused into each of them.
+    fused into each of them; and the pool's mix of scans and argmax does not compile on every
+    version of torch (2.11 on CUDA: "NYI TritonSplitDimKernel reductions").
     """
     name = schema.partition("(")[0]
     _LIB.define(schema)
@@ -121,6 +123,16 @@ _define(
     "score_bias(Tensor? mask, Tensor lengths, SymInt capacity, int ring, ScalarType dtype) -> Tensor",
     _score_bias,
     _score_bias_fake,
+    opaque=True,
+)
+_define(
+    "fill_pool(Tensor pool, Tensor positions, Tensor x, int start, Tensor? visible) "
+    "-> (Tensor, Tensor)",
+    _fill_pool,
+    lambda pool, positions, x, start, visible: (
+        pool.new_empty(pool.shape),
+        positions.new_empty(positions.shape),
+    ),
     opaque=True,
 )
 _define_composite("append_(Tensor(a!) ring, Tensor new, Tensor lengths) -> ()", _append_)

@@ -59,9 +59,14 @@ def test_a_handle_looks_like_the_dense_tensor() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((2, 40, 8), r"shape \(2, 40, 8\)"), ((2, 4, 40, 8), "4 heads of 8; its code is for 2 heads of 8")],
+    [
+        ((2, 40, 8), r"shape \(2, 40, 8\)"),
+        ((2, 4, 40, 8), "4 heads of 8; its code is for 2 heads of 8"),
+    ],
 )
-def test_what_is_no_cache_tensor_of_the_code_is_refused(shape: tuple[int, ...], message: str) -> None:
+def test_what_is_no_cache_tensor_of_the_code_is_refused(
+    shape: tuple[int, ...], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         PackedKV.pack(torch.ones(shape), fitted_ref(2, 8), POLICY)
 

@@ -19,7 +19,6 @@ from ..helpers import few
 POLICY = Policy(window=8, block=16, chunk=16)
 
 
-
 @dataclass
 class Pair:
     """A handle and the dense tensor that it stands for."""

@@ -4,11 +4,11 @@ import pickle
 
 import pytest
 import torch
-from apack_compile.kernels.reference import unpack_reference
 
 from apack_compile.cache import Policy, SideStore
 from apack_compile.cache.store import exact_ref
 from apack_compile.codec import CodeRef
+from apack_compile.kernels.reference import unpack_reference
 
 from ..helpers import fitted_ref
 

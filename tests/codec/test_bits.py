@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from apack_compile.kernels.reference import unpack_bits_reference
 from hypothesis import given
 from hypothesis import strategies as st
 
 from apack_compile.codec.bits import CLASSES, pack, unpack
+from apack_compile.kernels.reference import unpack_bits_reference
 
 from ..helpers import few
 

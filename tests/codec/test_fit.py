@@ -148,8 +148,9 @@ def test_coded_bytes_times_ratio_are_at_most_the_dense_bytes(
 def test_bytes_of_codes_in_groups_are_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("apack_compile.codec.fit.GROUP", 64)
     x = gaussian(6, 32, 200)
+    isotropic = torch.eye(32).expand(1, 6, 32, 32)
     for ratio in (2, 3.7, 4, 6):
-        for code in fit(x, x, ratio):
+        for code in fit(x, x, ratio, isotropic):
             assert isinstance(code.layout, TransformLayout)
             assert code.layout.groups == 3
             assert code.layout.token_bytes(torch.float16) * ratio <= 2 * 6 * 32

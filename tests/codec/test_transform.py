@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from apack_compile.kernels.reference import decode_reference
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from apack_compile.codec import TransformLayout
 from apack_compile.codec.transform import GAIN_DTYPE
+from apack_compile.kernels.reference import decode_reference
 
 from ..helpers import few, hand_code, random_payload
 

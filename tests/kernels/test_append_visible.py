@@ -25,7 +25,7 @@ def test_append_casts_to_the_dtype_of_the_ring() -> None:
 
 
 def test_append_without_room_is_refused() -> None:
-    with pytest.raises((RuntimeError, IndexError), match="out of (range|bounds)"):
+    with pytest.raises((RuntimeError, IndexError), match=r"out of (range|bounds)"):
         torch.ops.apack.append_(
             torch.zeros(1, 1, 4, 2), torch.ones(1, 1, 1, 2), torch.tensor([0, 5])
         )

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from apack_compile.kernels.reference import attend_reference, unpack_reference
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from apack_compile.cache import Policy
 from apack_compile.codec import Code, ExactLayout, TransformLayout
+from apack_compile.kernels.reference import attend_reference, unpack_reference
 
 from ..helpers import encoded, few, hand_code, poison
 

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from apack_compile.kernels.encode import encode_tokens
-from apack_compile.kernels.reference import unpack_reference
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from apack_compile.cache import Policy
 from apack_compile.codec import Code, ExactLayout, TransformLayout
+from apack_compile.kernels.encode import encode_tokens
+from apack_compile.kernels.reference import unpack_reference
 
 from ..helpers import encoded, few, hand_code, poison
 

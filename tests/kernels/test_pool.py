@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from apack_compile.kernels.pool import fill_pool, in_reach, override, pooled_mass, reserve_sinks
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+
+from apack_compile.kernels.pool import fill_pool, in_reach, override, pooled_mass, reserve_sinks
 
 from ..helpers import few
 

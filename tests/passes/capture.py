@@ -28,6 +28,7 @@ from apack_compile.passes.plan import Plan, make_plan
 from apack_compile.passes.rewrite_attend import rewrite_attend
 from apack_compile.passes.rewrite_encode import encoded_updates, rewrite_encode
 from apack_compile.passes.rewrite_unpack import rewrite_unpack
+from apack_compile.runtime.arguments import lengths_of
 
 POLICY = Policy(sinks=2, extra=2, window=8, block=32, chunk=16)
 
@@ -56,8 +57,9 @@ class Captured:
     def stores(self) -> list[SideStore]:
         return [a.store for a in self.args if isinstance(a, PackedKV)]
 
-    def draft(self) -> Draft:
-        return Draft(self.gm, self.plan, tuple(s.ref.layout.spec for s in self.stores))
+    def draft(self, in_step: bool = False) -> Draft:
+        specs = tuple(s.ref.layout.spec for s in self.stores)
+        return Draft(self.gm, self.plan, specs, in_step)
 
     def expected(self) -> tuple[Any, ...]:
         """What the Dynamo graph returns for dense tensors."""
@@ -99,9 +101,11 @@ class Rewritten:
         return calls(self.gm.graph)
 
 
-def rewrite(captured: Captured, refs: Sequence[CodeRef] | None = None) -> Rewritten:
+def rewrite(
+    captured: Captured, refs: Sequence[CodeRef] | None = None, in_step: bool = False
+) -> Rewritten:
     """All rewriting passes; exact codes unless ``refs`` are given."""
-    draft = captured.draft()
+    draft = captured.draft(in_step)
     updates = encoded_updates(captured.plan.having("encode"))
     shapes = [update.node.meta["example_value"].shape for update in updates]
     codes = list(refs or [exact_ref(shape[1], shape[3]) for shape in shapes])
@@ -119,12 +123,7 @@ def run(captured: Captured, new: Rewritten) -> tuple[list[Any], list[Any]]:
     """
     gm, interface, refs = new.gm, new.interface, new.refs
     handles = [captured.args[i] for i in interface.handles]
-    lengths = [
-        torch.tensor([[s.coded, s.recent + n * appended] for s, n in zip(
-            (h.store for h in handles), interface.appends, strict=True)])
-        for appended in (0, 1)
-    ]  # fmt: skip
-    tables = [captured.args, [*lengths, *(h.shape[2] for h in handles)]]
+    tables = [captured.args, lengths_of(handles, interface.appends)]
     tables += [[*h.store.tensors(), *h.store.ref.code.params] for h in handles]
     tables += [ref.code.params for ref in refs]
     results = gm(*(tables[table][index] for table, index in interface.slots))
@@ -151,12 +150,14 @@ def run(captured: Captured, new: Rewritten) -> tuple[list[Any], list[Any]]:
 
 
 def calls(graph: fx.Graph) -> Counter[str]:
-    """How often each function or method is called."""
-    return Counter(
-        n.target if isinstance(n.target, str) else str(getattr(n.target, "name", lambda n=n: n.target.__name__)())
-        for n in graph.nodes
-        if n.op.startswith("call")
-    )  # fmt: skip
+    """How often each operator, function or method is called."""
+
+    def name(target: Any) -> str:
+        if isinstance(target, torch._ops.OpOverload):
+            return target.name()
+        return target if isinstance(target, str) else target.__name__
+
+    return Counter(name(n.target) for n in graph.nodes if n.op.startswith("call"))
 
 
 def tokens(count: int, heads: int = 2, batch: int = 2, dim: int = 8) -> Tensor:

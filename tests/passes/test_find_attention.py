@@ -68,7 +68,9 @@ REPEATS: dict[str, Callable[[Tensor], Tensor]] = {
     "repeat_kv": repeat_kv,
     "short index": lambda x: x[:, :, None].expand(2, 2, 2, 10, 8).reshape(2, 4, 10, 8),
     "ellipsis": lambda x: x[:, :, None, ...].expand(-1, -1, 2, -1, -1).reshape(2, 4, 10, 8),
-    "reshape, function": lambda x: torch.reshape(x[:, :, None].expand(2, 2, 2, 10, 8), (2, 4, 10, 8)),
+    "reshape, function": lambda x: torch.reshape(
+        x[:, :, None].expand(2, 2, 2, 10, 8), (2, 4, 10, 8)
+    ),
     "repeat_interleave": lambda x: x.repeat_interleave(2, 1),
     "repeat_interleave, named": lambda x: x.repeat_interleave(repeats=2, dim=-3),
     "repeat_interleave, function": lambda x: torch.repeat_interleave(x, 2, dim=1),

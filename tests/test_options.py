@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from apack_compile.cache import Policy
+from apack_compile.options import CODECS, MODES, OptionError, Options, inductor_config
+
+NAMES = [f.name for f in dataclasses.fields(Options)]
+
+
+@pytest.mark.parametrize("given", [None, {}])
+def test_no_options_are_the_defaults(given: dict[str, Any] | None) -> None:
+    assert Options.parse(given) == Options()
+
+
+def test_defaults_are_what_the_documentation_says() -> None:
+    options = Options()
+    assert (options.codec, options.ratio, options.fit_tokens) == ("transform", 4.0, 0)
+    assert options.policy == Policy(sinks=4, window=64, block=32)
+    assert options.inductor == {}
+
+
+GOOD: list[dict[str, Any]] = [
+    {"codec": "exact"}, {"codec": "transform", "ratio": 2}, {"ratio": 32}, {"ratio": 6.5},
+    {"sinks": 0}, {"sinks": 64}, {"window": 1}, {"window": 4096}, {"block": 16}, {"block": 4096},
+    {"fit_tokens": 0}, {"fit_tokens": 1 << 20}, {"inductor": {"max_autotune": True}},
+    {"inductor": {"max-autotune": True}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", GOOD, ids=str)
+def test_what_is_given_is_taken_and_the_rest_is_default(given: dict[str, Any]) -> None:
+    options = Options.parse(given)
+    assert {name: getattr(options, name) for name in given} == given
+    for name in set(NAMES) - set(given):
+        assert getattr(options, name) == getattr(Options(), name)
+
+
+def test_sizes_go_into_the_policy() -> None:
+    policy = Options.parse({"sinks": 7, "window": 100, "block": 50}).policy
+    assert (policy.sinks, policy.window, policy.block, policy.ring) == (7, 100, 50, 150)
+
+
+def test_codes_depend_on_codec_and_ratio_only() -> None:
+    key = Options.parse({"ratio": 4}).key
+    assert key == Options.parse({"ratio": 4.0, "window": 10, "sinks": 1}).key
+    assert key != Options.parse({"ratio": 5}).key
+    assert key != Options.parse({"codec": "exact"}).key
+
+
+NUMBERS = {
+    "ratio": ("a number from 2 to 32", [1.99, 32.1, 0, -4, float("nan"), float("inf")]),
+    "sinks": ("a whole number from 0 to 64", [-1, 65, 1.0]),
+    "window": ("a whole number from 1 to 4096", [0, 4097, 64.5]),
+    "block": ("a whole number from 16 to 4096", [15, 4097, 32.0]),
+    "fit_tokens": ("a whole number from 0 to 1048576", [-1, (1 << 20) + 1, 2.5]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, v) for name, (_, bad) in NUMBERS.items() for v in [*bad, "4", None, True, [4]]],
+)
+def test_a_number_out_of_range_is_refused_with_the_range(name: str, value: Any) -> None:
+    expected = f"option {name}={value!r}: accepted is {NUMBERS[name][0]}"
+    with pytest.raises(OptionError, match=re.escape(expected)):
+        Options.parse({name: value})
+
+
+@pytest.mark.parametrize("value", ["int4", "Exact", "", None, 3, ["exact"]])
+def test_an_unknown_codec_is_refused_with_the_known_ones(value: Any) -> None:
+    expected = f"option codec={value!r}: accepted are 'transform', 'exact'"
+    with pytest.raises(OptionError, match=re.escape(expected)):
+        Options.parse({"codec": value})
+    assert CODECS == ("transform", "exact")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("ration", "'ratio'"), ("windows", "'window'"), ("codecs", "'codec'")]
+)
+def test_a_misspelt_option_is_refused_with_a_suggestion(name: str, hint: str) -> None:
+    expected = f"attentionpack has no option {name!r}; did you mean {hint}? Accepted: codec, ratio"
+    with pytest.raises(OptionError, match=re.escape(expected)):
+        Options.parse({name: 1})
+
+
+@pytest.mark.parametrize("name", ["max_autotune", "", 3, None])
+def test_an_unknown_option_is_refused_with_all_known_ones(name: Any) -> None:
+    with pytest.raises(OptionError) as caught:
+        Options.parse({name: 1})
+    text = str(caught.value)
+    assert text.startswith(f"attentionpack has no option {name!r}.")
+    assert f"Accepted: {', '.join(NAMES)}." in text
+    assert "options={'inductor': {...}}" in text
+
+
+def test_exact_codes_have_no_ratio() -> None:
+    with pytest.raises(OptionError, match=re.escape("options codec='exact' and ratio=4 do not go")):
+        Options.parse({"codec": "exact", "ratio": 4})
+
+
+@pytest.mark.parametrize("value", [None, "max_autotune", ["max_autotune"], 1])
+def test_inductor_settings_that_are_no_dict_are_refused(value: Any) -> None:
+    with pytest.raises(
+        OptionError, match=re.escape(f"option inductor={value!r}: accepted is a dict")
+    ):
+        Options.parse({"inductor": value})
+
+
+@pytest.mark.parametrize("name", ["max_autotun", "ratio", "", 3])
+def test_an_unknown_inductor_setting_is_refused_by_name(name: Any) -> None:
+    """Bug: a name that is no text was an AttributeError."""
+    with pytest.raises(OptionError, match=re.escape(f"{{{name!r}: 1}}: Inductor has no such")):
+        Options.parse({"inductor": {name: 1}})
+
+
+def test_option_errors_are_value_errors() -> None:
+    assert issubclass(OptionError, ValueError)
+
+
+def test_options_do_not_change() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Options().ratio = 8.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("mode", [None, "default"])
+def test_the_default_mode_leaves_inductor_as_it_is(mode: str | None) -> None:
+    assert inductor_config(mode, Options()) == {}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_are_those_of_inductor(mode: str) -> None:
+    expected = torch._inductor.list_mode_options(mode) if mode != "default" else {}
+    assert inductor_config(mode, Options()) == expected
+
+
+def test_settings_beat_the_mode_and_may_be_spelt_with_dashes() -> None:
+    given = Options.parse({"inductor": {"max-autotune": False, "epilogue_fusion": True}})
+    config = inductor_config("max-autotune", given)
+    assert config["max_autotune"] is False
+    assert config["epilogue_fusion"] is True
+    assert "max-autotune" not in config
+
+
+@pytest.mark.parametrize("mode", ["fastest", "", 3])
+def test_an_unknown_mode_is_refused_with_the_known_ones(mode: Any) -> None:
+    expected = f"mode={mode!r}: accepted are 'default', 'reduce-overhead', 'max-autotune'"
+    with pytest.raises(OptionError, match=re.escape(expected)):
+        inductor_config(mode, Options())

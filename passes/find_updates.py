@@ -96,6 +96,8 @@ def _update(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> CacheUpda
     if past.op != "placeholder":
         return "the past is computed in the graph"
     if isinstance(value, PackedKV):
+        if value.dtype != value_of(new).dtype:
+            return "the packed cache and its new tokens differ in dtype: made dense"
         return CacheUpdate(root, past, new, "packed", weight)
     past_shape, new_shape = shape_of(past), shape_of(new)
     if past_shape is None or new_shape is None or len(past_shape) != 4 or len(new_shape) != 4:

@@ -224,3 +224,14 @@ def test_keys_and_values_of_different_pasts_are_left_alone() -> None:
 def test_keys_and_values_that_grow_differently_are_left_alone() -> None:
     captured = capture(decode(), tokens(1), tokens(1), tokens(2), tokens(40), tokens(39))
     assert reasons(captured) == ["keys and values do not grow by the same number of tokens"]
+
+
+def test_a_packed_cache_of_another_dtype_is_left_alone() -> None:
+    """Bug: the grown cache kept its dtype where ``cat`` promotes."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Any:
+        keys, values = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        return sdpa(q, keys, values), keys, values
+
+    captured = capture(fn, tokens(1), tokens(1), tokens(1), packed(40).half(), packed(40).half())
+    assert reasons(captured) == ["the packed cache and its new tokens differ in dtype: made dense"]

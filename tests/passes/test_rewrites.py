@@ -280,3 +280,16 @@ def test_new_graphs_are_sound_and_have_no_packed_input() -> None:
     tables = {table for table, _ in new.interface.slots}
     assert tables == {0, 1, 2, 3}
     assert all(isinstance(n, fx.Node) for n in inputs)
+
+
+@pytest.mark.xfail(strict=True, reason="a graph that writes to a packed input loses the write")
+def test_a_graph_that_writes_to_a_packed_input_is_still_right() -> None:
+    def fn(x: Tensor) -> Any:
+        x.mul_(2)
+        return x.sum()
+
+    handle = packed(30)
+    expected = handle.unpack() * 2
+    captured = capture(fn, handle)
+    run(captured, rewrite(captured))
+    assert torch.equal(handle.unpack(), expected)

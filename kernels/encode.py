@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..codec import Layout, parse_layout
-from .pool import reserve_sinks
 
 
 def encode(
@@ -43,10 +42,7 @@ def encode(
         are coded too, and coded again when they leave it.
     """
     length = x.shape[2]
-    positions = reserve_sinks(visible, x, sinks, extra)
-    pool = x.new_zeros(x.shape[0], x.shape[1], sinks + extra, x.shape[3])
-    if sinks + extra:
-        pool, positions = torch.ops.apack.fill_pool(pool, positions, x, 0, visible)
+    pool, positions = torch.ops.apack.make_pool(x, visible, sinks, extra)
     capacity = (length + chunk - 1) // chunk * chunk
     payload = [
         torch.nn.functional.pad(part, (0, 0, 0, capacity - length)).contiguous()

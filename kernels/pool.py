@@ -66,6 +66,19 @@ def fill_pool(
     return torch.where(poison, float("nan"), pool), positions
 
 
+def make_pool(x: Tensor, visible: Tensor | None, sinks: int, extra: int) -> tuple[Tensor, Tensor]:
+    """The pool of a whole prefill ``x [B, H, S, D]``, and its positions: ``apack::make_pool``.
+
+    Args:
+        x: all tokens.
+        visible: ``[B, S]`` bool, False for padding; None: all are seen.
+        sinks, extra: slots for the first visible tokens, and on demand.
+    """
+    pool = x.new_zeros(x.shape[0], x.shape[1], sinks + extra, x.shape[3])
+    positions = reserve_sinks(visible, x, sinks, extra)
+    return fill_pool(pool, positions, x, 0, visible) if sinks + extra else (pool, positions)
+
+
 def override(dense: Tensor, positions: Tensor, values: Tensor, dim: int) -> Tensor:
     """Put pool ``values`` into ``dense`` along ``dim`` at their positions.
 

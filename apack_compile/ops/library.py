@@ -21,7 +21,7 @@ from ..kernels.append import append_ as _append_
 from ..kernels.attend import attend as _attend
 from ..kernels.encode import encode as _encode
 from ..kernels.moments import moments as _moments
-from ..kernels.pool import fill_pool as _fill_pool
+from ..kernels.pool import make_pool as _make_pool
 from ..kernels.score_bias import score_bias as _score_bias
 from ..kernels.unpack import unpack as _unpack
 from ..kernels.visible import visible as _visible
@@ -85,6 +85,14 @@ def _encode_fake(
     ]
 
 
+def _make_pool_fake(
+    x: Tensor, visible: Tensor | None, sinks: int, extra: int
+) -> tuple[Tensor, Tensor]:
+    batch, heads, _, dim = x.shape
+    slots = sinks + extra
+    return x.new_empty(batch, heads, slots, dim), x.new_empty(batch, slots, dtype=torch.int64)
+
+
 def _unpack_fake(side: Sequence[Tensor], lengths: Tensor, length: int, layout: str) -> Tensor:
     code = parse_layout(layout)
     ring = side[len(code.payload_fields(side[0].dtype)) + 2]
@@ -126,13 +134,9 @@ _define(
     opaque=True,
 )
 _define(
-    "fill_pool(Tensor pool, Tensor positions, Tensor x, int start, Tensor? visible) "
-    "-> (Tensor, Tensor)",
-    _fill_pool,
-    lambda pool, positions, x, start, visible: (
-        pool.new_empty(pool.shape),
-        positions.new_empty(positions.shape),
-    ),
+    "make_pool(Tensor x, Tensor? visible, int sinks, int extra) -> (Tensor, Tensor)",
+    _make_pool,
+    _make_pool_fake,
     opaque=True,
 )
 _define_composite("append_(Tensor(a!) ring, Tensor new, Tensor lengths) -> ()", _append_)

@@ -78,6 +78,15 @@ def test_moments(masked: bool) -> None:
     check(torch.ops.apack.moments, q, k, v, visible)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_fill_pool(masked: bool) -> None:
+    x = by_token(2, 3, 6, 4)
+    x[0, 1, 4, 2] = float("nan")
+    visible = torch.rand(2, 6) < 0.8 if masked else None
+    positions = torch.tensor([[2, 3, -1], [4, 5, -1]])
+    check(torch.ops.apack.fill_pool, torch.zeros(2, 3, 3, 4), positions, x, 2, visible)
+
+
 def test_append_and_visible_are_seen_through_by_tracing() -> None:
     def fn(ring: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         torch.ops.apack.append_(ring, new, lengths)

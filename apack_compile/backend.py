@@ -68,8 +68,7 @@ def attentionpack(
         record.reason = "no attention with a growing cache"
         return StockGraph(gm, example_inputs, stock, record)
     record.names = tuple(s.cached.site.node.name for s in plan.sites)
-    ours = partial(compile_inner, parsed.inner, config=keyed(config))
-    return PackedGraph(gm, plan, parsed, ours, record)
+    return PackedGraph(gm, plan, parsed, keyed(config), record)
 
 
 def _may_have_sites(graph: fx.Graph) -> bool:

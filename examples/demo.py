@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def generate(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int) -> Ru
         return_dict_in_generate=True,
     )
     times = clock.times
-    seconds = [after - before for before, after in zip(times, times[1:], strict=False)]
+    seconds = [after - before for before, after in pairwise(times)]
     prompt = inputs["input_ids"].shape[1]
     return Run(prompt, out.sequences[0, prompt:], out.past_key_values, seconds)
 
@@ -117,9 +118,7 @@ def compare(
     prompt = inputs["input_ids"].shape[1]
     with step(f"stock torch, eager: prefill of {prompt:,} tokens, then greedy decoding"):
         stock = generate(model, inputs, new_tokens)
-    packed_model: Any = torch.compile(
-        model, backend="attentionpack", options={"ratio": ratio}
-    )
+    packed_model: Any = torch.compile(model, backend="attentionpack", options={"ratio": ratio})
     with step(
         "attentionpack, first call: the prefill runs uncompiled to fit the codes, then the decode "
         "step is compiled (a minute or two)"

@@ -5,7 +5,7 @@ This is the meaning of ``apack::attend`` and its CPU path: Inductor takes it apa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ def attend(
     scale: float,
     k_layout: str,
     v_layout: str,
+    biased: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Attention of ``q`` over one packed layer.
 
@@ -36,10 +37,27 @@ def attend(
         lengths: int64 ``[2]``: tokens coded, tokens in the ring; their sum is S.
         scale: factor of the scores.
         k_layout, v_layout: specs of the two codes.
+        biased: what to call for :func:`attend_biased`, if not that itself.
 
     Returns:
         ``[B, Hq, Q, Dv]`` in the dtype of q. Rows that see no token are 0, as in PyTorch's SDPA.
     """
+    payload, *_, ring = k[: len(parse_layout(k_layout).payload_fields(k[0].dtype)) + 3]
+    bias = torch.ops.apack.score_bias(mask, lengths, payload.shape[1], ring.shape[2], q.dtype)
+    return (biased or attend_biased)(q, bias, k, v, lengths, scale, k_layout, v_layout)
+
+
+def attend_biased(
+    q: Tensor,
+    bias: Tensor,
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    lengths: Tensor,
+    scale: float,
+    k_layout: str,
+    v_layout: str,
+) -> Tensor:
+    """:func:`attend` with the mask by physical slot: ``apack::score_bias``."""
     key_code, value_code = parse_layout(k_layout), parse_layout(v_layout)
     keys, values = Side.of(k, key_code), Side.of(v, value_code)
     work = working_dtype(q.dtype)
@@ -62,7 +80,6 @@ def attend(
         coded_scores = override(coded_scores, keys.pool_positions, against(keys.pool), 3)
     scores = torch.cat([coded_scores, against(keys.ring)], -1)  # [B, Hq, Q, C + ring]
 
-    bias = torch.ops.apack.score_bias(mask, lengths, capacity, ring, q.dtype)
     scores = torch.where(bias == float("-inf"), bias, scores + bias)
     top = scores.amax(-1, keepdim=True)
     weights = (scores - torch.where(top == float("-inf"), 0.0, top)).exp()

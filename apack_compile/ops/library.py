@@ -1,9 +1,13 @@
 """Schemas of the ``apack`` operators and what runs behind them.
 
 Every operator has one meaning, the plain PyTorch function in ``kernels``. In eager mode that
-function runs. Under AOTAutograd the operator is one node until Inductor's decompositions, which
-trace into the function so that Inductor fuses it. A kernel of our own takes an operator over by a
-decomposition that returns NotImplemented for its device, and a lowering.
+function runs. Under AOTAutograd the operator is one node until Inductor's decompositions:
+
+    attend   ->  score_bias (once for all layers), attend_region (compiled once for all layers)
+    encode   ->  encode_region
+    unpack   ->  its plain operations
+
+A kernel of our own takes an operator over by a lowering, and by not registering a decomposition.
 """
 
 from __future__ import annotations
@@ -19,32 +23,42 @@ from ..codec import parse_layout
 from ..codec.layout import working_dtype
 from ..kernels.append import append_ as _append_
 from ..kernels.attend import attend as _attend
+from ..kernels.attend import attend_biased as _attend_biased
 from ..kernels.encode import encode as _encode
 from ..kernels.moments import moments as _moments
 from ..kernels.pool import make_pool as _make_pool
 from ..kernels.score_bias import score_bias as _score_bias
 from ..kernels.unpack import unpack as _unpack
 from ..kernels.visible import visible as _visible
+from .region import Grows, Region
 
 _LIB = torch.library.Library("apack", "DEF")
 
 
 def _define(
-    schema: str, meaning: Callable[..., Any], fake: Callable[..., Any], opaque: bool = False
+    schema: str,
+    meaning: Callable[..., Any],
+    fake: Callable[..., Any],
+    inductor: Callable[..., Any] | None = None,
 ) -> None:
-    """An operator that is one node to AOTAutograd; ``fake`` gives its output shapes.
+    """An operator that is one node to AOTAutograd.
 
-    Inductor traces into it, unless it is ``opaque``: what all layers share is computed once, not
-    fused into each of them; and the pool's mix of scans and argmax does not compile on every
-    version of torch (2.11 on CUDA: "NYI TritonSplitDimKernel reductions").
+    Args:
+        schema: its signature.
+        meaning: what it computes.
+        fake: gives the shapes of its results.
+        inductor: what Inductor traces in its place. None: it stays one node, and ``meaning`` runs.
+            What all layers share is then computed once; and the pool's mix of scans and argmax
+            does not compile everywhere (torch 2.11 on CUDA: "NYI TritonSplitDimKernel
+            reductions").
     """
     name = schema.partition("(")[0]
     _LIB.define(schema)
     _LIB.impl(name, meaning, "CompositeExplicitAutograd")
     torch.library.register_fake(f"apack::{name}", fake, lib=_LIB)
 
-    if not opaque:
-        register_decomposition(getattr(torch.ops.apack, name).default)(meaning)
+    if inductor is not None:
+        register_decomposition(getattr(torch.ops.apack, name).default)(inductor)
 
 
 def _define_composite(schema: str, meaning: Callable[..., Any]) -> None:
@@ -58,6 +72,42 @@ def _attend_fake(
     scale: float, k_layout: str, v_layout: str,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(*q.shape[:3], parse_layout(v_layout).dim)
+
+
+def _attend_for_inductor(
+    q: Tensor, mask: Tensor | None, k: Sequence[Tensor], v: Sequence[Tensor], lengths: Tensor,
+    scale: float, k_layout: str, v_layout: str,
+) -> Tensor:  # fmt: skip
+    return _attend(
+        q, mask, k, v, lengths, scale, k_layout, v_layout, torch.ops.apack.attend_region.default
+    )
+
+
+def _side_grows(side: Sequence[Tensor], layout: str) -> list[Grows]:
+    payload = len(parse_layout(layout).payload_fields(side[0].dtype))
+    stored = [Grows(True, (1,), alike=True)] * payload + [Grows(True)] * 3
+    return [*stored, *[Grows()] * (len(side) - len(stored))]
+
+
+def _attend_grows(
+    q: Tensor, bias: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], lengths: Tensor,
+    scale: float, k_layout: str, v_layout: str,
+) -> list[Grows]:  # fmt: skip
+    sides = [*_side_grows(k, k_layout), *_side_grows(v, v_layout)]
+    return [Grows(True), Grows(True, (3,)), *sides, Grows()]
+
+
+def _encode_grows(
+    x: Tensor, visible: Tensor | None, params: Sequence[Tensor], *settings: Any
+) -> list[Grows]:
+    seen = [] if visible is None else [Grows(True, (1,))]
+    return [Grows(True, (2,)), *seen, *[Grows()] * len(params)]
+
+
+def _encode_results(
+    x: Tensor, visible: Tensor | None, params: Sequence[Tensor], layout: str, *settings: Any
+) -> int:
+    return len(parse_layout(layout).payload_fields(x.dtype)) + 3
 
 
 def _score_bias_fake(
@@ -107,22 +157,33 @@ def _moments_fake(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> li
     ]
 
 
+_ATTEND = (
+    "Tensor[] k, Tensor[] v, Tensor lengths, float scale, str k_layout, str v_layout) -> Tensor"
+)
+_ENCODE = (
+    "(Tensor x, Tensor? visible, Tensor[] params, str layout, int sinks, int extra, int window, "
+    "int ring, int chunk) -> Tensor[]"
+)
+
+_define_composite(f"attend_biased(Tensor q, Tensor bias, {_ATTEND}", _attend_biased)
+_define_composite(f"encode_plain{_ENCODE}", _encode)
 _define(
-    "attend(Tensor q, Tensor? mask, Tensor[] k, Tensor[] v, Tensor lengths, float scale, "
-    "str k_layout, str v_layout) -> Tensor",
-    _attend,
+    f"attend_region(Tensor q, Tensor bias, {_ATTEND}",
+    Region(torch.ops.apack.attend_biased.default, _attend_grows),
     _attend_fake,
 )
 _define(
-    "encode(Tensor x, Tensor? visible, Tensor[] params, str layout, int sinks, int extra, "
-    "int window, int ring, int chunk) -> Tensor[]",
-    _encode,
+    f"encode_region{_ENCODE}",
+    Region(torch.ops.apack.encode_plain.default, _encode_grows, _encode_results),
     _encode_fake,
 )
+_define(f"attend(Tensor q, Tensor? mask, {_ATTEND}", _attend, _attend_fake, _attend_for_inductor)
+_define(f"encode{_ENCODE}", _encode, _encode_fake, torch.ops.apack.encode_region.default)
 _define(
     "unpack(Tensor[] side, Tensor lengths, SymInt length, str layout) -> Tensor",
     _unpack,
     _unpack_fake,
+    _unpack,
 )
 _define(
     "moments(Tensor q, Tensor k, Tensor v, Tensor? visible) -> Tensor[]", _moments, _moments_fake
@@ -131,13 +192,11 @@ _define(
     "score_bias(Tensor? mask, Tensor lengths, SymInt capacity, int ring, ScalarType dtype) -> Tensor",
     _score_bias,
     _score_bias_fake,
-    opaque=True,
 )
 _define(
     "make_pool(Tensor x, Tensor? visible, int sinks, int extra) -> (Tensor, Tensor)",
     _make_pool,
     _make_pool_fake,
-    opaque=True,
 )
 _define_composite("append_(Tensor(a!) ring, Tensor new, Tensor lengths) -> ()", _append_)
 _define_composite("visible(Tensor mask, SymInt batch, SymInt length) -> Tensor", _visible)

@@ -10,7 +10,8 @@ attends to them (``decode``).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import fx
 
 from ..cache import PackedKV, SideStore
 from ..codec import CodeRef
+from ..compat import compile_inner
+from ..ops.region import INDUCTOR_CONFIG
 from ..options import Options
 from ..passes.base import shape_of, value_of
 from ..passes.draft import (
@@ -59,19 +62,20 @@ class PackedGraph:
         gm: the graph.
         plan: what to do with it.
         options: the user's.
-        compiler: makes code of a graph and fake arguments.
+        config: Inductor settings.
         record: where to count.
     """
 
     def __init__(
         self, gm: fx.GraphModule, plan: Plan, options: Options,
-        compiler: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+        config: dict[str, Any],
         record: GraphRecord,
     ) -> None:  # fmt: skip
         self.gm = gm
         self.plan = plan
         self.options = options
-        self.compiler = compiler
+        self.config = config
+        self.compiler = partial(compile_inner, options.inner, config=config)
         self.record = record
         self._dynamics = Dynamics(gm.graph, plan.handles)
         self._lowered: dict[Any, Lowered] = {}
@@ -179,7 +183,11 @@ class PackedGraph:
                 break
         else:
             artifact = self._compile(lowered, inputs)
-        results = artifact(inputs)
+        token = INDUCTOR_CONFIG.set(self.config)
+        try:
+            results = artifact(inputs)
+        finally:
+            INDUCTOR_CONFIG.reset(token)
         attended = len(self.plan.having("attend"))
         self.record.attends += attended
         self.record.ran("decode" if self._handles else "encode")

@@ -79,12 +79,12 @@ def test_moments(masked: bool) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_fill_pool(masked: bool) -> None:
+@pytest.mark.parametrize(("sinks", "extra"), [(2, 1), (0, 0)])
+def test_make_pool(masked: bool, sinks: int, extra: int) -> None:
     x = by_token(2, 3, 6, 4)
-    x[0, 1, 4, 2] = float("nan")
+    x[0, 1, 4, 2] = float("inf")  # not NaN: the check compares outputs
     visible = torch.rand(2, 6) < 0.8 if masked else None
-    positions = torch.tensor([[2, 3, -1], [4, 5, -1]])
-    check(torch.ops.apack.fill_pool, torch.zeros(2, 3, 3, 4), positions, x, 2, visible)
+    check(torch.ops.apack.make_pool, x, visible, sinks, extra)
 
 
 def test_append_and_visible_are_seen_through_by_tracing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from apack_compile.passes.rewrite_attend import rewrite_attend
 from apack_compile.passes.rewrite_encode import encoded_updates, rewrite_encode
 from apack_compile.passes.rewrite_unpack import rewrite_unpack
 from apack_compile.runtime.arguments import lengths_of
+
+# float32 sums in another order
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 POLICY = Policy(sinks=2, extra=2, window=8, block=32, chunk=16)
 
@@ -166,3 +170,37 @@ def tokens(count: int, heads: int = 2, batch: int = 2, dim: int = 8) -> Tensor:
 
 def packed(count: int, heads: int = 2, batch: int = 2, dim: int = 8) -> PackedKV:
     return PackedKV.pack(tokens(count, heads, batch, dim), policy=POLICY)
+
+
+def check(captured: Captured, kinds: list[type], in_step: bool = False) -> Rewritten:
+    """The rewritten graph gives what the Dynamo graph gives; its results are of these kinds."""
+    expected = captured.expected()
+    new = rewrite(captured, in_step=in_step)
+    assert [type(out) for out in new.interface.outputs] == kinds
+    results, extra = run(captured, new)
+    assert extra == []
+    for kind, mine, theirs in zip(kinds, results, expected, strict=True):
+        if kind is PlainOutput:
+            torch.testing.assert_close(mine, theirs, **CLOSE)
+        else:
+            assert torch.equal(mine, theirs)
+    added = {n.target for n in new.gm.graph.nodes if n.op == "call_function"}
+    added -= {n.target for n in captured.graph.nodes}
+    added.discard(operator.getitem)
+    assert all(isinstance(target, torch._ops.OpOverload) for target in added)
+    return new
+
+
+def ours(new: Rewritten) -> dict[str, int]:
+    return {name: n for name, n in new.calls.items() if "apack" in name}
+
+
+def grown(past_k: Tensor, past_v: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.cat([past_k, k], -2), torch.cat([past_v, v], -2)
+
+
+def repeat_kv(x: Tensor, groups: int = 2) -> Tensor:
+    """As transformers has it."""
+    batch, heads, length, dim = x.shape
+    wide = x[:, :, None, :, :].expand(batch, heads, groups, length, dim)
+    return wide.reshape(batch, heads * groups, length, dim)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apack_compile.passes.find_attention import AttentionSite, find_attention
 
-from .capture import capture, tokens
+from .capture import capture, repeat_kv, tokens
 
 sdpa = F.scaled_dot_product_attention
 Attend = Callable[..., Tensor]
@@ -56,12 +56,6 @@ def test_arguments_are_found_wherever_they_stand(
         assert site.mask.meta["example_value"].dtype == torch.bool
     assert site.scale == (1 / math.sqrt(8) if scale is None else scale)
     assert site.causal == causal
-
-
-def repeat_kv(x: Tensor, groups: int = 2) -> Tensor:
-    batch, heads, length, dim = x.shape
-    wide = x[:, :, None, :, :].expand(batch, heads, groups, length, dim)
-    return wide.reshape(batch, heads * groups, length, dim)
 
 
 REPEATS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apack_compile.passes.draft import AppendedOutput, PlainOutput
+
+from .capture import capture, check, grown, ours, packed, repeat_kv, tokens
+
+sdpa = F.scaled_dot_product_attention
+
+GONE = ("cat", "expand", "reshape", "repeat_interleave", "scaled_dot_product_attention", "getitem")
+
+REPEATS: dict[str, Callable[[Tensor], Tensor]] = {
+    "repeat_kv": repeat_kv,
+    "repeat_interleave": lambda x: x.repeat_interleave(2, dim=1),
+    "none": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("repeat", REPEATS.values(), ids=REPEATS)
+@pytest.mark.parametrize("mask", [None, torch.bool, torch.float32])
+@pytest.mark.parametrize("count", [1, 3, 16])
+def test_decode_appends_and_attends_and_nothing_else_is_left(
+    repeat: Callable[[Tensor], Tensor], mask: torch.dtype | None, count: int
+) -> None:
+    """Bug: a size of the cat that nobody read kept the cat and an unpack of the whole cache."""
+    heads = 2 if repeat is REPEATS["none"] else 4
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, m: Tensor | None) -> Any:
+        keys, values = grown(pk, pv, k, v)
+        out = sdpa(q, repeat(keys), repeat(values), m, scale=0.3)
+        return out.transpose(1, 2), keys, values
+
+    seen = torch.rand(2, 1, count, 30 + count) < 0.8
+    given = None if mask is None else seen if mask == torch.bool else torch.randn(seen.shape)
+    new = (tokens(count, heads), tokens(count), tokens(count))
+    captured = capture(fn, *new, packed(30), packed(30), given)
+    assert captured.treatments == ["attend"]
+    new = check(captured, [PlainOutput, AppendedOutput, AppendedOutput])
+    assert ours(new) == {"apack::append_": 2, "apack::attend": 1}
+    assert not any(new.calls[name] for name in GONE)
+    assert new.interface.appends == (count, count)
+    assert [r.matched for r in new.reports] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("in_step", [False, True])
+def test_two_layers_are_rewritten_each_on_its_own_cache(in_step: bool) -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, *past: Tensor) -> Any:
+        a, b = grown(past[0], past[1], k, v), grown(past[2], past[3], v, k)
+        q = sdpa(q, *a)
+        return sdpa(q, *b), *a, *b
+
+    captured = capture(fn, tokens(1), tokens(1), tokens(1), *(packed(30) for _ in range(4)))
+    new = check(captured, [PlainOutput] + [AppendedOutput] * 4, in_step)
+    # In step, all caches read one tensor of lengths.
+    assert new.calls["aten::select.int"] == (0 if in_step else 6)
+    assert ours(new) == {"apack::append_": 4, "apack::attend": 2}
+    assert new.calls["cat"] == 0
+
+
+def test_layers_that_share_a_cache_append_once() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> Any:
+        keys, values = grown(pk, pv, k, v)
+        return sdpa(sdpa(q, keys, values), keys, values), keys, values
+
+    captured = capture(fn, tokens(1), tokens(1), tokens(1), packed(30), packed(30))
+    new = check(captured, [PlainOutput, AppendedOutput, AppendedOutput])
+    assert ours(new) == {"apack::append_": 2, "apack::attend": 2}
+
+
+def test_one_cache_for_keys_and_values_appends_once() -> None:
+    def fn(q: Tensor, k: Tensor, past: Tensor) -> Any:
+        keys = torch.cat([past, k], 2)
+        return sdpa(q, keys, keys), keys
+
+    new = check(capture(fn, tokens(1), tokens(1), packed(30)), [PlainOutput, AppendedOutput])
+    assert ours(new) == {"apack::append_": 1, "apack::attend": 1}
+
+
+def test_a_cat_that_something_else_reads_too_is_still_right() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> Any:
+        keys, values = grown(pk, pv, k, v)
+        return sdpa(q, keys, values), keys, values, keys.sum(), values[:, :, -3:]
+
+    captured = capture(fn, tokens(1), tokens(1), tokens(1), packed(30), packed(30))
+    kinds = [PlainOutput, AppendedOutput, AppendedOutput, PlainOutput, PlainOutput]
+    new = check(captured, kinds)
+    assert ours(new) == {"apack::append_": 2, "apack::attend": 1, "apack::unpack": 2}
+    assert new.calls["cat"] == 2
+
+
+def test_new_tokens_that_are_results_themselves_are_still_results() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> Any:
+        k = k + 1
+        keys, values = grown(pk, pv, k, v)
+        return keys, sdpa(q, keys, values), values, k
+
+    captured = capture(fn, tokens(1), tokens(1), tokens(1), packed(30), packed(30))
+    check(captured, [AppendedOutput, PlainOutput, AppendedOutput, PlainOutput])

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apack_compile.passes.draft import EncodedOutput, PlainOutput
+from apack_compile.passes.rewrite_encode import collect
+
+from ..helpers import fitted_ref
+from .capture import Rewritten, capture, check, grown, ours, repeat_kv, rewrite, run, tokens
+
+sdpa = F.scaled_dot_product_attention
+
+
+def prefill(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
+    keys, values = (torch.cat([torch.tensor([]), x], -2) for x in (k, v))
+    return sdpa(q, repeat_kv(keys), repeat_kv(values), mask), keys, values
+
+
+def dense_past(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> Any:
+    keys, values = grown(pk, pv, k, v)
+    return sdpa(q, keys, values), keys, values
+
+
+def test_a_prefill_is_encoded_in_the_graph() -> None:
+    captured = capture(prefill, tokens(50, 4), tokens(50), tokens(50), None)
+    new = check(captured, [PlainOutput, EncodedOutput, EncodedOutput])
+    assert ours(new) == {"apack::encode": 2}
+    assert new.calls["scaled_dot_product_attention"] == 1
+    assert [r.matched for r in new.reports] == [0, 0, 2]
+
+
+def test_a_dense_past_is_encoded_as_a_whole() -> None:
+    captured = capture(dense_past, *[tokens(3)] * 3, tokens(40), tokens(40))
+    new = check(captured, [PlainOutput, EncodedOutput, EncodedOutput])
+    assert ours(new) == {"apack::encode": 2}
+    assert new.calls["cat"] == 2
+
+
+def test_layers_that_share_a_prefilled_cache_encode_it_once() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        keys, values = k * 2, v * 2
+        return sdpa(sdpa(q, keys, values), keys, values), keys, values
+
+    new = check(capture(fn, *[tokens(50)] * 3), [PlainOutput, EncodedOutput, EncodedOutput])
+    assert ours(new) == {"apack::encode": 2}
+
+
+def left_padded(length: int = 50, padding: int = 6) -> Tensor:
+    real = torch.ones(2, length, dtype=torch.bool)
+    real[0, :padding] = False
+    return torch.ones(length, length, dtype=torch.bool).tril() & real[:, None, None]
+
+
+def test_a_fitted_code_keeps_the_first_visible_tokens_of_each_row() -> None:
+    captured = capture(prefill, tokens(50, 4), tokens(50), tokens(50), left_padded())
+    _, keys, values = captured.expected()
+    new = rewrite(captured, [fitted_ref(gain=False), fitted_ref()])
+    assert ours(new) == {"apack::encode": 2, "apack::visible": 1}
+    (_, k, v), _ = run(captured, new)
+    for mine, theirs in ((k, keys), (v, values)):
+        exact = (mine == theirs).all(-1).all(1)
+        assert exact[0, :42].nonzero()[:, 0].tolist() == [6, 7]
+        assert exact[1, :42].nonzero()[:, 0].tolist() == [0, 1]
+        assert exact[:, 42:].all()
+
+
+def test_moments_of_a_prefill_are_extra_results() -> None:
+    captured = capture(prefill, tokens(50, 4), tokens(50), tokens(50), left_padded())
+    expected = captured.expected()
+    draft = captured.draft()
+    assert collect(draft).matched == 1
+    gm, interface = draft.finish()
+    results, (moments, visible) = run(captured, Rewritten(gm, interface, [], []))
+    for mine, theirs in zip(results, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    assert visible.sum(1).tolist() == [44, 50]
+    assert moments[0].item() == 94
+    q = next(a for a in captured.args if a.shape == (2, 4, 50, 8))
+    again = torch.ops.apack.moments(q, *expected[1:], visible)
+    assert all(torch.equal(a, b) for a, b in zip(moments, again, strict=True))

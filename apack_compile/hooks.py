@@ -103,13 +103,18 @@ def adopt(model: nn.Module, context: Any) -> None:
 
 
 def _install_capturing_hooks(model: nn.Module) -> None:
+    """Install them as transformers would: once, from the outermost model down.
+
+    Installed twice, a layer's output is collected twice, and a model that asks for "the last
+    layer but one" (LLaVA's vision tower) silently gets another one.
+    """
     capturing = sys.modules.get("transformers.utils.output_capturing")
-    install_hooks = getattr(capturing, "install_all_output_capturing_hooks", None)
-    if install_hooks is None:
+    install_once = getattr(capturing, "maybe_install_capturing_hooks", None)
+    if install_once is None:
         return
-    for module in model.modules():
+    for module in model.modules():  # outermost first; it marks the models inside
         if isinstance(module, sys.modules["transformers"].PreTrainedModel):
-            install_hooks(module)
+            install_once(module)
 
 
 def _hook_generation_criteria(generation: ModuleType) -> None:

@@ -35,6 +35,7 @@ class SourceKey(CustomGraphPass):
         self.users = users
 
     def __call__(self, graph: torch.fx.Graph) -> None:
+        """Run the user's own pass."""
         for each in self.users if isinstance(self.users, (list, tuple)) else (self.users,):
             if each is not None:
                 each(graph)

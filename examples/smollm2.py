@@ -46,8 +46,8 @@ def load_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return model.eval()
 
 
-def chat(tokenizer: Tokenizer, question: str) -> torch.Tensor:
-    """Token ids ``[1, S]`` of a conversation in which the user has just asked."""
+def chat(tokenizer: Tokenizer, question: str, start: str = "") -> torch.Tensor:
+    """Token ids ``[1, S]`` of a conversation: the user has asked, the answer starts so."""
     messages = [{"role": "user", "content": question}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    return tokenizer(text + start, return_tensors="pt", add_special_tokens=False).input_ids

@@ -91,6 +91,8 @@ class Interface:
         appends: for each packed input, the tokens that the graph writes into its ring.
         outputs: one entry for each result of the Dynamo graph.
         extra: where results begin that are for the runtime alone.
+        written: numbers of packed inputs that the graph wrote to, with the results that are their
+            new content.
     """
 
     slots: tuple[tuple[int, int], ...]
@@ -98,6 +100,7 @@ class Interface:
     appends: tuple[int, ...]
     outputs: tuple[Output, ...]
     extra: int
+    written: tuple[tuple[int, int], ...] = ()
 
 
 class Draft:
@@ -128,6 +131,7 @@ class Draft:
         self.appends = [0] * len(plan.handles)
         self._special: dict[fx.Node, Callable[[Callable[[fx.Node], int]], Output]] = {}
         self.extra: list[fx.Node] = []
+        self.written: dict[int, fx.Node] = {}
 
     # Inputs --------------------------------------------------------------------------------------
 
@@ -237,11 +241,18 @@ class Draft:
             outputs.append(recipe(number_of) if recipe else PlainOutput(number_of(value)))
         extra = len(values)
         values.extend(self.extra)
+        written = tuple((number, len(values) + i) for i, number in enumerate(self.written))
+        values.extend(self.written.values())
         self.graph.output(tuple(values))
         self._erase_handles()
         self.graph.lint()
         interface = Interface(
-            tuple(self._slots.values()), self._handles, tuple(self.appends), tuple(outputs), extra
+            tuple(self._slots.values()),
+            self._handles,
+            tuple(self.appends),
+            tuple(outputs),
+            extra,
+            written,
         )
         return fx.GraphModule(self.gm, self.graph), interface
 

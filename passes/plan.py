@@ -22,6 +22,7 @@ from ..cache import PackedKV
 from .base import PassReport, Skip, shape_of, value_of
 from .find_attention import find_attention
 from .find_updates import CachedSite, CacheUpdate, find_updates
+from .find_writes import is_written
 
 MAX_QUERIES = 16
 """Most new tokens for which attention on codes is used."""
@@ -102,6 +103,8 @@ def _treat(cached: CachedSite) -> tuple[Treatment, str | None]:
     """The treatment of a site, and why not the better one."""
     if cached.k.kind != "packed":
         return "encode", None
+    if any(u.past is not None and is_written(u.past) for u in (cached.k, cached.v)):
+        return "unpack", "the graph writes to the packed cache in place: dense from here on"
     shape = shape_of(cached.k.new)
     tokens = None if shape is None else shape[2]
     if not isinstance(tokens, int):

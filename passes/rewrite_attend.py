@@ -2,7 +2,7 @@
 
     keys = cat([packed, k], -2)                     append_(ring_k, k, lengths)
     values = cat([packed_1, v], -2)           ->    append_(ring_v, v, lengths)
-    o = sdpa(q, repeat_kv(keys), ...)               o = attend(q, mask, side_k, side_v, lengths, ...)
+    o = sdpa(q, repeat_kv(keys), ...)               o = attend(q, mask, side_k, side_v, ...)
     return o, keys, values                          return o      + handles grown by the runtime
 
 ``append_`` stands where the cat stood. Views and casts between cache and attention vanish with

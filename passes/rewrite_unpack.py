@@ -5,6 +5,8 @@
     return o, keys                         o = sdpa(q, keys, ...)
                                            return o, k       + the runtime extends the handle by k
 
+A packed input that the graph writes to is returned as well, and takes that content over.
+
 One layer's dense tensor lives as long as its own attention. Runs after ``rewrite_attend``, whose
 cats are gone unless something else reads them.
 """
@@ -16,13 +18,14 @@ import torch
 from .base import PassReport
 from .draft import BEFORE, Draft, ExtendedOutput
 from .find_updates import CacheUpdate
+from .find_writes import is_written
 
 
 def rewrite_unpack(draft: Draft) -> PassReport:
     """Unpack wherever a packed input is still used; the runtime extends those that grow."""
     draft.erase_dead_sizes()
     for update in draft.plan.updates:
-        if update.kind != "packed":
+        if update.kind != "packed" or is_written(update.past):  # type: ignore[arg-type]
             continue
         if not draft.appends[draft.number(update.past)]:
             _extend(draft, update)
@@ -44,6 +47,8 @@ def rewrite_unpack(draft: Draft) -> PassReport:
                     draft.layouts[number],
                 ),
             )
+        if is_written(node):
+            draft.written[number] = dense
         node.replace_all_uses_with(dense)
         unpacked += 1
     return PassReport("rewrite_unpack", unpacked)

@@ -46,6 +46,7 @@ class PackedKV(torch.Tensor):
     def __new__(
         cls, store: SideStore | None, size: Sequence[int], dtype: torch.dtype, anchor: Tensor
     ) -> PackedKV:
+        """A wrapper of logical shape ``size``; :meth:`of` and :meth:`pack` make useful ones."""
         return torch.Tensor._make_wrapper_subclass(
             cls, size, dtype=dtype, device=anchor.device, requires_grad=False
         )
@@ -121,6 +122,13 @@ class PackedKV(torch.Tensor):
         store.extend(new)
         return PackedKV.of(store)
 
+    def replace(self, x: Tensor) -> None:
+        """Let the content be ``x [B, H, S, D]``, kept exact: what an in-place write comes to."""
+        assert self.store is not None
+        ref = exact_ref(x.shape[1], x.shape[3])
+        self.store = SideStore.encode(x, ref, self.store.policy)
+        self._lease = self.store.lease(x.shape[2])
+
     @property
     def packed_bytes(self) -> int:
         """Bytes of the storage behind this handle."""
@@ -146,7 +154,7 @@ class PackedKV(torch.Tensor):
             return
         dense = self.unpack()
         dense[index] = value.unpack() if isinstance(value, PackedKV) else value
-        _take_over(self, dense)
+        self.replace(dense)
 
     # Tracing -------------------------------------------------------------------------------------
 
@@ -213,17 +221,10 @@ def on_dense(func: Any, args: Any, kwargs: Any) -> Any:
         value = given.get(argument.name)
         written = argument.alias_info is not None and argument.alias_info.is_write
         if written and isinstance(value, PackedKV) and value.store is not None:
-            _take_over(value, dense[id(value)])
+            value.replace(dense[id(value)])
             if result is dense[id(value)]:
                 result = value
     return result
-
-
-def _take_over(handle: PackedKV, x: Tensor) -> None:
-    assert handle.store is not None
-    ref = exact_ref(x.shape[1], x.shape[3])
-    handle.store = SideStore.encode(x, ref, handle.store.policy)
-    handle._lease = handle.store.lease(x.shape[2])
 
 
 from . import packed_ops  # noqa: E402,F401  (fills PACKED_OPS)

@@ -189,7 +189,8 @@ _define(
     "moments(Tensor q, Tensor k, Tensor v, Tensor? visible) -> Tensor[]", _moments, _moments_fake
 )
 _define(
-    "score_bias(Tensor? mask, Tensor lengths, SymInt capacity, int ring, ScalarType dtype) -> Tensor",
+    "score_bias(Tensor? mask, Tensor lengths, SymInt capacity, int ring, ScalarType dtype) "
+    "-> Tensor",
     _score_bias,
     _score_bias_fake,
 )

@@ -63,6 +63,7 @@ class Region:
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
+        """The operator's result."""
         leaves, spec = pytree.tree_flatten(args)
         leaves = [x.contiguous() if isinstance(x, Tensor) else x for x in leaves]
         marks = iter(self.grows(*args))

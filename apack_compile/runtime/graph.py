@@ -87,6 +87,7 @@ class PackedGraph:
         self._appends = appended_tokens(plan)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
+        """The results of the Dynamo graph, caches packed."""
         if not self.record.runs:
             self.record.belongs_to((*args, *self.gm.parameters()))
         profiles = self._profiles(args)
@@ -143,8 +144,8 @@ class PackedGraph:
         inputs = self._inputs(args, interface, [])
         with torch.no_grad():
             results = gm(*inputs)
-        sums = results[interface.extra :: 2]
-        seen = results[interface.extra + 1 :: 2]
+        extra = results[interface.extra : interface.extra + 2 * len(self._encode_sites)]
+        sums, seen = extra[::2], extra[1::2]
         learn(profiles, sums, self._dims(), self.options)
         for index, profile in enumerate(profiles):
             self._note(index, profile)
@@ -259,6 +260,8 @@ class PackedGraph:
         self, args: tuple[Any, ...], interface: Interface, results: list[Any],
         refs: Sequence[CodeRef], visible: dict[fx.Node, Any],
     ) -> tuple[Any, ...]:  # fmt: skip
+        for number, value in interface.written:
+            args[self._handles[number]].replace(results[value])
         made: dict[Any, Any] = {}
         outputs = []
         for recipe in interface.outputs:

@@ -63,6 +63,7 @@ class Specialised:
         return bool(eval(self._guard, SYMPY_INTERP, {"L": names}))
 
     def __call__(self, args: Sequence[Any]) -> Sequence[Any]:
+        """Run on arguments that :meth:`accepts`."""
         return self._call(*args)  # type: ignore[no-any-return]
 
 

@@ -26,6 +26,7 @@ class StockGraph:
         record.compiles += 1
 
     def __call__(self, *args: Any) -> Any:
+        """What stock Inductor's artifact returns."""
         if not self.record.runs:
             self.record.belongs_to(args)
         self.record.ran("stock")

@@ -1,4 +1,4 @@
-"""What a model, ``generate`` or a person does to the cache object gives what the dense cache gives."""
+"""What a model, ``generate`` or a person does to the cache gives what the dense cache gives."""
 
 from __future__ import annotations
 
@@ -183,3 +183,29 @@ def test_tokens_that_are_not_finite_stay_exact_and_do_not_crash(bad: float) -> N
     assert not dense[1, :, 40].isfinite().any()
     assert dense[0].isfinite().all()
     assert dense[1, :, :40].isfinite().all() and dense[1, :, 41:].isfinite().all()
+
+
+WRITES: list[Callable[[Any], Any]] = [
+    lambda x: x.mul_(2),
+    lambda x: x[:, :, :4].zero_(),
+    lambda x: x.transpose(1, 2)[0].add_(1),
+    lambda x: x.__setitem__((slice(None), slice(None), 3), 5.0),
+    lambda x: torch.add(x, 1, out=x),
+]
+
+
+@pytest.mark.parametrize("number", range(len(WRITES)))
+def test_compiled_graph_that_writes_to_a_packed_input_keeps_the_write(number: int) -> None:
+    """Bug: the write went to a dense copy that nobody kept."""
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        WRITES[number](x)
+        return x.sum()
+
+    dense = torch.randn(2, 2, 100, 8)
+    packed = PackedKV.pack(dense)
+    compiled = torch.compile(fn, backend="attentionpack", options=EXACT)
+    got, want = compiled(packed), fn(dense)
+    torch.testing.assert_close(got, want)
+    assert isinstance(packed, PackedKV)
+    torch.testing.assert_close(packed.unpack(), dense, rtol=0, atol=0)

@@ -47,12 +47,11 @@ def test_other_lengths_and_batches_recompile_a_bounded_number_of_times() -> None
     compiled = torch.compile(
         case.model, backend="attentionpack", options={"ratio": 4, "fit_tokens": 64, **AOT}
     )
-    calls = 0
     graphs = []
-    for batch, text in [(1, 90), (1, 120), (1, 77), (2, 90), (2, 131), (3, 84), (4, 99), (5, 140)]:
+    shapes = [(1, 90), (1, 120), (1, 77), (2, 90), (2, 131), (3, 84), (4, 99), (5, 140)]
+    for calls, (batch, text) in enumerate(shapes, start=1):
         inputs = zoo.prompt(0, text, batch, padded=batch > 1)
         compiled.generate(**inputs, max_new_tokens=8, do_sample=False)
-        calls += 1
         graphs.append(apack_compile.report(case.model).graphs)
         assert runs(case.model, "decode") == 7 * calls, "decode fell back to eager"
         assert runs(case.model, "fit") + runs(case.model, "encode") == calls

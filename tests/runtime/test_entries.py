@@ -112,3 +112,12 @@ def test_cache_of_a_generate_call_is_packed_and_can_be_counted() -> None:
     assert count.dense == 2 * 2 * 2 * 16 * (401 + STEPS - 1) * 4
     assert count.packed < count.dense / 2
     assert count.unpacked == 0
+
+
+def test_compiling_leaves_the_numbers_of_the_original_model_alone() -> None:
+    """Bug: output-capturing hooks installed twice gave LLaVA the features of another layer."""
+    case = zoo.llava(text=10)
+    expected = case.model(**case.inputs).logits
+    torch.compile(case.model, backend="attentionpack", options=OPTIONS)
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(case.model(**case.inputs).logits, expected)

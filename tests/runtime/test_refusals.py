@@ -49,7 +49,9 @@ def test_a_packed_cache_met_by_a_graph_that_requires_grad_is_used_dense() -> Non
 
 def test_static_cache_is_left_dense_with_a_reason() -> None:
     case = zoo.llama(text=20)
-    settings: dict[str, Any] = dict(max_new_tokens=5, do_sample=False, cache_implementation="static")
+    settings: dict[str, Any] = dict(
+        max_new_tokens=5, do_sample=False, cache_implementation="static"
+    )
     expected = case.model.generate(**case.inputs, **settings)
     compiled = torch.compile(case.model, backend="attentionpack", options=EXACT)
     assert torch.equal(compiled.generate(**case.inputs, **settings), expected)
@@ -64,9 +66,7 @@ def test_sliding_window_layers_are_left_dense_and_full_ones_packed() -> None:
     )
     model = zoo.make("Gemma2ForCausalLM", config)
     inputs = zoo.prompt(0, 30, 1, padded=False)
-    settings: dict[str, Any] = dict(
-        max_new_tokens=6, do_sample=False, return_dict_in_generate=True
-    )
+    settings: dict[str, Any] = dict(max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
     expected = model.generate(**inputs, **settings).sequences
     compiled = torch.compile(model, backend="attentionpack", options=EXACT)
     out = compiled.generate(**inputs, **settings)

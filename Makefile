@@ -29,7 +29,9 @@ test: $(MADE) check-compiler  ## the whole CPU suite
 lint: $(LINT)  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy
+	rm -rf build/typed
+	$(PIP) -q --no-deps --no-build-isolation --target build/typed .
+	cd build/typed && ../../$(PY) -m mypy --config-file ../../pyproject.toml -p apack_compile
 
 format: $(LINT)  ## let ruff fix and format what it can
 	$(PY) -m ruff check --fix .

@@ -46,7 +46,7 @@ def compile_inner(
     if inner == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        return aot_eager(gm, list(inputs))  # type: ignore[no-any-return]
+        return aot_eager(gm, list(inputs))
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(inputs), config_patches=config)  # type: ignore[no-any-return]
+    return compile_fx(gm, list(inputs), config_patches=config)

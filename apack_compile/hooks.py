@@ -72,7 +72,7 @@ def _hook_optimized_module() -> None:
             adopt(self._orig_mod, self.dynamo_ctx)
 
     setattr(initialize, _MARK, True)
-    OptimizedModule._initialize = initialize  # type: ignore[method-assign]
+    OptimizedModule._initialize = initialize
 
 
 def _is_ours(context: Any) -> bool:
@@ -97,7 +97,7 @@ def adopt(model: nn.Module, context: Any) -> None:
         return
     for module in model.modules():
         if isinstance(module, transformers.GenerationMixin):
-            module._compiled_call_impl = context(module._call_impl)  # type: ignore[assignment]
+            module._compiled_call_impl = context(module._call_impl)
             log.info("%s.generate uses the compiled forward", type(module).__name__)
     _install_capturing_hooks(model)
 

@@ -80,7 +80,7 @@ class Profiles:
             else:
                 known = self._by_weight.setdefault(weight, {})
                 key = (_version(weight), options.key)
-            return known.setdefault(key, LayerProfile())  # type: ignore[no-any-return]
+            return known.setdefault(key, LayerProfile())
 
     def clear(self) -> None:
         """Forget everything that was fitted; packed caches keep their codes."""

@@ -39,7 +39,7 @@ CASES: dict[str, dict[str, Any] | None] = {
 
 def text_tokens(tokenizer: Any, count: int) -> torch.Tensor:
     """The first ``count`` tokens of the example document, repeated if it is too short."""
-    document = (HERE.parent / "examples" / "data" / "document.txt").read_text(encoding="utf-8")
+    document = next((HERE.parent / "examples" / "data").glob("*.txt")).read_text(encoding="utf-8")
     ids = tokenizer(document, return_tensors="pt").input_ids
     return ids.repeat(1, -(-count // ids.shape[1]))[:, :count]
 
@@ -111,7 +111,7 @@ def main() -> None:
 
 def _result(args: argparse.Namespace, rows: dict[str, Any]) -> dict[str, Any]:
     return {
-        "command": f"python benchmarks/decode_cpu.py --tokens {args.tokens} --steps {args.steps} --save",
+        "command": "python " + " ".join(["benchmarks/decode_cpu.py", *sys.argv[1:]]),
         "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
         "versions": {
             "torch": torch.__version__,

@@ -7,6 +7,8 @@ the KV cache and speeds are printed beside each other.
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -66,8 +68,9 @@ class Run:
 
     @property
     def decode(self) -> float:
-        """New tokens a second, after the first."""
-        return len(self.seconds[1:]) / sum(self.seconds[1:])
+        """New tokens a second, after the first; not a number if there was only one."""
+        steps = self.seconds[1:]
+        return len(steps) / sum(steps) if steps else float("nan")
 
 
 def generate(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int) -> Run:
@@ -124,7 +127,8 @@ def compare(
         "step is compiled (a minute or two)"
     ):
         first = generate(packed_model, inputs, new_tokens)
-    say(f"    fitting prefill {first.seconds[0]:.1f} s, compiling decode {first.seconds[1]:.1f} s")
+    fitting, compiling = first.seconds[0], sum(first.seconds[1:2])
+    say(f"    fitting prefill {fitting:.1f} s, compiling decode {compiling:.1f} s")
     with step("attentionpack, second call: the prefill is compiled too"):
         second = generate(packed_model, inputs, 2)
     say(f"    compiling prefill {second.seconds[0]:.1f} s, the prefill itself included")
@@ -133,10 +137,10 @@ def compare(
     return stock, packed
 
 
-def show(tokenizer: smollm2.Tokenizer, stock: Run, packed: Run) -> None:
-    """Answers, bytes and speeds, side by side."""
+def show(tokenizer: smollm2.Tokenizer, stock: Run, packed: Run, start: str = "") -> None:
+    """Answers (which the prompt made to begin with ``start``), bytes and speeds, side by side."""
     for name, run in (("stock", stock), ("packed", packed)):
-        say(f"  {name + ':':<8}{tokenizer.decode(run.tokens, skip_special_tokens=True).strip()}")
+        say(f"  {name + ':':<8}{start}{tokenizer.decode(run.tokens, skip_special_tokens=True)}")
     same = torch.equal(stock.tokens, packed.tokens)
     say(f"  the same tokens: {'yes' if same else 'no'}")
     say()
@@ -176,10 +180,11 @@ def about_photograph(tokenizer: smollm2.Tokenizer, model: PreTrainedModel, args:
     say(f"  {smolvlm.TOKENS} tokens of the prompt come from pixels, and their cache is packed.")
     with step("building"):
         vlm = smolvlm.build(model, tokenizer)
-        inputs = smolvlm.look(tokenizer, DATA / "cat.jpg", "What is in this picture?")
+        start = "This picture shows"
+        inputs = smolvlm.look(tokenizer, DATA / "cat.jpg", "What is in this picture?", start)
     stock, packed = compare(vlm, inputs, args.tokens, args.ratio)
     say()
-    show(tokenizer, stock, packed)
+    show(tokenizer, stock, packed, start)
     say(f"\n{apack_compile.report(vlm)}")
 
 
@@ -189,8 +194,11 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=8, help="of dense 16-bit bytes to coded")
     parser.add_argument("--tokens", type=int, default=48, help="new tokens at most")
     args = parser.parse_args()
+    torch._logging.set_logs(dynamo=logging.ERROR)  # graph breaks are counted in the report
     start = time.perf_counter()
     say(f"torch {torch.__version__}, {torch.get_num_threads()} threads, ratio {args.ratio:g}")
+    if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
+        say("  NOTE: other programs keep this machine busy; expect low and uneven speeds")
     with step("loading SmolLM2-135M-Instruct: decoding the 4-bit weights"):
         tokenizer, model = smollm2.load_tokenizer(), smollm2.load_model()
     about_document(tokenizer, model, args)

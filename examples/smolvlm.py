@@ -49,9 +49,7 @@ def build(decoder: PreTrainedModel, tokenizer: Tokenizer) -> PreTrainedModel:
     return model.eval()
 
 
-def look(
-    tokenizer: Tokenizer, photo: Path, question: str, start: str
-) -> dict[str, torch.Tensor]:
+def look(tokenizer: Tokenizer, photo: Path, question: str, start: str) -> dict[str, torch.Tensor]:
     """The inputs of ``generate``: a photograph, a question about it, how the answer starts."""
     ids = chat(tokenizer, PLACEHOLDER * TOKENS + "\n" + question, start)
     return {

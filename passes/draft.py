@@ -152,7 +152,7 @@ class Draft:
 
     def number(self, handle: fx.Node | None) -> int:
         """Which packed input a placeholder of the Dynamo graph is."""
-        return self.plan.handles.index(handle)  # type: ignore[arg-type]
+        return self.plan.handles.index(handle)
 
     def side(self, number: int) -> list[fx.Node]:
         """The tensors of a packed input, as ops take them."""

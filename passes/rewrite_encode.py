@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import fx
@@ -85,10 +86,7 @@ def collect(draft: Draft) -> PassReport:
     seen = _Visible(draft)
     updates = encoded_updates(sites)
     for number, update in enumerate(updates):
-        node = draft.map[update.node]
-        draft.result(
-            update.node, lambda of, number=number, node=node: DenseOutput(number, of(node))
-        )
+        draft.result(update.node, partial(_dense_output, number, draft.map[update.node]))
     for planned in sites:
         cached = planned.cached
         visible = seen.of(planned)
@@ -101,6 +99,10 @@ def collect(draft: Draft) -> PassReport:
             )  # fmt: skip
         draft.extra += [moments, visible]
     return PassReport("collect", len(sites))
+
+
+def _dense_output(code: int, node: fx.Node, number_of: Callable[[fx.Node], int]) -> DenseOutput:
+    return DenseOutput(code, number_of(node))
 
 
 class _Visible:

@@ -25,7 +25,7 @@ def rewrite_unpack(draft: Draft) -> PassReport:
     """Unpack wherever a packed input is still used; the runtime extends those that grow."""
     draft.erase_dead_sizes()
     for update in draft.plan.updates:
-        if update.kind != "packed" or is_written(update.past):  # type: ignore[arg-type]
+        if update.kind != "packed" or is_written(update.past):
             continue
         if not draft.appends[draft.number(update.past)]:
             _extend(draft, update)

@@ -43,7 +43,7 @@ def walk_up(node: fx.Node) -> Walk:
             node, factor = step
             groups *= factor
         elif calls(node, "contiguous") or _is_cast(node):
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.args[0]
         else:
             return Walk(node, groups)
 
@@ -63,12 +63,12 @@ def _repeat_kv(node: fx.Node) -> tuple[fx.Node, int] | None:
     expand = argument(node, 0, "input")
     if not calls(expand, "expand"):
         return None
-    inserted = expand.args[0]  # type: ignore[union-attr]
+    inserted = expand.args[0]
     import operator
 
     if not calls(inserted, operator.getitem):
         return None
-    root, index = inserted.args  # type: ignore[union-attr]
+    root, index = inserted.args
     if not isinstance(index, tuple) or not isinstance(root, fx.Node):
         return None
     rest = [i for i in index if i is not Ellipsis]

@@ -95,14 +95,12 @@ class Region:
             graph.output(
                 tuple(graph.call_function(operator.getitem, (call, i)) for i in range(count))
             )
-        pairs = [(x, d) for x, d in zip(leaves, dims, strict=True) if isinstance(x, Tensor)]
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        sizes = [d for x, d in zip(leaves, dims, strict=True) if isinstance(x, Tensor)]
         compiler = partial(compile_inner, "inductor", config=INDUCTOR_CONFIG.get() or {})
         with torch.no_grad():
-            artifact = Specialised(
-                fx.GraphModule(torch.nn.Module(), graph),
-                *map(list, zip(*pairs, strict=True)),
-                compiler,
-            )
+            module = fx.GraphModule(torch.nn.Module(), graph)
+            artifact = Specialised(module, tensors, sizes, compiler)
         self._artifacts.setdefault(key, []).append(artifact)
         return artifact
 

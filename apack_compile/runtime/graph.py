@@ -279,13 +279,13 @@ class PackedGraph:
     ) -> PackedKV:  # fmt: skip
         policy = self.options.policy
         if isinstance(recipe, ArgumentOutput):
-            return args[recipe.argument]  # type: ignore[no-any-return]
+            return args[recipe.argument]
         if isinstance(recipe, AppendedOutput):
             store = args[self._handles[recipe.handle]].store
             store.advance(self._appends[recipe.handle])
             return PackedKV.of(store)
         if isinstance(recipe, ExtendedOutput):
-            return args[self._handles[recipe.handle]].append(results[recipe.value])  # type: ignore[no-any-return]
+            return args[self._handles[recipe.handle]].append(results[recipe.value])
         ref = refs[recipe.code]
         if isinstance(recipe, EncodedOutput):
             tensors = results[recipe.value : recipe.value + recipe.count]

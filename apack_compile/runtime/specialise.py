@@ -64,7 +64,7 @@ class Specialised:
 
     def __call__(self, args: Sequence[Any]) -> Sequence[Any]:
         """Run on arguments that :meth:`accepts`."""
-        return self._call(*args)  # type: ignore[no-any-return]
+        return self._call(*args)
 
 
 def _fake(mode: FakeTensorMode, env: ShapeEnv, arg: Any, dims: Dynamic, source: LocalSource) -> Any:

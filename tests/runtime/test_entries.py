@@ -72,6 +72,8 @@ def test_compile_config_attends_to_packed_caches() -> None:
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
 def test_mode_is_inductors_mode(mode: str) -> None:
     case = zoo.llama(num_hidden_layers=1)
+    if zoo.INNER != "inductor":
+        pytest.skip("torch 2.11's Inductor cannot build this decoder on a CPU")
     compiled = torch.compile(case.model, backend="attentionpack", mode=mode)
     generate(compiled, case)
     assert apack_compile.report(case.model).attends == STEPS - 1

@@ -12,7 +12,7 @@ from apack_compile import PackedKV
 
 from .. import zoo
 
-EXACT = {"codec": "exact"}
+EXACT = {"codec": "exact", "inner": zoo.INNER}
 STEPS = 64
 
 

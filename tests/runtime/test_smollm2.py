@@ -11,6 +11,8 @@ import torch
 
 import apack_compile
 
+from .. import zoo
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import smollm2  # noqa: E402
@@ -40,7 +42,7 @@ def generate(model: Any, ids: torch.Tensor, padding: int) -> Any:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("batch", "padding", "inner"), [(1, 0, "inductor"), (3, 20, "aot_eager")])
+@pytest.mark.parametrize(("batch", "padding", "inner"), [(1, 0, zoo.INNER), (3, 20, "aot_eager")])
 def test_exact_codes_give_the_tokens_of_torchs_eager_backend(
     model: Any, words: torch.Tensor, batch: int, padding: int, inner: str
 ) -> None:

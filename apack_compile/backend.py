@@ -53,7 +53,7 @@ def attentionpack(
     record = REGISTRY.new()
     packed = any(isinstance(e, PackedKV) for e in example_inputs)
     if not packed and not _may_have_sites(gm.graph):
-        record.reason = "no attention with a growing cache"
+        record.reason = _why_no_attention(gm.graph)
         return StockGraph(gm, example_inputs, stock, record)
     if torch.is_grad_enabled() and any(
         isinstance(e, torch.Tensor) and e.requires_grad for e in example_inputs
@@ -69,6 +69,14 @@ def attentionpack(
         return StockGraph(gm, example_inputs, stock, record)
     record.names = tuple(s.cached.site.node.name for s in plan.sites)
     return PackedGraph(gm, plan, parsed, keyed(config), record)
+
+
+def _why_no_attention(graph: fx.Graph) -> str:
+    """The reason of a graph without scaled_dot_product_attention."""
+    names = {getattr(n.target, "__name__", str(n.target)) for n in graph.nodes}
+    if names & {"softmax", "_softmax", "flex_attention"}:
+        return "attention other than scaled_dot_product_attention is not recognised yet"
+    return "no attention with a growing cache"
 
 
 def _may_have_sites(graph: fx.Graph) -> bool:

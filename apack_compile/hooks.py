@@ -4,7 +4,8 @@
   Face forwards share one: past the limit decode runs eagerly, without a word.
 * ``torch.compile(model, backend="attentionpack").generate(...)`` uses the compiled forward.
   ``OptimizedModule`` hands out ``generate`` bound to the original model, which stock torch then
-  runs eagerly; here every model inside that can generate gets the compiled call as its own.
+  runs eagerly; here every model inside that can generate has the compiled call as its own while
+  ``generate`` of the compiled object runs.
 * Hugging Face's output-capturing hooks are installed before tracing; installed during the first
   forward, under a lock, they break graphs.
 * ``generate(compile_config=CompileConfig(backend="attentionpack"))`` also compiles with a
@@ -69,7 +70,7 @@ def _hook_optimized_module() -> None:
     def initialize(self: Any) -> None:
         original(self)
         if _is_ours(self.dynamo_ctx):
-            adopt(self._orig_mod, self.dynamo_ctx)
+            adopt(self, self._orig_mod, self.dynamo_ctx)
 
     setattr(initialize, _MARK, True)
     OptimizedModule._initialize = initialize
@@ -90,16 +91,30 @@ def _name_of(backend: Any) -> str:
     return getattr(inner, "__name__", "")
 
 
-def adopt(model: nn.Module, context: Any) -> None:
-    """Give every generating model inside ``model`` the compiled call as its own."""
+def adopt(compiled: Any, model: nn.Module, context: Any) -> None:
+    """Give the compiled object a ``generate`` that runs compiled; the model is left as it is."""
     transformers = sys.modules.get("transformers")
     if transformers is None:
         return
-    for module in model.modules():
-        if isinstance(module, transformers.GenerationMixin):
-            module._compiled_call_impl = context(module._call_impl)
-            log.info("%s.generate uses the compiled forward", type(module).__name__)
     _install_capturing_hooks(model)
+    generating = [m for m in model.modules() if isinstance(m, transformers.GenerationMixin)]
+    original = getattr(model, "generate", None)
+    if not generating or not callable(original):
+        return
+
+    @functools.wraps(original)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        before = [m._compiled_call_impl for m in generating]
+        for m in generating:
+            m._compiled_call_impl = context(m._call_impl)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            for m, implementation in zip(generating, before, strict=True):
+                m._compiled_call_impl = implementation
+
+    # OptimizedModule hands attributes on to the model, except those of its own __dict__.
+    object.__setattr__(compiled, "generate", generate)
 
 
 def _install_capturing_hooks(model: nn.Module) -> None:

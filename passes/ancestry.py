@@ -53,15 +53,18 @@ def projected_from(flow: nx.DiGraph, node: fx.Node, levels: int = 2) -> frozense
 
 
 def weight_above(flow: nx.DiGraph, node: fx.Node) -> fx.Node | None:
-    """The weight of the nearest linear layer above ``node``, if it is an input of the graph."""
-    layers = nx.bfs_edges(flow, node, reverse=True)
-    for here in [node, *(child for _, child in layers)]:
-        if calls(here, *_PROJECTIONS):
-            weight = (
-                argument(here, 2, "mat2")
-                if here.target is torch.addmm
-                else argument(here, 1, "weight")
-            )
-            if isinstance(weight, fx.Node) and weight.op in ("placeholder", "get_attr"):
-                return weight
-    return None
+    """The input of the graph that is the weight of the nearest linear layer above ``node``.
+
+    A weight that is computed (dequantised, cast) is named by the first input it is made from. None
+    if the nearest layer's weight comes from no input: never the weight of a layer further up.
+    """
+    above = [node, *(child for _, child in nx.bfs_edges(flow, node, reverse=True))]
+    layer = next((here for here in above if calls(here, *_PROJECTIONS)), None)
+    if layer is None:
+        return None
+    second = layer.target is torch.addmm
+    weight = argument(layer, 2, "mat2") if second else argument(layer, 1, "weight")
+    if not isinstance(weight, fx.Node):
+        return None
+    made_of = [weight, *(child for _, child in nx.bfs_edges(flow, weight, reverse=True))]
+    return next((n for n in made_of if n.op in ("placeholder", "get_attr")), None)

@@ -22,6 +22,7 @@ from ..cache import PackedKV
 from .ancestry import as_networkx, projected_from, weight_above
 from .base import PassReport, Skip, argument, calls, output_of, same_size, shape_of, value_of
 from .find_attention import AttentionSite
+from .find_writes import is_written
 
 Kind = Literal["packed", "dense", "empty"]
 
@@ -78,6 +79,13 @@ def find_updates(
 
 
 def _update(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> CacheUpdate | str:
+    found = _growth(root, outputs, flow)
+    if isinstance(found, CacheUpdate) and is_written(root):
+        return "the graph writes to the grown cache in place: left dense"
+    return found
+
+
+def _growth(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> CacheUpdate | str:
     if not calls(root, torch.cat, torch.concat):
         return _without_cat(root, outputs, flow)
     operands = argument(root, 0, "tensors")

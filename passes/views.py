@@ -10,6 +10,7 @@ Only forms that repeat each KV head G times in a row count; anything else stops 
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -63,16 +64,8 @@ def _repeat_kv(node: fx.Node) -> tuple[fx.Node, int] | None:
     expand = argument(node, 0, "input")
     if not calls(expand, "expand"):
         return None
-    inserted = expand.args[0]
-    import operator
-
-    if not calls(inserted, operator.getitem):
-        return None
-    root, index = inserted.args
-    if not isinstance(index, tuple) or not isinstance(root, fx.Node):
-        return None
-    rest = [i for i in index if i is not Ellipsis]
-    if rest[:3] != [_FULL, _FULL, None] or any(i != _FULL for i in rest[3:]):
+    root = _with_inserted_dim(expand.args[0])
+    if root is None:
         return None
     source, wide, flat = shape_of(root), shape_of(expand), shape_of(node)
     if source is None or wide is None or flat is None or len(source) != 4 or len(flat) != 4:
@@ -85,6 +78,21 @@ def _repeat_kv(node: fx.Node) -> tuple[fx.Node, int] | None:
     if not all(same_size(a, b) for a, b in zip(flat, wanted, strict=True)):
         return None
     return root, groups
+
+
+def _with_inserted_dim(node: fx.Node) -> fx.Node | None:
+    """``x`` of ``x[:, :, None]`` or ``x.unsqueeze(2)``."""
+    if calls(node, "unsqueeze", torch.unsqueeze):
+        root = argument(node, 0, "input")
+        return root if argument(node, 1, "dim") in (2, -3) else None
+    if not calls(node, operator.getitem):
+        return None
+    root, index = node.args
+    if not isinstance(index, tuple) or not isinstance(root, fx.Node):
+        return None
+    rest = [i for i in index if i is not Ellipsis]
+    inserted = rest[:3] == [_FULL, _FULL, None] and all(i == _FULL for i in rest[3:])
+    return root if inserted else None
 
 
 def _repeat_interleave(node: fx.Node) -> tuple[fx.Node, int] | None:

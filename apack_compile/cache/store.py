@@ -166,11 +166,11 @@ class SideStore:
 
     def code_oldest(self, tokens: int) -> None:
         """Move the oldest ``tokens`` of the ring into the codes."""
-        ring = self.side.ring
+        ring, live = self.side.ring, self.recent
         with self._writing():
+            rest = ring[:, :, tokens:live].clone()  # before anything changes: this may fail
             self._code(ring[:, :, :tokens])
-            rest = self.recent  # self.coded has moved on
-            ring[:, :, :rest] = ring[:, :, tokens : tokens + rest].clone()
+            ring[:, :, : live - tokens] = rest
 
     def advance(self, tokens: int) -> None:
         """``tokens`` have been written behind the live slots of the ring."""

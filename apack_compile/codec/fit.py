@@ -30,20 +30,33 @@ GROUP = 1024
 """A group of heads has at most this many channels (or is one head): one eigh each."""
 
 
-@cache
-def uniform_quantiser(bits: int) -> tuple[float, float]:
-    """Best step and its mean squared error for a unit Gaussian, mid-rise, ``2**bits`` levels."""
+MARGIN = {8: 2.5, 4: 1.3, 2: 1.0}
+"""Steps used over steps best for a Gaussian. Real components have heavier tails, and a clipped
+outlier costs far more than coarser steps: on SmolLM2 at ratio 4 this divides the KL by six."""
+
+
+def _error(step: float, bits: int) -> float:
+    """Mean squared error for a unit Gaussian, mid-rise, ``2**bits`` levels."""
     grid = torch.linspace(-8, 8, 20001, dtype=torch.float64)
     density = torch.exp(-grid.square() / 2)
-    density = density / density.sum()
     half = 2 ** (bits - 1)
-    best = (0.0, float("inf"))
-    for step in torch.linspace(0.5, 2.0, 301, dtype=torch.float64) * 4.0 / half:
-        codes = (grid / step).floor().clamp(-half, half - 1) + 0.5
-        error = float((density * (grid - codes * step).square()).sum())
-        if error < best[1]:
-            best = (float(step), error)
-    return best
+    codes = (grid / step).floor().clamp(-half, half - 1) + 0.5
+    return float((density / density.sum() * (grid - codes * step).square()).sum())
+
+
+@cache
+def uniform_quantiser(bits: int) -> tuple[float, float]:
+    """Best step and its mean squared error for a unit Gaussian."""
+    candidates = torch.linspace(0.5, 2.0, 301, dtype=torch.float64) * 8.0 / 2**bits
+    error, step = min((_error(float(step), bits), float(step)) for step in candidates)
+    return step, error
+
+
+@cache
+def tailed_quantiser(bits: int) -> tuple[float, float]:
+    """The step that is used, wider by ``MARGIN``, and its error for a unit Gaussian."""
+    step = uniform_quantiser(bits)[0] * MARGIN[bits]
+    return step, _error(step, bits)
 
 
 def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +88,7 @@ def allocate(variances: Tensor, budget: int) -> tuple[int, int, int]:
     blocks = len(variances) // RUN
     energy = variances[: blocks * RUN].unflatten(0, (blocks, RUN)).sum(1).double()
     cumulative = torch.cat([energy.new_zeros(1), energy.cumsum(0)])
-    saved = [1.0 - uniform_quantiser(bits)[1] for bits in CLASSES]
+    saved = [1.0 - tailed_quantiser(bits)[1] for bits in CLASSES]
     a = torch.arange(blocks + 1)
     n8, n4 = torch.meshgrid(a, a, indexing="ij")
     left = budget - RUN * n8 - RUN // 2 * n4
@@ -180,7 +193,7 @@ def choose_layout(spectra: Sequence[Spectrum], budget: int, gain: bool) -> Trans
 def quantise(side: Spectrum, layout: TransformLayout) -> Code:
     """The code of one side with a given layout."""
     steps = torch.cat(
-        [side.mean.new_full((count,), uniform_quantiser(bits)[0]) for bits, count in layout.runs]
+        [side.mean.new_full((count,), tailed_quantiser(bits)[0]) for bits, count in layout.runs]
     )
     rank = layout.rank
     deviation = side.variances[:, :rank].sqrt()
@@ -197,7 +210,7 @@ def quantise(side: Spectrum, layout: TransformLayout) -> Code:
     start = 0
     for bits, count in layout.runs:
         energy = side.variances[:, start : start + count].sum()
-        distortion = distortion + uniform_quantiser(bits)[1] * energy
+        distortion = distortion + tailed_quantiser(bits)[1] * energy
         start += count
     error = float(distortion / side.variances.sum().clamp_min(1e-30))
     return Code(layout, tuple(p.float().contiguous() for p in params), error)

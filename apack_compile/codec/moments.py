@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MIN_QUERIES = 32
+"""Fewer queries than this say nothing about the queries to come."""
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -62,6 +65,8 @@ class Moments:
             q_heads = torch.where(weight[:, None, None, :, None], q_heads, 0.0)
         q_flat = q_heads.transpose(0, 1).flatten(1, 3)  # [H, B * Hq/H * Q, D]
         q_flat = torch.where(q_flat.isfinite(), q_flat, 0.0)
+        if q_len < MIN_QUERIES:  # too few to be a metric: as if queries pointed everywhere
+            q_flat = torch.eye(q_flat.shape[-1], device=q.device).expand(heads, -1, -1)
         return cls(
             kept.sum(dtype=torch.float64),
             k_flat.sum(0),

@@ -10,6 +10,7 @@ attends to them (``decode``).
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -227,10 +228,14 @@ class PackedGraph:
             return args
         ready = list(args)
         stores: list[SideStore] = []
+        users = Counter(id(args[position].store) for position in self._handles)
         for position, tokens in zip(self._handles, self._appends, strict=True):
             handle = args[position]
             if tokens:
-                store = handle.store.branch(handle.shape[2])
+                # A store that another input reads as well must not be written under it.
+                shared = users[id(handle.store)] > 1
+                length = handle.shape[2]
+                store = handle.store.clone(length) if shared else handle.store.branch(length)
                 store.reserve(tokens)
                 stores.append(store)
                 if store is not handle.store:

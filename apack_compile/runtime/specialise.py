@@ -48,6 +48,14 @@ class Specialised:
             _fake(mode, shape_env, arg, dims, LocalSource(f"t{i}"))
             for i, (arg, dims) in enumerate(zip(args, dynamic, strict=True))
         ]
+        # Sizes 0 and 1 never become symbols, and no guard speaks of them.
+        self._constants = [
+            (i, j, int(size))
+            for i, (fake, dims) in enumerate(zip(fakes, dynamic, strict=True))
+            if dims is not None
+            for j, size in enumerate(fake.shape if isinstance(fake, Tensor) else (fake,))
+            if dims[j] is not DimDynamic.STATIC and not isinstance(size, torch.SymInt)
+        ]
         _drop_example_values(gm)
         with tracing(TracingContext(mode)):
             self._call = compiler(gm, fakes)
@@ -57,6 +65,10 @@ class Specialised:
 
     def accepts(self, args: Sequence[Any]) -> bool:
         """Whether this artifact holds for these arguments' shapes."""
+        for i, j, size in self._constants:
+            arg = args[i]
+            if (arg.shape[j] if isinstance(arg, Tensor) else arg) != size:
+                return False
         if self._guard is None:
             return True
         names = {f"t{n}": args[i] for n, i in self._guarded}

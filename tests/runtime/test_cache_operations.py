@@ -185,6 +185,42 @@ def test_tokens_that_are_not_finite_stay_exact_and_do_not_crash(bad: float) -> N
     assert dense[1, :, :40].isfinite().all() and dense[1, :, 41:].isfinite().all()
 
 
+def test_two_handles_on_one_store_in_one_graph_grow_apart() -> None:
+    """Bug: both wrote the same slots of the ring they share."""
+
+    def fn(a: Any, b: Any, k: torch.Tensor, q: torch.Tensor) -> Any:
+        keys, other = torch.cat([a, k], 2), torch.cat([b, k + 1], 2)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(q, keys, keys), attend(q, other, other), keys, other
+
+    dense, k, q = torch.randn(2, 2, 100, 8), torch.randn(2, 2, 1, 8), torch.randn(2, 2, 1, 8)
+    packed = PackedKV.pack(dense)
+    compiled = torch.compile(fn, backend="attentionpack", options=EXACT)
+    got = compiled(packed, packed.detach(), k, q)
+    want = fn(dense, dense, k, q)
+    for mine, theirs in zip(got, want, strict=True):
+        mine = mine.unpack() if isinstance(mine, PackedKV) else mine
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_write_to_the_grown_cache_is_kept() -> None:
+    """Bug: only writes to the past were looked for."""
+
+    def fn(past: Any, k: torch.Tensor, q: torch.Tensor) -> Any:
+        keys = torch.cat([past, k], 2)
+        keys[:, :, 0] = 0
+        out = torch.nn.functional.scaled_dot_product_attention(q, keys, keys)
+        keys.mul_(2)
+        return out, keys
+
+    dense, k, q = torch.randn(2, 2, 100, 8), torch.randn(2, 2, 1, 8), torch.randn(2, 2, 1, 8)
+    compiled = torch.compile(fn, backend="attentionpack", options=EXACT)
+    for past in (PackedKV.pack(dense), dense):
+        for mine, theirs in zip(compiled(past, k, q), fn(dense, k, q), strict=True):
+            mine = mine.unpack() if isinstance(mine, PackedKV) else mine
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
 WRITES: list[Callable[[Any], Any]] = [
     lambda x: x.mul_(2),
     lambda x: x[:, :, :4].zero_(),

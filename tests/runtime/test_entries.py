@@ -95,6 +95,20 @@ def test_other_backends_keep_their_behaviour() -> None:
     assert apack_compile.report().graphs == 0
 
 
+def test_two_ratios_of_one_model_and_the_model_itself_stay_apart() -> None:
+    """Bug: the last torch.compile won for every object made of the model, and for the model."""
+    case = zoo.llama()
+    short, long = (
+        torch.compile(case.model, backend="attentionpack", options={**OPTIONS, "window": window})
+        for window in (7, 9)
+    )
+    for compiled, window in ((short, 7), (long, 9), (short, 7)):
+        cache = generate(compiled, case, return_dict_in_generate=True).past_key_values
+        assert cache.layers[0].keys.store.policy.window == window
+    plain = generate(case.model, case, return_dict_in_generate=True).past_key_values
+    assert not isinstance(plain.layers[0].keys, PackedKV)
+
+
 def test_two_models_that_share_nothing_are_both_packed() -> None:
     for layers in (1, 2, 3):
         case = zoo.llama(num_hidden_layers=layers)

@@ -176,7 +176,7 @@ def test_a_lower_ratio_has_a_lower_error() -> None:
         measured = [relative_error(pair[side], x) for pair in codes]
         assert predicted == sorted(predicted)
         # Two neighbouring ratios may tie: 500 tokens measure what the prediction only expects.
-        assert all(b >= 0.995 * a for a, b in zip(measured, measured[1:], strict=False))
+        assert all(b >= 0.995 * a for a, b in itertools.pairwise(measured))
 
 
 def test_weighting_keys_by_their_queries_lowers_the_error_of_scores() -> None:

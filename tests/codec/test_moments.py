@@ -4,10 +4,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from apack_compile.codec import moments
 from apack_compile.codec.moments import Moments
 
 # float32 sums of some hundred products
 CLOSE = {"rtol": 1e-5, "atol": 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def _few_queries_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "MIN_QUERIES", 1)
+
+
+def test_too_few_queries_are_no_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a first call with one query fitted keys to that query alone."""
+    monkeypatch.setattr(moments, "MIN_QUERIES", 32)
+    k = torch.randn(1, 2, 40, 8)
+    found = Moments.of(torch.randn(1, 4, 1, 8), k, k, None)
+    assert torch.equal(found.q_gram, torch.eye(8).expand(2, 8, 8))
 
 
 def data(batch: int = 2, tokens: int = 40, dim_v: int = 6) -> tuple[Tensor, Tensor, Tensor]:

@@ -127,8 +127,11 @@ def _install_capturing_hooks(model: nn.Module) -> None:
     install_once = getattr(capturing, "maybe_install_capturing_hooks", None)
     if install_once is None:
         return
+    hooked = "_output_capturing_hooks_installed"
     for module in model.modules():  # outermost first; it marks the models inside
-        if isinstance(module, sys.modules["transformers"].PreTrainedModel):
+        if isinstance(module, sys.modules["transformers"].PreTrainedModel) and not any(
+            getattr(inside, hooked, False) for inside in module.modules()
+        ):
             install_once(module)
 
 

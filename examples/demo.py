@@ -180,8 +180,9 @@ def about_photograph(tokenizer: smollm2.Tokenizer, model: PreTrainedModel, args:
     say(f"  {smolvlm.TOKENS} tokens of the prompt come from pixels, and their cache is packed.")
     with step("building"):
         vlm = smolvlm.build(model, tokenizer)
-        start = "This picture shows"
-        inputs = smolvlm.look(tokenizer, DATA / "cat.jpg", "What is in this picture?", start)
+        question = "The photograph shows Chelsea, a cat. What is the name of the cat?"
+        start = "The name of the cat is"
+        inputs = smolvlm.look(tokenizer, DATA / "cat.jpg", question, start)
     stock, packed = compare(vlm, inputs, args.tokens, args.ratio)
     say()
     show(tokenizer, stock, packed, start)

@@ -24,7 +24,7 @@ demo: $(MADE) check-compiler  ## SmolLM2 answers a question about a long documen
 	$(PY) examples/demo.py $(ARGS)
 
 test: $(MADE) check-compiler  ## the whole CPU suite
-	$(PY) -m pytest -m "not gpu" $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not gpu" $(ARGS)
 
 lint: $(LINT)  ## ruff and mypy
 	$(PY) -m ruff check .

@@ -43,15 +43,12 @@ def generate(model: Any, ids: torch.Tensor, padding: int) -> Any:
 
 
 @pytest.mark.parametrize(("batch", "padding", "inner"), [(1, 0, zoo.INNER), (3, 20, "aot_eager")])
-def test_exact_codes_give_the_tokens_of_torchs_eager_backend(
+def test_exact_codes_give_the_tokens_of_eager_torch(
     model: Any, words: torch.Tensor, batch: int, padding: int, inner: str
 ) -> None:
     ids = words[0, : 180 * batch].view(batch, 180)
-    model._compiled_call_impl = None
-    model.compile(backend="eager")
+    # Not through backend="eager", which runs the same operators: tracing 30 layers takes a minute.
     expected = generate(model, ids, padding).sequences
-    torch._dynamo.reset()
-    model._compiled_call_impl = None
     compiled = torch.compile(
         model, backend="attentionpack", options={"codec": "exact", "inner": inner}
     )
@@ -65,12 +62,9 @@ def test_ratio_8_is_reached_and_stays_close_on_real_keys_and_values(
     import transformers
 
     context, following = words[:, :1500], words[:, 1500:1540]
-    model._compiled_call_impl = None
     dense = transformers.DynamicCache()
     model(context, past_key_values=dense, logits_to_keep=1)
-    want = torch.cat(
-        [model(t, past_key_values=dense).logits[:, -1] for t in following.split(1, 1)]
-    ).log_softmax(-1)
+    want = model(following, past_key_values=dense).logits[0].log_softmax(-1)
     divergence = {}
     for ratio in (4, 8):
         torch._dynamo.reset()
@@ -78,9 +72,7 @@ def test_ratio_8_is_reached_and_stays_close_on_real_keys_and_values(
         compiled = torch.compile(model, backend="attentionpack", options=options)
         cache = transformers.DynamicCache()
         compiled(context, past_key_values=cache, logits_to_keep=1)
-        got = torch.cat(
-            [compiled(t, past_key_values=cache).logits[:, -1] for t in following.split(1, 1)]
-        ).log_softmax(-1)
+        got = model(following, past_key_values=cache).logits[0].log_softmax(-1)  # on the handles
         divergence[ratio] = float((want.exp() * (want - got)).sum(-1).mean())
         for layer in cache.layers:
             for side in (layer.keys, layer.values):

@@ -1,4 +1,7 @@
-"""Our sources in Inductor's cache key: an edited kernel or pass must not be served stale code."""
+"""Our sources in Inductor's cache key: an edited kernel or pass must not be served stale code.
+
+So is ``APACK_ATTEND``, which says what a packed attention becomes.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Any
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from .ops.attend_cuda import choice
 
 
 @lru_cache(maxsize=1)
@@ -42,11 +47,12 @@ class SourceKey(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Our digest and the user's pass's own; None (no caching) if that one has none."""
+        ours = (source_hash(), choice())
         if self.users is None:
-            return source_hash()
+            return ours
         theirs = getattr(self.users, "uuid", None)
         key = theirs() if theirs is not None else None
-        return None if key is None else (source_hash(), key)
+        return None if key is None else (*ours, key)
 
 
 def keyed(config: dict[str, Any]) -> dict[str, Any]:

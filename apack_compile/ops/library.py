@@ -3,7 +3,8 @@
 Every operator has one meaning, the plain PyTorch function in ``kernels``. In eager mode that
 function runs. Under AOTAutograd the operator is one node until Inductor's decompositions:
 
-    attend   ->  score_bias (once for all layers), attend_region (compiled once for all layers)
+    attend   ->  score_bias (once for all layers), attend_region (compiled once for all layers);
+                 on CUDA our own kernels instead, before that: attend_cuda.py
     encode   ->  encode_region
     unpack   ->  its plain operations
 
@@ -30,6 +31,7 @@ from ..kernels.pool import make_pool as _make_pool
 from ..kernels.score_bias import score_bias as _score_bias
 from ..kernels.unpack import unpack as _unpack
 from ..kernels.visible import visible as _visible
+from .attend_cuda import eager_attend, show_kernels_to_graphs
 from .region import Grows, Region
 
 _LIB = torch.library.Library("apack", "DEF")
@@ -177,7 +179,10 @@ _define(
     Region(torch.ops.apack.encode_plain.default, _encode_grows, _encode_results),
     _encode_fake,
 )
-_define(f"attend(Tensor q, Tensor? mask, {_ATTEND}", _attend, _attend_fake, _attend_for_inductor)
+_define(
+    f"attend(Tensor q, Tensor? mask, {_ATTEND}", eager_attend, _attend_fake, _attend_for_inductor
+)
+show_kernels_to_graphs(_LIB)
 _define(f"encode{_ENCODE}", _encode, _encode_fake, torch.ops.apack.encode_region.default)
 _define(
     "unpack(Tensor[] side, Tensor lengths, SymInt length, str layout) -> Tensor",

@@ -1,0 +1,1 @@
+"""Triton kernels of the ``apack`` ops. Import only where Triton is installed."""

@@ -1,0 +1,131 @@
+"""Packed attention by the Triton kernels: fold, attend, merge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import wrap_triton
+from triton.runtime import JITFunction
+
+from ...codec import Layout, parse_layout
+from ..side import Side
+from .attend import attend_kernel
+from .fold import fold_kernel
+from .merge import merge_kernel
+from .plan import MOST_SPLITS, Config, Plan, make_plan, supported
+
+LOG2_E = 1.4426950408889634
+
+DTYPES = (torch.float16, torch.bfloat16)
+
+INTERPRETED = not isinstance(attend_kernel, JITFunction)
+"""Whether Triton interprets the kernels (TRITON_INTERPRET=1), on whatever device."""
+
+
+def takes(q: Tensor, k_layout: str, v_layout: str) -> bool:
+    """Whether the kernels can attend with these queries and codes."""
+    layouts = parse_layout(k_layout), parse_layout(v_layout)
+    return q.dtype in DTYPES and all(supported(layout) for layout in layouts)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; a few for the interpreter."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def default_config(k_layout: str, v_layout: str, rows: int) -> Config:
+    """The configuration used without autotuning."""
+    return Config()
+
+
+def count_splits(
+    batch: int, capacity: int, plan: Plan, config: Config, device: torch.device
+) -> int:
+    """Splits over tokens so that all programs over codes run at once. Sizes may be symbols."""
+    programs = batch * plan.groups * plan.blocks
+    room = multiprocessors(device) * config.fill // programs
+    tiles = (capacity + config.tokens - 1) // config.tokens
+    return torch.sym_max(torch.sym_min(torch.sym_min(room, tiles), MOST_SPLITS), 1)
+
+
+def _kernel(kernel: Any) -> Any:
+    return kernel if INTERPRETED else wrap_triton(kernel)
+
+
+def _parts(side: Side, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Codes and gains (the codes again where there are none)."""
+    return side.payload[0].contiguous(), side.payload[-1].contiguous()
+
+
+def attend_packed(
+    q: Tensor, bias: Tensor | None, k: Sequence[Tensor], v: Sequence[Tensor], lengths: Tensor,
+    scale: float, k_layout: str, v_layout: str, config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """:func:`~apack_compile.kernels.attend.attend_biased`, by kernels.
+
+    Args:
+        q: queries ``[B, Hq, Q, D]``, float16 or bfloat16.
+        bias: of ``apack::score_bias``, or None where there is no mask.
+        k, v, lengths, scale, k_layout, v_layout: as there.
+        config: how to cut the work; None: :func:`default_config`.
+    """
+    key, value = parse_layout(k_layout), parse_layout(v_layout)
+    keys, values = Side.of(k, key), Side.of(v, value)
+    batch, q_heads, queries = q.shape[0], int(q.shape[1]), int(q.shape[2])
+    if config is None:
+        config = default_config(k_layout, v_layout, q_heads * queries)
+    capacity, ring = keys.capacity, keys.ring.shape[2]
+    pools = keys.pool.shape[2], values.pool.shape[2]
+    plan = make_plan(k_layout, v_layout, q_heads, queries, pools, ring, config)
+    splits = count_splits(batch, capacity, plan, config, q.device)
+    q, k_ring, v_ring = q.contiguous(), keys.ring.contiguous(), values.ring.contiguous()
+    k_pool, v_pool = keys.pool.contiguous(), values.pool.contiguous()
+    k_codes, k_gain = _parts(keys, key)
+    v_codes, v_gain = _parts(values, value)
+    factor = scale * LOG2_E
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=q.device)
+
+    exact_programs = batch * plan.exact_programs
+    q16, shift = q, lengths
+    if keys.params:
+        q16 = empty(batch, plan.groups, plan.rows, plan.attend["KW"], dtype=torch.float16)
+        shift = empty(batch, plan.groups, plan.rows)
+        _kernel(fold_kernel)[(exact_programs * plan.fold["CHUNKS"],)](
+            q, keys.params[0], keys.params[2], q16, shift, factor, **plan.fold, num_warps=4
+        )
+    part = empty(batch, plan.groups, splits + 1, plan.rows, plan.attend["VW"])
+    stats = empty(batch, plan.groups, splits + 1, plan.rows, 4)
+    exact = empty(batch, q_heads, queries, value.dim)
+    bias = None if bias is None else bias.contiguous()
+    strides, kind = _bias_strides(bias)
+    limit = {"maxnreg": config.registers} if config.registers else {}
+    _kernel(attend_kernel)[(exact_programs + batch * plan.groups * plan.blocks * splits,)](
+        q16, shift, q, k_codes, k_gain, v_codes, v_gain, lengths if bias is None else bias, lengths,
+        keys.pool_positions.contiguous(), values.pool_positions.contiguous(),
+        k_pool, v_pool, k_ring, v_ring, part, stats, exact,
+        splits, exact_programs, capacity, *strides, factor,
+        **plan.attend, BIAS=kind, ASM=not INTERPRETED, num_warps=config.warps, **limit,
+    )  # fmt: skip
+    out = empty(batch, q_heads, queries, value.dim, dtype=q.dtype)
+    mean, synthesis = (values.params[0], values.params[2]) if values.params else (part, part)
+    _kernel(merge_kernel)[(exact_programs,)](
+        part, stats, exact, mean, synthesis, out, splits, **plan.merge, num_warps=8
+    )
+    return out
+
+
+def _bias_strides(bias: Tensor | None) -> tuple[tuple[int, int, int], int]:
+    """Strides by batch, head and query, 0 where it is broadcast, and the kernel's BIAS."""
+    if bias is None:
+        return (0, 0, 0), 0
+    b, h, q = (0 if size == 1 else bias.stride(i) for i, size in enumerate(bias.shape[:3]))
+    return (b, h, q), 1 if bias.shape[1] == bias.shape[2] == 1 else 2

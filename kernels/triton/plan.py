@@ -1,0 +1,141 @@
+"""What the kernels are told at compile time: sizes of one packed layer, and how to cut the work.
+
+Constants of one side (K or V), by their names in the kernels:
+
+    X       1 if the code is exact        D, DP     head_dim, and the next power of two
+    G       groups of the code            GAIN      1 if tokens carry gains
+    8 4 2   bytes of each run             P8 P4 P2  their widths in tiles, powers of two
+    PITCH   payload width of a token      W         columns: the rank, or D if exact
+
+``H`` KV heads with ``ROWS`` query rows each (query heads x queries); ``G`` groups of programs,
+``BLOCKS`` blocks of ``M`` rows in each; ``N`` tokens in a tile.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+from ...codec import ExactLayout, Layout, TransformLayout, parse_layout
+
+EXACT_ROWS = 16
+"""Query rows of a program over ring and pool: the least that tensor cores take."""
+
+FOLD_CHUNK = 64
+"""Columns of folded queries that one program makes."""
+
+MOST_SPLITS = 127
+"""The merge holds the statistics of this many splits, and one more, at a time."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """How the work is cut.
+
+    Attributes:
+        tokens: of a tile, N.
+        rows: the most query rows in a tile, M.
+        warps: of a program.
+        stages: tiles in flight.
+        flip: codes are the left operand of the scores' product.
+        fill: programs over codes for each multiprocessor.
+        registers: of a thread at most; 0: as many as the compiler likes.
+    """
+
+    tokens: int = 64
+    rows: int = 32
+    warps: int = 4
+    stages: int = 3
+    flip: bool = False
+    fill: int = 2
+    registers: int = 0
+
+
+def _power(n: int, least: int) -> int:
+    return max(1 << max(n - 1, 0).bit_length(), least)
+
+
+def supported(layout: Layout) -> bool:
+    """Whether the kernels know this kind of code."""
+    if isinstance(layout, TransformLayout):
+        return all(count % 16 == 0 for _, count in layout.runs)
+    return isinstance(layout, ExactLayout)
+
+
+def _side(letter: str, layout: Layout) -> dict[str, int]:
+    """Constants of one side."""
+    least = 32 if letter == "K" else 16  # the tile's inner or its outer dimension
+    exact = isinstance(layout, ExactLayout)
+    constants = {"X": int(exact), "G": layout.heads}
+    widths, gain, pitch = (0, 0, 0), 0, layout.heads * layout.dim
+    if isinstance(layout, TransformLayout):
+        constants["G"], gain = layout.groups, layout.gain
+        widths = (layout.r8, layout.r4 // 2, layout.r2 // 4)
+        pitch = layout.groups * sum(widths)
+    pads = tuple(_power(width, least) if width else 0 for width in widths)
+    named = {letter + name: value for name, value in constants.items()}
+    for bits, width, pad in zip((8, 4, 2), widths, pads, strict=True):
+        named |= {f"{letter}{bits}": width, f"{letter}P{bits}": pad}
+    dim = _power(layout.dim, 16)
+    columns = dim if exact else widths[0] + 2 * widths[1] + 4 * widths[2]
+    named |= {letter + "W": columns, letter + "PITCH": pitch, letter + "GAIN": gain}
+    return named | {"D" + letter: layout.dim, f"D{letter}P": dim}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The constants of the three kernels.
+
+    Attributes:
+        fold, attend, merge: keyword arguments of each.
+        groups, blocks, rows: programs of one batch row; rows kept for each group of programs.
+        exact_programs: programs over ring and pool of one batch row.
+    """
+
+    fold: dict[str, int]
+    attend: dict[str, int]
+    merge: dict[str, int]
+    groups: int
+    blocks: int
+    rows: int
+    exact_programs: int
+
+
+@cache
+def make_plan(
+    k_layout: str, v_layout: str, q_heads: int, queries: int, pools: tuple[int, int], ring: int,
+    config: Config,
+) -> Plan:  # fmt: skip
+    """The plan of a layer.
+
+    Args:
+        k_layout, v_layout: specs of the codes.
+        q_heads, queries: of the query tensor.
+        pools: slots of the pool of keys and of values.
+        ring: slots of the ring.
+        config: how to cut the work.
+    """
+    key, value = parse_layout(k_layout), parse_layout(v_layout)
+    k, v = _side("K", key), _side("V", value)
+    heads, rows = key.heads, q_heads // key.heads * queries
+    groups = math.lcm(k["KG"], v["VG"])  # both divide the heads, so this does
+    per_group = heads // groups * rows
+    m = min(_power(per_group, 16), config.rows)
+    blocks = -(-per_group // m)
+    common = {
+        "H": heads, "ROWS": rows, "G": groups, "X": EXACT_ROWS, "XBLOCKS": -(-rows // EXACT_ROWS),
+    }  # fmt: skip
+    ek, ev = pools
+    attend = common | k | v | {
+        "Q": queries, "M": m, "BLOCKS": blocks, "EK": ek, "EKP": _power(ek, 16), "EV": ev,
+        "EVP": _power(ev, 16), "RING": ring, "XN": 32, "LISTED": _power(ek + ev, 16),
+        "N": config.tokens, "STAGES": config.stages, "FLIP": int(config.flip),
+    }  # fmt: skip
+    stride = {"STRIDE": blocks * m}
+    fold = common | stride | {name: k[name] for name in ("KG", "DK", "DKP", "KW")}
+    fold |= {"CHUNK": FOLD_CHUNK, "CHUNKS": -(-k["KW"] // FOLD_CHUNK)}
+    merge = common | stride | {name: v[name] for name in ("VG", "VX", "DV", "DVP", "VW")}
+    merge |= {"POOLED": int(ek + ev > 0), "SLOTS": MOST_SPLITS + 1}
+    merge |= {"CHUNK": min(_power(v["VW"], 16), 128), "AT_ONCE": 8}
+    return Plan(fold, attend, merge, groups, blocks, blocks * m, heads * common["XBLOCKS"])

@@ -1,0 +1,199 @@
+"""The Triton kernels against the float64 oracle: interpreted on a CPU, compiled on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from apack_compile.cache import Policy
+from apack_compile.codec import Code, ExactLayout, Layout, TransformLayout
+from apack_compile.kernels.reference import attend_reference, unpack_reference
+from apack_compile.kernels.triton.launch import INTERPRETED, attend_packed
+from apack_compile.kernels.triton.plan import Config
+
+from ..helpers import encoded, hand_code, poison
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+
+POOLED = Policy(sinks=3, extra=2, window=7, block=16, chunk=16)
+POOLLESS = Policy(sinks=0, extra=0, window=7, block=16, chunk=16)
+SMALL = Config(tokens=16, rows=16)
+
+
+def code_of(layout: Layout, seed: int = 0) -> Code:
+    """A code whose decoded tokens are of the size of real ones."""
+    code = hand_code(layout, seed)
+    if isinstance(layout, ExactLayout):
+        return code
+    mean, analysis, synthesis, *whiten = code.params
+    size = (analysis.shape[1] * layout.rank) ** 0.5
+    return Code(layout, (mean, analysis / size * 20, synthesis / size, *whiten))
+
+
+def case(
+    k: Layout, v: Layout, *, batch: int = 2, repeat: int = 2, queries: int = 1, length: int = 60,
+    policies: tuple[Policy, Policy] = (POOLED, POOLED), dtype: torch.dtype = torch.float16,
+) -> dict[str, Any]:  # fmt: skip
+    codes = code_of(k), code_of(v, 1)
+    sides = []
+    for code, policy in zip(codes, policies, strict=True):
+        x = torch.randn(batch, code.layout.heads, length, code.layout.dim).to(dtype)
+        if policy.extra and code.layout.kind != "exact":
+            x[0, :, length // 2] *= 4  # far from the others
+        side, lengths = encoded(x, code, policy)
+        sides.append(side)
+    q = torch.randn(batch, k.heads * repeat, queries, k.dim).to(dtype)
+    return {"q": q, "mask": None, "k": sides[0], "v": sides[1], "lengths": lengths, "codes": codes}
+
+
+def attend(
+    q: Tensor, mask: Tensor | None, k: list[Tensor], v: list[Tensor], lengths: Tensor,
+    codes: tuple[Code, Code], config: Config = SMALL,
+) -> Tensor:  # fmt: skip
+    specs = [code.layout.spec for code in codes]
+    bias = None
+    if mask is not None:
+        ring = k[len(codes[0].layout.payload_fields(q.dtype)) + 2].shape[2]
+        bias = torch.ops.apack.score_bias(mask, lengths, k[0].shape[1], ring, q.dtype).to(DEVICE)
+    k, v = [t.to(DEVICE) for t in k], [t.to(DEVICE) for t in v]
+    q, lengths = q.to(DEVICE), lengths.to(DEVICE)
+    out = attend_packed(q, bias, k, v, lengths, 0.125, *specs, config)
+    return out.cpu()
+
+
+def check(given: dict[str, Any], config: Config = SMALL) -> Tensor:
+    """Relative error within the rounding of the dtype, stale slots poisoned."""
+    length = int(given["lengths"].sum())
+    dense = [
+        unpack_reference(given[side], given["lengths"], length, code.layout.spec)
+        for side, code in zip("kv", given["codes"], strict=True)
+    ]
+    expected = attend_reference(given["q"], *dense, given["mask"], 0.125)
+    for side, code in zip("kv", given["codes"], strict=True):
+        given[side] = poison(given[side], given["lengths"], code.layout)
+    out = attend(**given, config=config)
+    assert out.dtype == given["q"].dtype and out.shape == expected.shape
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error < torch.finfo(out.dtype).eps, f"relative error {error:.2e}"
+    return out
+
+
+def transform(
+    heads: int = 2, dim: int = 64, groups: int = 1, runs: tuple[int, int, int] = (16, 32, 16),
+    gain: int = 0,
+) -> TransformLayout:  # fmt: skip
+    return TransformLayout(heads, dim, groups, *runs, gain)
+
+
+RUNS = [(32, 0, 0), (0, 32, 0), (0, 0, 64), (16, 32, 16), (48, 80, 16)]
+
+
+@pytest.mark.parametrize("runs", RUNS)
+@pytest.mark.parametrize("gain", [0, 1])
+def test_every_mix_of_bits(runs: tuple[int, int, int], gain: int) -> None:
+    check(case(transform(runs=runs, gain=gain), transform(runs=runs, gain=gain)))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dtypes_and_operand_orders(dtype: torch.dtype, flip: bool) -> None:
+    config = Config(tokens=64 if DEVICE == "cuda" else 16, rows=16, flip=flip)
+    check(case(transform(), transform(gain=1), dtype=dtype), config)
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (80, 96), (128, 64), (256, 256)])
+def test_head_dims(dims: tuple[int, int]) -> None:
+    check(case(transform(dim=dims[0]), transform(dim=dims[1], gain=1), length=40))
+
+
+@pytest.mark.parametrize(("k_groups", "v_groups"), [(1, 2), (2, 4), (4, 1), (4, 4)])
+def test_keys_and_values_may_be_grouped_differently(k_groups: int, v_groups: int) -> None:
+    k, v = transform(4, 16, k_groups, (16, 16, 16)), transform(4, 16, v_groups, (16, 16, 0), 1)
+    check(case(k, v, length=40))
+
+
+@pytest.mark.parametrize("exact", ["k", "v", "kv"])
+def test_exact_codes(exact: str) -> None:
+    layouts = [ExactLayout(2, 32) if side in exact else transform(2, 32) for side in "kv"]
+    policies = tuple(POOLLESS if side in exact else POOLED for side in "kv")
+    check(case(*layouts, policies=policies))
+
+
+@pytest.mark.parametrize("queries", [1, 2, 5, 16])
+@pytest.mark.parametrize("repeat", [1, 3, 7])
+def test_queries_and_heads(queries: int, repeat: int) -> None:
+    check(case(transform(), transform(gain=1), queries=queries, repeat=repeat, batch=1, length=40))
+
+
+@pytest.mark.parametrize("length", [1, 6, 7, 8, 23, 24, 100])
+def test_lengths(length: int) -> None:
+    given = case(transform(), transform(gain=1), length=length)
+    check(given, Config(tokens=16, rows=16, fill=8))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 60), (1, 1, 3, 60), (2, 4, 3, 60), (2, 1, 3, 1)])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_masks(shape: tuple[int, ...], kind: str) -> None:
+    given = case(transform(), transform(gain=1), queries=3)
+    hidden = torch.rand(shape) < 0.4
+    given["mask"] = (
+        ~hidden if kind == "bool" else torch.randn(shape).masked_fill(hidden, float("-inf"))
+    )
+    check(given)
+
+
+def test_rows_that_see_nothing_are_zero() -> None:
+    given = case(transform(), transform(gain=1), queries=3)
+    given["mask"] = torch.ones(2, 1, 3, 60, dtype=torch.bool)
+    given["mask"][0, :, 1] = False
+    out = check(given)
+    assert not out[0, :, 1].any() and out[0, :, 0].all()
+
+
+@pytest.mark.parametrize("policies", [(POOLED, POOLLESS), (POOLLESS, POOLED)])
+def test_one_side_may_have_a_pool_alone(policies: tuple[Policy, Policy]) -> None:
+    check(case(transform(), transform(gain=1), policies=policies))
+
+
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_a_pooled_token_counts_once_and_its_code_does_not(side: str) -> None:
+    """Pools of keys and values that hold different tokens, whose codes are far from them."""
+    given = case(transform(), transform(gain=1))
+    at = len(given["codes"]["kv".index(side)].layout.payload_fields(torch.float16))
+    pool, positions = given[side][at], given[side][at + 1]
+    positions[:, -1] = torch.tensor([30, 11])
+    pool[:, :, -1] = torch.randn_like(pool[:, :, -1]) * 3
+    check(given)
+
+
+def test_a_token_that_is_not_a_number_spoils_its_row_alone() -> None:
+    given = case(transform(), transform(gain=1))
+    x = torch.randn(2, 2, 60, 64).half()
+    x[0, 1, 5, 2] = float("nan")
+    given["k"], _ = encoded(x, given["codes"][0], POOLED)
+    out = attend(**given)
+    assert out[0, 2:].isnan().all() and out[0, :2].isfinite().all() and out[1].isfinite().all()
+
+
+def test_results_repeat_to_the_bit() -> None:
+    given = case(transform(), transform(gain=1), length=100)
+    assert torch.equal(attend(**given), attend(**given))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs compiled kernels")
+@pytest.mark.parametrize("config", [
+    Config(), Config(tokens=64, flip=True), Config(tokens=128, warps=8, flip=True, stages=2),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tiles_of_real_size(config: Config, dtype: torch.dtype) -> None:
+    k = transform(4, 128, 1, (64, 128, 128))
+    v = transform(4, 128, 1, (32, 144, 96), 1)
+    check(case(k, v, batch=1, repeat=7, length=300, dtype=dtype), config)

@@ -22,24 +22,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codes import centred, load_run
+from .codes import centred, components, load_run
 
 SHIFT = tl.constexpr(14.0)
 
 
 @triton.jit
 def _load_q(
-    base, rows, START: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr, KW: tl.constexpr,
-    FLIP: tl.constexpr,
+    base, rows, BITS: tl.constexpr, CODE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
+    PAD: tl.constexpr, KW: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
-    """Columns of the folded queries, ``[rows, PAD]``, or ``[PAD, rows]`` with FLIP."""
-    column = tl.arange(0, PAD)
-    some = column < WIDTH
+    """Folded queries by word of a run, ``[rows, PAD / 2]``, or ``[PAD / 2, rows]`` with FLIP."""
+    column = components(BITS, CODE, START, WIDTH, PAD)
+    some = tl.arange(0, PAD // 2) < WIDTH // 2
     if FLIP:
-        where = base + rows[None, :] * KW + START + column[:, None]
+        where = base + rows[None, :] * KW + column[:, None]
         return tl.load(where, mask=some[:, None], other=0.0)
     else:
-        where = base + rows[:, None] * KW + START + column[None, :]
+        where = base + rows[:, None] * KW + column[None, :]
         return tl.load(where, mask=some[None, :], other=0.0)
 
 
@@ -60,11 +60,12 @@ def _dot_scores(q, codes, acc, FLIP: tl.constexpr):
 
 @triton.jit
 def _code_scores(
-    q8, q40, q41, q20, q21, q22, q23, base, tokens, live,
+    q8_0, q8_1, q4_0, q4_1, q4_2, q4_3,
+    q2_0, q2_1, q2_2, q2_3, q2_4, q2_5, q2_6, q2_7, base, tokens, live,
     ROWS: tl.constexpr, TILE: tl.constexpr, PITCH: tl.constexpr,
     W8: tl.constexpr, W4: tl.constexpr, W2: tl.constexpr,
     P8: tl.constexpr, P4: tl.constexpr, P2: tl.constexpr,
-    FLIP: tl.constexpr, ASM: tl.constexpr,
+    FLIP: tl.constexpr, ALL: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Folded queries against centred codes: ``[ROWS, TILE]``."""
     if FLIP:
@@ -72,18 +73,25 @@ def _code_scores(
     else:
         s = tl.full([ROWS, TILE], 0.0, tl.float32)
     if W8:
-        raw = load_run(base, tokens, live, PITCH, 0, W8, P8)
-        s = _dot_scores(q8, centred(raw, 8, 0, FLIP, ASM), s, FLIP)
+        words = load_run(base, tokens, live, PITCH, 0, W8, P8, ALL)
+        s = _dot_scores(q8_0, centred(words, 8, 0, ASM), s, FLIP)
+        s = _dot_scores(q8_1, centred(words, 8, 1, ASM), s, FLIP)
     if W4:
-        raw = load_run(base, tokens, live, PITCH, W8, W4, P4)
-        s = _dot_scores(q40, centred(raw, 4, 0, FLIP, ASM), s, FLIP)
-        s = _dot_scores(q41, centred(raw, 4, 1, FLIP, ASM), s, FLIP)
+        words = load_run(base, tokens, live, PITCH, W8, W4, P4, ALL)
+        s = _dot_scores(q4_0, centred(words, 4, 0, ASM), s, FLIP)
+        s = _dot_scores(q4_1, centred(words, 4, 1, ASM), s, FLIP)
+        s = _dot_scores(q4_2, centred(words, 4, 2, ASM), s, FLIP)
+        s = _dot_scores(q4_3, centred(words, 4, 3, ASM), s, FLIP)
     if W2:
-        raw = load_run(base, tokens, live, PITCH, W8 + W4, W2, P2)
-        s = _dot_scores(q20, centred(raw, 2, 0, FLIP, ASM), s, FLIP)
-        s = _dot_scores(q21, centred(raw, 2, 1, FLIP, ASM), s, FLIP)
-        s = _dot_scores(q22, centred(raw, 2, 2, FLIP, ASM), s, FLIP)
-        s = _dot_scores(q23, centred(raw, 2, 3, FLIP, ASM), s, FLIP)
+        words = load_run(base, tokens, live, PITCH, W8 + W4, W2, P2, ALL)
+        s = _dot_scores(q2_0, centred(words, 2, 0, ASM), s, FLIP)
+        s = _dot_scores(q2_1, centred(words, 2, 1, ASM), s, FLIP)
+        s = _dot_scores(q2_2, centred(words, 2, 2, ASM), s, FLIP)
+        s = _dot_scores(q2_3, centred(words, 2, 3, ASM), s, FLIP)
+        s = _dot_scores(q2_4, centred(words, 2, 4, ASM), s, FLIP)
+        s = _dot_scores(q2_5, centred(words, 2, 5, ASM), s, FLIP)
+        s = _dot_scores(q2_6, centred(words, 2, 6, ASM), s, FLIP)
+        s = _dot_scores(q2_7, centred(words, 2, 7, ASM), s, FLIP)
     if FLIP:
         return tl.trans(s)
     else:
@@ -138,13 +146,20 @@ def _headroom(gain):
 
 
 @triton.jit
-def _store_plane(
-    out, sums, rows, PLANE: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr
+def _mix(p16, words, acc, decay, BITS: tl.constexpr, CODE: tl.constexpr, ASM: tl.constexpr):
+    """Weighted sums over tokens of one code of each word, older ones decayed."""
+    return tl.dot(p16, centred(words, BITS, CODE, ASM), acc * decay[:, None])
+
+
+@triton.jit
+def _store_sums(
+    out, sums, rows, BITS: tl.constexpr, CODE: tl.constexpr, START: tl.constexpr,
+    WIDTH: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
-    """Weighted sums of one plane behind those of the planes before it."""
-    column = tl.arange(0, PAD)
-    mask = rows[:, None] & (column < WIDTH)[None, :]
-    tl.store(out + PLANE * WIDTH + column[None, :], sums, mask=mask)
+    """Weighted sums of one code of each word, to their components."""
+    column = components(BITS, CODE, START, WIDTH, PAD)
+    mask = rows[:, None] & (tl.arange(0, PAD // 2) < WIDTH // 2)[None, :]
+    tl.store(out + column[None, :], sums, mask=mask)
 
 
 @triton.jit
@@ -170,9 +185,12 @@ def _over_codes(
     VP8: tl.constexpr, VP4: tl.constexpr, VP2: tl.constexpr, VGAIN: tl.constexpr,
     EK: tl.constexpr, EKP: tl.constexpr, EV: tl.constexpr, EVP: tl.constexpr,
     BIAS: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, FLIP: tl.constexpr,
-    ASM: tl.constexpr,
+    WHOLE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """One split of one group: ``part [B, G, splits + 1, BLOCKS * M, VW]``."""
+    """One split of one group: ``part [B, G, splits + 1, BLOCKS * M, VW]``.
+
+    WHOLE: the capacity is a multiple of N, so that no tile reaches past it.
+    """
     block = work % BLOCKS
     split = work // BLOCKS % splits
     g = work // (BLOCKS * splits) % G
@@ -196,23 +214,35 @@ def _over_codes(
     else:
         k_base = k_codes + b.to(tl.int64) * capacity * KPITCH + gk * (K8 + K4 + K2)
         q_base = q16 + kept * KW
-        q8, q40, q41, q20, q21, q22, q23 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
         at: tl.constexpr = K8 + 2 * K4
         centre = tl.full([M], 0.0, tl.float32)
+        q8_0, q8_1, q4_0, q4_1, q4_2, q4_3 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+        q2_0, q2_1, q2_2, q2_3, q2_4, q2_5, q2_6, q2_7 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
         if K8:
-            q8 = _load_q(q_base, row, 0, K8, KP8, KW, FLIP)
-            centre += _half_sum(q8, FLIP)
+            q8_0 = _load_q(q_base, row, 8, 0, 0, K8, KP8, KW, FLIP)
+            q8_1 = _load_q(q_base, row, 8, 1, 0, K8, KP8, KW, FLIP)
+            centre += _half_sum(q8_0, FLIP) + _half_sum(q8_1, FLIP)
         if K4:
-            q40 = _load_q(q_base, row, K8, K4, KP4, KW, FLIP)
-            q41 = _load_q(q_base, row, K8 + K4, K4, KP4, KW, FLIP)
-            centre += _half_sum(q40, FLIP) + _half_sum(q41, FLIP)
+            q4_0 = _load_q(q_base, row, 4, 0, K8, K4, KP4, KW, FLIP)
+            q4_1 = _load_q(q_base, row, 4, 1, K8, K4, KP4, KW, FLIP)
+            q4_2 = _load_q(q_base, row, 4, 2, K8, K4, KP4, KW, FLIP)
+            q4_3 = _load_q(q_base, row, 4, 3, K8, K4, KP4, KW, FLIP)
+            centre += _half_sum(q4_0, FLIP) + _half_sum(q4_1, FLIP)
+            centre += _half_sum(q4_2, FLIP) + _half_sum(q4_3, FLIP)
         if K2:
-            q20 = _load_q(q_base, row, at, K2, KP2, KW, FLIP)
-            q21 = _load_q(q_base, row, at + K2, K2, KP2, KW, FLIP)
-            q22 = _load_q(q_base, row, at + 2 * K2, K2, KP2, KW, FLIP)
-            q23 = _load_q(q_base, row, at + 3 * K2, K2, KP2, KW, FLIP)
-            centre += _half_sum(q20, FLIP) + _half_sum(q21, FLIP)
-            centre += _half_sum(q22, FLIP) + _half_sum(q23, FLIP)
+            q2_0 = _load_q(q_base, row, 2, 0, at, K2, KP2, KW, FLIP)
+            q2_1 = _load_q(q_base, row, 2, 1, at, K2, KP2, KW, FLIP)
+            q2_2 = _load_q(q_base, row, 2, 2, at, K2, KP2, KW, FLIP)
+            q2_3 = _load_q(q_base, row, 2, 3, at, K2, KP2, KW, FLIP)
+            q2_4 = _load_q(q_base, row, 2, 4, at, K2, KP2, KW, FLIP)
+            q2_5 = _load_q(q_base, row, 2, 5, at, K2, KP2, KW, FLIP)
+            q2_6 = _load_q(q_base, row, 2, 6, at, K2, KP2, KW, FLIP)
+            q2_7 = _load_q(q_base, row, 2, 7, at, K2, KP2, KW, FLIP)
+            centre += _half_sum(q2_0, FLIP) + _half_sum(q2_1, FLIP)
+            centre += _half_sum(q2_2, FLIP) + _half_sum(q2_3, FLIP)
+            centre += _half_sum(q2_4, FLIP) + _half_sum(q2_5, FLIP)
+            centre += _half_sum(q2_6, FLIP) + _half_sum(q2_7, FLIP)
+        # The same for all coded tokens of a row, so it is added to their largest score only.
         mean = tl.load(shift + kept + row)
         if not KGAIN:
             mean += centre
@@ -235,17 +265,24 @@ def _over_codes(
     mass = tl.full([M, N], 0.0, tl.float32)  # summed over tokens after the loop: no exchange in it
     gained = tl.full([M, N], 0.0, tl.float32)
     if VX:
-        a8 = tl.full([M, DVP], 0.0, tl.float32)
+        a16 = tl.full([M, DVP], 0.0, tl.float32)
     if V8:
-        a8 = tl.full([M, VP8], 0.0, tl.float32)
+        a8_0 = tl.full([M, VP8 // 2], 0.0, tl.float32)
+        a8_1 = tl.full([M, VP8 // 2], 0.0, tl.float32)
     if V4:
-        a40 = tl.full([M, VP4], 0.0, tl.float32)
-        a41 = tl.full([M, VP4], 0.0, tl.float32)
+        a4_0 = tl.full([M, VP4 // 2], 0.0, tl.float32)
+        a4_1 = tl.full([M, VP4 // 2], 0.0, tl.float32)
+        a4_2 = tl.full([M, VP4 // 2], 0.0, tl.float32)
+        a4_3 = tl.full([M, VP4 // 2], 0.0, tl.float32)
     if V2:
-        a20 = tl.full([M, VP2], 0.0, tl.float32)
-        a21 = tl.full([M, VP2], 0.0, tl.float32)
-        a22 = tl.full([M, VP2], 0.0, tl.float32)
-        a23 = tl.full([M, VP2], 0.0, tl.float32)
+        a2_0 = tl.full([M, VP2 // 2], 0.0, tl.float32)
+        a2_1 = tl.full([M, VP2 // 2], 0.0, tl.float32)
+        a2_2 = tl.full([M, VP2 // 2], 0.0, tl.float32)
+        a2_3 = tl.full([M, VP2 // 2], 0.0, tl.float32)
+        a2_4 = tl.full([M, VP2 // 2], 0.0, tl.float32)
+        a2_5 = tl.full([M, VP2 // 2], 0.0, tl.float32)
+        a2_6 = tl.full([M, VP2 // 2], 0.0, tl.float32)
+        a2_7 = tl.full([M, VP2 // 2], 0.0, tl.float32)
 
     # Gains are too narrow for asynchronous copies: they are loaded one tile ahead by hand.
     n = first + tl.arange(0, N)
@@ -272,15 +309,14 @@ def _over_codes(
             s = _product(qx, tl.trans(k), tl.full([M, N], 0.0, tl.float32), ASM) * scale2
         else:
             s = _code_scores(
-                q8, q40, q41, q20, q21, q22, q23, k_base, n, inside,
-                M, N, KPITCH, K8, K4, K2, KP8, KP4, KP2, FLIP, ASM,
+                q8_0, q8_1, q4_0, q4_1, q4_2, q4_3,
+                q2_0, q2_1, q2_2, q2_3, q2_4, q2_5, q2_6, q2_7, k_base, n, inside,
+                M, N, KPITCH, K8, K4, K2, KP8, KP4, KP2, FLIP, WHOLE, ASM,
             )  # fmt: skip
             if KGAIN:
                 t = next_t.to(tl.float32)
                 next_t = _gains(k_gains, n + N, n + N < last, KG)
-                s = (s + centre[:, None]) * t[None, :] + mean[:, None]
-            else:
-                s = s + mean[:, None]
+                s = (s + centre[:, None]) * t[None, :]
         s = _biased(s, bias_row, n, live, rows_bias, BIAS)
         if VGAIN:
             u = next_u.to(tl.float32)
@@ -301,25 +337,34 @@ def _over_codes(
             dv = tl.arange(0, DVP)
             some = inside[:, None] & (dv < DV)[None, :]
             v = tl.load(v_base + n[:, None] * VPITCH + dv[None, :], mask=some, other=0.0)
-            a8 = _product(p.to(v.dtype), v, a8 * decay[:, None], ASM)
+            a16 = _product(p.to(v.dtype), v, a16 * decay[:, None], ASM)
         else:
             p16 = p.to(tl.float16)
         if V8:
-            raw = load_run(v_base, n, inside, VPITCH, 0, V8, VP8)
-            a8 = tl.dot(p16, centred(raw, 8, 0, True, ASM), a8 * decay[:, None])
+            words = load_run(v_base, n, inside, VPITCH, 0, V8, VP8, WHOLE)
+            a8_0 = _mix(p16, words, a8_0, decay, 8, 0, ASM)
+            a8_1 = _mix(p16, words, a8_1, decay, 8, 1, ASM)
         if V4:
-            raw = load_run(v_base, n, inside, VPITCH, V8, V4, VP4)
-            a40 = tl.dot(p16, centred(raw, 4, 0, True, ASM), a40 * decay[:, None])
-            a41 = tl.dot(p16, centred(raw, 4, 1, True, ASM), a41 * decay[:, None])
+            words = load_run(v_base, n, inside, VPITCH, V8, V4, VP4, WHOLE)
+            a4_0 = _mix(p16, words, a4_0, decay, 4, 0, ASM)
+            a4_1 = _mix(p16, words, a4_1, decay, 4, 1, ASM)
+            a4_2 = _mix(p16, words, a4_2, decay, 4, 2, ASM)
+            a4_3 = _mix(p16, words, a4_3, decay, 4, 3, ASM)
         if V2:
-            raw = load_run(v_base, n, inside, VPITCH, V8 + V4, V2, VP2)
-            a20 = tl.dot(p16, centred(raw, 2, 0, True, ASM), a20 * decay[:, None])
-            a21 = tl.dot(p16, centred(raw, 2, 1, True, ASM), a21 * decay[:, None])
-            a22 = tl.dot(p16, centred(raw, 2, 2, True, ASM), a22 * decay[:, None])
-            a23 = tl.dot(p16, centred(raw, 2, 3, True, ASM), a23 * decay[:, None])
+            words = load_run(v_base, n, inside, VPITCH, V8 + V4, V2, VP2, WHOLE)
+            a2_0 = _mix(p16, words, a2_0, decay, 2, 0, ASM)
+            a2_1 = _mix(p16, words, a2_1, decay, 2, 1, ASM)
+            a2_2 = _mix(p16, words, a2_2, decay, 2, 2, ASM)
+            a2_3 = _mix(p16, words, a2_3, decay, 2, 3, ASM)
+            a2_4 = _mix(p16, words, a2_4, decay, 2, 4, ASM)
+            a2_5 = _mix(p16, words, a2_5, decay, 2, 5, ASM)
+            a2_6 = _mix(p16, words, a2_6, decay, 2, 6, ASM)
+            a2_7 = _mix(p16, words, a2_7, decay, 2, 7, ASM)
 
     here = ((b * G + g).to(tl.int64) * (splits + 1) + split) * (BLOCKS * M) + row
     total = tl.sum(mass, 1)
+    if not KX:
+        top += mean
     tl.store(stats + here * 4, top)
     tl.store(stats + here * 4 + 1, total)
     tl.store(stats + here * 4 + 2, total)
@@ -329,18 +374,25 @@ def _over_codes(
         tl.store(stats + here * 4 + 3, total)
     out = part + here[:, None] * VW
     if VX:
-        tl.store(out + tl.arange(0, DVP)[None, :], a8)
+        tl.store(out + tl.arange(0, DVP)[None, :], a16)
     all_rows = tl.full([M], 1, tl.int1)
     if V8:
-        _store_plane(out, a8, all_rows, 0, V8, VP8)
+        _store_sums(out, a8_0, all_rows, 8, 0, 0, V8, VP8)
+        _store_sums(out, a8_1, all_rows, 8, 1, 0, V8, VP8)
     if V4:
-        _store_plane(out + V8, a40, all_rows, 0, V4, VP4)
-        _store_plane(out + V8, a41, all_rows, 1, V4, VP4)
+        _store_sums(out, a4_0, all_rows, 4, 0, V8, V4, VP4)
+        _store_sums(out, a4_1, all_rows, 4, 1, V8, V4, VP4)
+        _store_sums(out, a4_2, all_rows, 4, 2, V8, V4, VP4)
+        _store_sums(out, a4_3, all_rows, 4, 3, V8, V4, VP4)
     if V2:
-        _store_plane(out + V8 + 2 * V4, a20, all_rows, 0, V2, VP2)
-        _store_plane(out + V8 + 2 * V4, a21, all_rows, 1, V2, VP2)
-        _store_plane(out + V8 + 2 * V4, a22, all_rows, 2, V2, VP2)
-        _store_plane(out + V8 + 2 * V4, a23, all_rows, 3, V2, VP2)
+        _store_sums(out, a2_0, all_rows, 2, 0, V8 + 2 * V4, V2, VP2)
+        _store_sums(out, a2_1, all_rows, 2, 1, V8 + 2 * V4, V2, VP2)
+        _store_sums(out, a2_2, all_rows, 2, 2, V8 + 2 * V4, V2, VP2)
+        _store_sums(out, a2_3, all_rows, 2, 3, V8 + 2 * V4, V2, VP2)
+        _store_sums(out, a2_4, all_rows, 2, 4, V8 + 2 * V4, V2, VP2)
+        _store_sums(out, a2_5, all_rows, 2, 5, V8 + 2 * V4, V2, VP2)
+        _store_sums(out, a2_6, all_rows, 2, 6, V8 + 2 * V4, V2, VP2)
+        _store_sums(out, a2_7, all_rows, 2, 7, V8 + 2 * V4, V2, VP2)
 
 
 @triton.jit
@@ -439,26 +491,47 @@ def _over_exact(
             else:
                 k_base = k_codes + b.to(tl.int64) * capacity * KPITCH + gk * (K8 + K4 + K2)
                 own = group * (BLOCKS * M) + tl.where(r < ROWS, in_group, 0)
-                q8, q40, q41, q20, q21, q22, q23 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
                 at: tl.constexpr = K8 + 2 * K4
                 centre = tl.full([X], 0.0, tl.float32)
+                q8_0, q8_1, q4_0, q4_1, q4_2, q4_3 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+                q2_0, q2_1, q2_2, q2_3, q2_4, q2_5, q2_6, q2_7 = (
+                    0.0,
+                    0.0,
+                    0.0,
+                    0.0,
+                    0.0,
+                    0.0,
+                    0.0,
+                    0.0,
+                )
                 if K8:
-                    q8 = _load_q(q16, own, 0, K8, KP8, KW, False)
-                    centre += _half_sum(q8, False)
+                    q8_0 = _load_q(q16, own, 8, 0, 0, K8, KP8, KW, False)
+                    q8_1 = _load_q(q16, own, 8, 1, 0, K8, KP8, KW, False)
+                    centre += _half_sum(q8_0, False) + _half_sum(q8_1, False)
                 if K4:
-                    q40 = _load_q(q16, own, K8, K4, KP4, KW, False)
-                    q41 = _load_q(q16, own, K8 + K4, K4, KP4, KW, False)
-                    centre += _half_sum(q40, False) + _half_sum(q41, False)
+                    q4_0 = _load_q(q16, own, 4, 0, K8, K4, KP4, KW, False)
+                    q4_1 = _load_q(q16, own, 4, 1, K8, K4, KP4, KW, False)
+                    q4_2 = _load_q(q16, own, 4, 2, K8, K4, KP4, KW, False)
+                    q4_3 = _load_q(q16, own, 4, 3, K8, K4, KP4, KW, False)
+                    centre += _half_sum(q4_0, False) + _half_sum(q4_1, False)
+                    centre += _half_sum(q4_2, False) + _half_sum(q4_3, False)
                 if K2:
-                    q20 = _load_q(q16, own, at, K2, KP2, KW, False)
-                    q21 = _load_q(q16, own, at + K2, K2, KP2, KW, False)
-                    q22 = _load_q(q16, own, at + 2 * K2, K2, KP2, KW, False)
-                    q23 = _load_q(q16, own, at + 3 * K2, K2, KP2, KW, False)
-                    centre += _half_sum(q20, False) + _half_sum(q21, False)
-                    centre += _half_sum(q22, False) + _half_sum(q23, False)
+                    q2_0 = _load_q(q16, own, 2, 0, at, K2, KP2, KW, False)
+                    q2_1 = _load_q(q16, own, 2, 1, at, K2, KP2, KW, False)
+                    q2_2 = _load_q(q16, own, 2, 2, at, K2, KP2, KW, False)
+                    q2_3 = _load_q(q16, own, 2, 3, at, K2, KP2, KW, False)
+                    q2_4 = _load_q(q16, own, 2, 4, at, K2, KP2, KW, False)
+                    q2_5 = _load_q(q16, own, 2, 5, at, K2, KP2, KW, False)
+                    q2_6 = _load_q(q16, own, 2, 6, at, K2, KP2, KW, False)
+                    q2_7 = _load_q(q16, own, 2, 7, at, K2, KP2, KW, False)
+                    centre += _half_sum(q2_0, False) + _half_sum(q2_1, False)
+                    centre += _half_sum(q2_2, False) + _half_sum(q2_3, False)
+                    centre += _half_sum(q2_4, False) + _half_sum(q2_5, False)
+                    centre += _half_sum(q2_6, False) + _half_sum(q2_7, False)
                 other = _code_scores(
-                    q8, q40, q41, q20, q21, q22, q23, k_base, token, k_live,
-                    X, LISTED, KPITCH, K8, K4, K2, KP8, KP4, KP2, False, ASM,
+                    q8_0, q8_1, q4_0, q4_1, q4_2, q4_3,
+                    q2_0, q2_1, q2_2, q2_3, q2_4, q2_5, q2_6, q2_7, k_base, token, k_live,
+                    X, LISTED, KPITCH, K8, K4, K2, KP8, KP4, KP2, False, False, ASM,
                 )  # fmt: skip
                 other = other + centre[:, None]
                 if KGAIN:
@@ -514,20 +587,20 @@ def _over_exact(
             v_base = v_codes + b.to(tl.int64) * capacity * VPITCH + gv * (V8 + V4 + V2)
             w16 = w.to(tl.float16)
             if V8:
-                raw = load_run(v_base, token, by_code, VPITCH, 0, V8, VP8)
-                _store_plane(out, tl.dot(w16, centred(raw, 8, 0, True, ASM)), mine, 0, V8, VP8)
+                words = load_run(v_base, token, by_code, VPITCH, 0, V8, VP8, False)
+                for c in tl.static_range(2):
+                    sums = tl.dot(w16, centred(words, 8, c, ASM))
+                    _store_sums(out, sums, mine, 8, c, 0, V8, VP8)
             if V4:
-                raw = load_run(v_base, token, by_code, VPITCH, V8, V4, VP4)
-                to = out + V8
-                _store_plane(to, tl.dot(w16, centred(raw, 4, 0, True, ASM)), mine, 0, V4, VP4)
-                _store_plane(to, tl.dot(w16, centred(raw, 4, 1, True, ASM)), mine, 1, V4, VP4)
+                words = load_run(v_base, token, by_code, VPITCH, V8, V4, VP4, False)
+                for c in tl.static_range(4):
+                    sums = tl.dot(w16, centred(words, 4, c, ASM))
+                    _store_sums(out, sums, mine, 4, c, V8, V4, VP4)
             if V2:
-                raw = load_run(v_base, token, by_code, VPITCH, V8 + V4, V2, VP2)
-                to = out + V8 + 2 * V4
-                _store_plane(to, tl.dot(w16, centred(raw, 2, 0, True, ASM)), mine, 0, V2, VP2)
-                _store_plane(to, tl.dot(w16, centred(raw, 2, 1, True, ASM)), mine, 1, V2, VP2)
-                _store_plane(to, tl.dot(w16, centred(raw, 2, 2, True, ASM)), mine, 2, V2, VP2)
-                _store_plane(to, tl.dot(w16, centred(raw, 2, 3, True, ASM)), mine, 3, V2, VP2)
+                words = load_run(v_base, token, by_code, VPITCH, V8 + V4, V2, VP2, False)
+                for c in tl.static_range(8):
+                    sums = tl.dot(w16, centred(words, 2, c, ASM))
+                    _store_sums(out, sums, mine, 2, c, V8 + 2 * V4, V2, VP2)
 
     tl.store(stats + slot * 4, top, mask=r < ROWS)
     tl.store(stats + slot * 4 + 1, mass, mask=r < ROWS)
@@ -553,7 +626,7 @@ def attend_kernel(
     EK: tl.constexpr, EKP: tl.constexpr, EV: tl.constexpr, EVP: tl.constexpr,
     RING: tl.constexpr, BIAS: tl.constexpr, X: tl.constexpr, XBLOCKS: tl.constexpr,
     XN: tl.constexpr, LISTED: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
-    FLIP: tl.constexpr, ASM: tl.constexpr,
+    FLIP: tl.constexpr, WHOLE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Both kinds of programs. The names of the constants: see ``plan.py``."""
     work = tl.program_id(0)
@@ -574,5 +647,5 @@ def attend_kernel(
             H, ROWS, Q, G, M, BLOCKS, KG, VG,
             KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN,
             VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN,
-            EK, EKP, EV, EVP, BIAS, N, STAGES, FLIP, ASM,
+            EK, EKP, EV, EVP, BIAS, N, STAGES, FLIP, WHOLE, ASM,
         )  # fmt: skip

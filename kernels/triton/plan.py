@@ -22,6 +22,9 @@ from ...codec import ExactLayout, Layout, TransformLayout, parse_layout
 EXACT_ROWS = 16
 """Query rows of a program over ring and pool: the least that tensor cores take."""
 
+LEAST_BYTES = 32
+"""Of a run in a tile: 16 words, the least that tensor cores take."""
+
 FOLD_CHUNK = 64
 """Columns of folded queries that one program makes."""
 
@@ -65,7 +68,6 @@ def supported(layout: Layout) -> bool:
 
 def _side(letter: str, layout: Layout) -> dict[str, int]:
     """Constants of one side."""
-    least = 32 if letter == "K" else 16  # the tile's inner or its outer dimension
     exact = isinstance(layout, ExactLayout)
     constants = {"X": int(exact), "G": layout.heads}
     widths, gain, pitch = (0, 0, 0), 0, layout.heads * layout.dim
@@ -73,7 +75,7 @@ def _side(letter: str, layout: Layout) -> dict[str, int]:
         constants["G"], gain = layout.groups, layout.gain
         widths = (layout.r8, layout.r4 // 2, layout.r2 // 4)
         pitch = layout.groups * sum(widths)
-    pads = tuple(_power(width, least) if width else 0 for width in widths)
+    pads = tuple(_power(width, LEAST_BYTES) if width else 0 for width in widths)
     named = {letter + name: value for name, value in constants.items()}
     for bits, width, pad in zip((8, 4, 2), widths, pads, strict=True):
         named |= {f"{letter}{bits}": width, f"{letter}P{bits}": pad}

@@ -14,7 +14,7 @@ CXX := $(firstword $(shell for c in g++ c++ clang++; do command -v $$c; done; tr
 endif
 export CXX
 
-.PHONY: help demo test lint format bench-cpu env clean check-python check-compiler
+.PHONY: help demo test lint format bench bench-cpu env clean check-python check-compiler
 
 help:  ## this list
 	@echo 'Usage: make TARGET [PYTHON=python3.12] [ARGS=...]'
@@ -36,6 +36,9 @@ lint: $(LINT)  ## ruff and mypy
 format: $(LINT)  ## let ruff fix and format what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+bench: $(MADE) check-compiler  ## packed attention beside dense attention, on the GPU that is there
+	$(PY) benchmarks/attend_gpu.py $(ARGS)
 
 bench-cpu: $(MADE) check-compiler  ## decode speed on this machine's processor
 	$(PY) benchmarks/decode_cpu.py $(ARGS)

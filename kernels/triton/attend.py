@@ -630,6 +630,7 @@ def attend_kernel(
 ):  # fmt: skip
     """Both kinds of programs. The names of the constants: see ``plan.py``."""
     work = tl.program_id(0)
+    scale2 = tl.full([], scale2, tl.float32)  # Inductor passes float64
     if work < exact_programs:
         _over_exact(
             work, splits, q16, shift, q, k_codes, k_gain, v_codes, v_gain, bias, lengths,

@@ -1,4 +1,4 @@
-"""Packed attention by the Triton kernels: fold, attend, merge."""
+"""Packed attention by the Triton kernels: fold, attend, merge (sum and expand)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ...codec import Layout, parse_layout
 from ..side import Side
 from .attend import attend_kernel
 from .fold import fold_kernel
-from .merge import merge_kernel
-from .plan import MOST_SPLITS, Config, Plan, make_plan, supported
+from .merge import expand_kernel, sum_kernel
+from .plan import EXACT_ROWS, MOST_SPLITS, Config, Plan, make_plan, supported
 
 LOG2_E = 1.4426950408889634
 
@@ -44,13 +44,12 @@ def multiprocessors(device: torch.device) -> int:
 def default_config(k_layout: str, v_layout: str) -> Config:
     """The configuration used without autotuning: the best of those measured on an H100.
 
-    Codes of 8 bits alone leave room for three programs on a multiprocessor. Others take more
-    instructions and registers; with many components sixteen query rows are all that fits.
+    With many components of 4 and 2 bits, registers hold no more than sixteen query rows.
     """
     layouts = parse_layout(k_layout), parse_layout(v_layout)
     wide = [layout for layout in layouts if getattr(layout, "r4", 0) + getattr(layout, "r2", 0)]
     if not wide:
-        return Config(fill=3, registers=168)
+        return Config(flip=True)
     if max(getattr(layout, "rank", 0) for layout in wide) <= 320:
         return Config(flip=True)
     return Config(rows=16, stages=2, flip=True)
@@ -61,11 +60,15 @@ def count_splits(
 ) -> int:
     """Splits over tokens so that all programs over codes run at once. Sizes may be symbols."""
     programs = batch * plan.groups * plan.blocks
-    slots = multiprocessors(device) * config.fill
-    # Programs over ring and pool are short: many of them may share the slots of the others.
-    room = torch.sym_max(slots - batch * plan.exact_programs, slots * 3 // 4) // programs
+    room = multiprocessors(device) * config.fill // programs
     tiles = (capacity + config.tokens - 1) // config.tokens
     return torch.sym_max(torch.sym_min(torch.sym_min(room, tiles), MOST_SPLITS), 1)
+
+
+def merge_slots(plan: Plan, config: Config, device: torch.device) -> int:
+    """A power of two that holds the most splits there can be, for any batch, and one more."""
+    most = min(multiprocessors(device) * config.fill // (plan.groups * plan.blocks), MOST_SPLITS)
+    return 1 << max(most, 1).bit_length()
 
 
 def _kernel(kernel: Any) -> Any:
@@ -108,12 +111,13 @@ def attend_packed(
         return torch.empty(shape, dtype=dtype, device=q.device)
 
     exact_programs = batch * plan.exact_programs
+    head_blocks = plan.attend["H"] * ((batch * plan.head_rows + EXACT_ROWS - 1) // EXACT_ROWS)
     q16, shift = q, lengths
     if keys.params:
         q16 = empty(batch, plan.groups, plan.rows, plan.attend["KW"], dtype=torch.float16)
         shift = empty(batch, plan.groups, plan.rows)
-        _kernel(fold_kernel)[(exact_programs * plan.fold["CHUNKS"],)](
-            q, keys.params[0], keys.params[2], q16, shift, factor, **plan.fold, num_warps=4
+        _kernel(fold_kernel)[(head_blocks * plan.fold["CHUNKS"],)](
+            q, keys.params[0], keys.params[2], q16, shift, factor, batch, **plan.fold, num_warps=4
         )
     part = empty(batch, plan.groups, splits + 1, plan.rows, plan.attend["VW"])
     stats = empty(batch, plan.groups, splits + 1, plan.rows, 4)
@@ -129,10 +133,16 @@ def attend_packed(
         splits, exact_programs, capacity, *strides, factor,
         **plan.attend, BIAS=kind, WHOLE=whole, ASM=not INTERPRETED, num_warps=config.warps, **limit,
     )  # fmt: skip
+    sums = empty(batch, plan.groups, plan.rows, plan.attend["VW"])
+    masses = empty(batch, plan.groups, plan.rows, 4)
+    slots = merge_slots(plan, config, q.device)
+    _kernel(sum_kernel)[(batch * plan.groups * plan.rows * plan.sums["CHUNKS"],)](
+        part, stats, sums, masses, splits, **plan.sums, SLOTS=slots, num_warps=4
+    )
     out = empty(batch, q_heads, queries, value.dim, dtype=q.dtype)
     mean, synthesis = (values.params[0], values.params[2]) if values.params else (part, part)
-    _kernel(merge_kernel)[(exact_programs,)](
-        part, stats, exact, mean, synthesis, out, splits, **plan.merge, num_warps=8
+    _kernel(expand_kernel)[(head_blocks,)](
+        sums, masses, exact, mean, synthesis, out, batch, **plan.expand, num_warps=4
     )
     return out
 

@@ -1,4 +1,8 @@
-"""Splits of one step put together, and values out of the space of their codes."""
+"""Splits of one step put together, and values out of the space of their codes.
+
+Two launches: ``sum_kernel`` adds up what the splits left, row by row, with all splits of a row in
+flight at once; ``expand_kernel`` is one small matrix product a head.
+"""
 
 from __future__ import annotations
 
@@ -7,82 +11,82 @@ import triton.language as tl
 
 
 @triton.jit
-def _sum_slots(
-    part, stats, top, base, slots, rows, some, columns,
-    STRIDE: tl.constexpr, VW: tl.constexpr, AT_ONCE: tl.constexpr,
+def sum_kernel(
+    part, stats, sums, masses, splits,
+    G: tl.constexpr, STRIDE: tl.constexpr, VX: tl.constexpr, VW: tl.constexpr,
+    POOLED: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Columns of the weighted sums, summed over slots: ``[rows, columns]``."""
-    i = tl.arange(0, AT_ONCE)
-    mask = some[:, None] & (columns < VW)[None, :]
-    total = tl.where(mask, 0.0, 0.0)
-    for slot in tl.range(0, slots, AT_ONCE):
-        at = base + (slot + i)[:, None] * STRIDE + rows[None, :]  # [AT_ONCE, rows]
-        live = (slot + i < slots)[:, None] & some[None, :]
-        factor = tl.exp2(tl.load(stats + at * 4, mask=live, other=-float("inf")) - top[None, :])
-        x = tl.load(
-            part + at[:, :, None] * VW + columns[None, None, :],
-            mask=live[:, :, None] & (columns < VW)[None, None, :], other=0.0,
-        )  # fmt: skip
-        total += tl.sum(factor[:, :, None] * x, 0)
-    return total
+    """Weighted sums ``[B, G, STRIDE, VW]`` over all splits, and the row's ``masses [..., 4]``.
+
+    Relative to the largest score m of the row: the mass of all tokens, that of tokens whose values
+    are coded, that of them with gains, and the factor 2^(m_exact - m) of what ring and pool left.
+    """
+    chunk = tl.program_id(0) % CHUNKS
+    row = tl.program_id(0) // CHUNKS
+    base = (row // STRIDE).to(tl.int64) * (splits + 1) * STRIDE + row % STRIDE
+    slot = tl.arange(0, SLOTS)
+    at = base + slot * STRIDE
+    live = slot <= splits
+    m = tl.load(stats + at * 4, mask=live, other=-float("inf"))
+    top = tl.max(m, 0)
+    f = tl.exp2(m - tl.where(top == -float("inf"), 0.0, top))
+    if chunk == 0:
+        out = masses + row.to(tl.int64) * 4
+        for i in tl.static_range(1, 4):
+            mass = tl.load(stats + at * 4 + i, mask=live, other=0.0)
+            tl.store(out + i - 1, tl.sum(f * mass, 0))
+        tl.store(out + 3, tl.sum(tl.where(slot == splits, f, 0.0), 0))
+    column = chunk * COLUMNS + tl.arange(0, COLUMNS)
+    if VX or not POOLED:
+        live = slot < splits  # programs over ring and pool leave no sums of codes
+    x = tl.load(
+        part + at[:, None] * VW + column[None, :],
+        mask=live[:, None] & (column < VW)[None, :], other=0.0,
+    )  # [SLOTS, COLUMNS]  # fmt: skip
+    total = tl.sum(tl.where(live, f, 0.0)[:, None] * x, 0)
+    tl.store(sums + row.to(tl.int64) * VW + column, total, mask=column < VW)
 
 
 @triton.jit
-def merge_kernel(
-    part, stats, exact, mean, synthesis, out, splits,
+def expand_kernel(
+    sums, masses, exact, mean, synthesis, out, batch,
     H: tl.constexpr, ROWS: tl.constexpr, G: tl.constexpr, STRIDE: tl.constexpr, VG: tl.constexpr,
     VX: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, VW: tl.constexpr,
-    POOLED: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr, AT_ONCE: tl.constexpr,
-    X: tl.constexpr, XBLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr, X: tl.constexpr,
 ):  # fmt: skip
-    """``out [B, H, ROWS, DV]`` of what ``attend_kernel`` left.
+    """``out [B, H, ROWS, DV]``, for X rows of one head, of several sequences if need be.
 
-    With f = 2^(m_split - m), and masses and sums relative to it,
-
-        out = (exact + (sums + gained / 2) synthesis + mass of coded values * mean) / mass
+    out = (f exact + (sums + gained / 2) synthesis + mass of coded values * mean) / mass
     """
-    block = tl.program_id(0) % XBLOCKS
-    h = tl.program_id(0) // XBLOCKS % H
-    b = tl.program_id(0) // (XBLOCKS * H)
-    r = block * X + tl.arange(0, X)
-    some = r < ROWS
-    g = h // (H // G)
-    rows = h % (H // G) * ROWS + r
-    base = (b * G + g).to(tl.int64) * (splits + 1) * STRIDE
-
-    slot = tl.arange(0, SLOTS)
-    at = (base + slot[None, :] * STRIDE + rows[:, None]) * 4
-    mask = some[:, None] & (slot <= splits)[None, :]
-    m = tl.load(stats + at, mask=mask, other=-float("inf"))  # [X, SLOTS]
-    top = tl.max(m, 1)
-    top = tl.where(top == -float("inf"), 0.0, top)
-    f = tl.exp2(m - top[:, None])
-    mass = tl.sum(f * tl.load(stats + at + 1, mask=mask, other=0.0), 1)
-    coded_mass = tl.sum(f * tl.load(stats + at + 2, mask=mask, other=0.0), 1)
-    gained = tl.sum(f * tl.load(stats + at + 3, mask=mask, other=0.0), 1)
-
-    head = (b * H + h).to(tl.int64)
+    h = tl.program_id(0) % H
+    i = tl.program_id(0) // H * X + tl.arange(0, X)
+    some = i < batch * ROWS
+    b, r = (i // ROWS).to(tl.int64), i % ROWS
+    rows = (b * G + h // (H // G)) * STRIDE + h % (H // G) * ROWS + r
+    mass = tl.load(masses + rows * 4, mask=some, other=1.0)
+    coded_mass = tl.load(masses + rows * 4 + 1, mask=some, other=0.0)
+    gained = tl.load(masses + rows * 4 + 2, mask=some, other=0.0)
+    factor = tl.load(masses + rows * 4 + 3, mask=some, other=0.0)
     d = tl.arange(0, DVP)
     inside = some[:, None] & (d < DV)[None, :]
-    where = (head * ROWS + r)[:, None] * DV + d[None, :]
-    last = tl.load(stats + (base + splits * STRIDE + rows) * 4, mask=some, other=-float("inf"))
-    acc = tl.load(exact + where, mask=inside, other=0.0) * tl.exp2(last - top)[:, None]
+    where = ((b * H + h) * ROWS + r)[:, None] * DV + d[None, :]
+    acc = tl.load(exact + where, mask=inside, other=0.0) * factor[:, None]
     if VX:
-        acc += _sum_slots(part, stats, top, base, splits, rows, some, d, STRIDE, VW, AT_ONCE)
+        acc += tl.load(sums + rows[:, None] * VW + d[None, :], mask=inside, other=0.0)
     else:
-        slots = splits
-        if POOLED:
-            slots = splits + 1
         n: tl.constexpr = H // VG * DV
         own = h % (H // VG) * DV
         first = synthesis + (h // (H // VG)).to(tl.int64) * VW * n + own
-        for start in tl.static_range(0, VW, CHUNK):
+        for start in tl.range(0, VW, CHUNK):
             w = start + tl.arange(0, CHUNK)
             basis = tl.load(
                 first + w[:, None] * n + d[None, :],
                 mask=(w < VW)[:, None] & (d < DV)[None, :], other=0.0,
             )  # [CHUNK, DVP]  # fmt: skip
-            x = _sum_slots(part, stats, top, base, slots, rows, some, w, STRIDE, VW, AT_ONCE)
+            x = tl.load(
+                sums + rows[:, None] * VW + w[None, :],
+                mask=some[:, None] & (w < VW)[None, :], other=0.0,
+            )  # [X, CHUNK]  # fmt: skip
             acc = tl.dot(x + 0.5 * gained[:, None], basis, acc, input_precision="tf32x3")
         mu = tl.load(mean + h // (H // VG) * n + own + d, mask=d < DV, other=0.0)
         acc += coded_mass[:, None] * mu[None, :]

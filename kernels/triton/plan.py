@@ -25,11 +25,11 @@ EXACT_ROWS = 16
 LEAST_BYTES = 32
 """Of a run in a tile: 16 words, the least that tensor cores take."""
 
-FOLD_CHUNK = 64
-"""Columns of folded queries that one program makes."""
+CHUNK = 64
+"""Components that a program of the small kernels takes at a time."""
 
 MOST_SPLITS = 127
-"""The merge holds the statistics of this many splits, and one more, at a time."""
+"""The merge holds this many splits, and one more, at a time."""
 
 
 @dataclass(frozen=True)
@@ -87,21 +87,25 @@ def _side(letter: str, layout: Layout) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """The constants of the three kernels.
+    """The constants of the four kernels.
 
     Attributes:
-        fold, attend, merge: keyword arguments of each.
-        groups, blocks, rows: programs of one batch row; rows kept for each group of programs.
-        exact_programs: programs over ring and pool of one batch row.
+        fold, attend, sums, expand: keyword arguments of each.
+        groups, blocks: of programs over codes of one sequence.
+        rows: kept for each group.
+        exact_programs: over ring and pool of one sequence.
+        head_rows: query rows of one KV head of one sequence.
     """
 
     fold: dict[str, int]
     attend: dict[str, int]
-    merge: dict[str, int]
+    sums: dict[str, int]
+    expand: dict[str, int]
     groups: int
     blocks: int
     rows: int
     exact_programs: int
+    head_rows: int
 
 
 @cache
@@ -134,10 +138,14 @@ def make_plan(
         "EVP": _power(ev, 16), "RING": ring, "XN": 32, "LISTED": _power(ek + ev, 16),
         "N": config.tokens, "STAGES": config.stages, "FLIP": int(config.flip),
     }  # fmt: skip
-    stride = {"STRIDE": blocks * m}
-    fold = common | stride | {name: k[name] for name in ("KG", "DK", "DKP", "KW")}
-    fold |= {"CHUNK": FOLD_CHUNK, "CHUNKS": -(-k["KW"] // FOLD_CHUNK)}
-    merge = common | stride | {name: v[name] for name in ("VG", "VX", "DV", "DVP", "VW")}
-    merge |= {"POOLED": int(ek + ev > 0), "SLOTS": MOST_SPLITS + 1}
-    merge |= {"CHUNK": min(_power(v["VW"], 16), 128), "AT_ONCE": 8}
-    return Plan(fold, attend, merge, groups, blocks, blocks * m, heads * common["XBLOCKS"])
+    head = {"H": heads, "ROWS": rows, "G": groups, "STRIDE": blocks * m, "X": EXACT_ROWS}
+    fold = head | {name: k[name] for name in ("KG", "DK", "DKP", "KW")}
+    fold |= {"CHUNK": CHUNK, "CHUNKS": -(-k["KW"] // CHUNK)}
+    expand = head | {name: v[name] for name in ("VG", "VX", "DV", "DVP", "VW")}
+    expand |= {"CHUNK": CHUNK}
+    sums = {
+        "G": groups, "STRIDE": blocks * m, "VX": v["VX"], "VW": v["VW"],
+        "POOLED": int(ek + ev > 0), "COLUMNS": CHUNK, "CHUNKS": -(-v["VW"] // CHUNK),
+    }  # fmt: skip
+    exact_programs = heads * common["XBLOCKS"]
+    return Plan(fold, attend, sums, expand, groups, blocks, blocks * m, exact_programs, rows)

@@ -304,8 +304,8 @@ def _over_codes(
                 if EV:
                     live = live & (_listed(n, v_pos + b * EV, EV, EVP, coded) == 0)
         if KX:
-            some = inside[:, None] & (d < DK)[None, :]
-            k = tl.load(k_base + n[:, None] * KPITCH + d[None, :], mask=some, other=0.0)
+            in_keys = inside[:, None] & (d < DK)[None, :]
+            k = tl.load(k_base + n[:, None] * KPITCH + d[None, :], mask=in_keys, other=0.0)
             s = _product(qx, tl.trans(k), tl.full([M, N], 0.0, tl.float32), ASM) * scale2
         else:
             s = _code_scores(
@@ -335,8 +335,8 @@ def _over_codes(
             gained = gained * decay[:, None] + p
         if VX:
             dv = tl.arange(0, DVP)
-            some = inside[:, None] & (dv < DV)[None, :]
-            v = tl.load(v_base + n[:, None] * VPITCH + dv[None, :], mask=some, other=0.0)
+            in_values = inside[:, None] & (dv < DV)[None, :]
+            v = tl.load(v_base + n[:, None] * VPITCH + dv[None, :], mask=in_values, other=0.0)
             a16 = _product(p.to(v.dtype), v, a16 * decay[:, None], ASM)
         else:
             p16 = p.to(tl.float16)

@@ -197,3 +197,13 @@ def test_tiles_of_real_size(config: Config, dtype: torch.dtype) -> None:
     k = transform(4, 128, 1, (64, 128, 128))
     v = transform(4, 128, 1, (32, 144, 96), 1)
     check(case(k, v, batch=1, repeat=7, length=300, dtype=dtype), config)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs compiled kernels")
+@pytest.mark.parametrize("exact", ["k", "v", "kv"])
+def test_exact_codes_in_tiles_of_real_size(exact: str) -> None:
+    """Bug: a mask of queries and one of tokens shared a name; their shapes agree in small tiles."""
+    layouts = [ExactLayout(4, 128) if side in exact else transform(4, 128) for side in "kv"]
+    policies = tuple(POOLLESS if side in exact else POOLED for side in "kv")
+    check(case(*layouts, repeat=7, length=300, policies=policies), Config())

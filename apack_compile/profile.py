@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,12 +19,24 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .cache.store import exact_ref
-from .codec import CodeRef
+from .codec import CodeRef, TransformLayout
 from .codec.fit import fit_transform
 from .codec.moments import Moments
+from .codec.rotation import Rotation, Turn
+from .codec.sensitivity import Sensitivity
 from .options import Options
 
 log = logging.getLogger(__name__)
+
+LEAST_REACH = 4096
+"""Codes of rotated keys are fitted for contexts of at least so many tokens, and twice those seen;
+where the rotation is not known, for a quarter more than those seen."""
+
+EXACT_REACH = -1
+"""The reach of codes that lose nothing."""
+
+Sense = Callable[[], "list[Sensitivity] | str"]
+"""Measures the sensitivity of all layers; a text says why it cannot."""
 
 
 @dataclass
@@ -33,13 +45,21 @@ class LayerProfile:
 
     Attributes:
         moments: sums over the prefills seen so far; None once fitted.
+        rotation: of the keys by their position, where the graphs show it.
         codes: refs for keys and values once there is a fit.
-        reason: why there is no fit, for the report.
+        reach: tokens of context that the codes were fitted for.
+        reason: what is not as it should be, for the report.
     """
 
     moments: Moments | None = None
+    rotation: Rotation | None = None
     codes: tuple[CodeRef, CodeRef] | None = None
+    reach: int = 0
     reason: str = "no prefill seen yet"
+
+    def serves(self, length: int) -> bool:
+        """Whether there are codes for a prompt of ``length`` tokens."""
+        return self.codes is not None and (self.reach == EXACT_REACH or length <= self.reach)
 
     def add(self, moments: Moments) -> None:
         """Add a prefill's moments."""
@@ -96,46 +116,102 @@ def _version(weight: Tensor) -> int:
 PROFILES = Profiles()
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What one prefill tells of one layer.
+
+    Attributes:
+        sums: the tensors of its :class:`Moments`.
+        turn: the rotation of its tokens, if the graph shows it; the moments are then without it.
+        dims: head dimensions of keys and values.
+        length: tokens of the prompt.
+    """
+
+    sums: Sequence[Tensor]
+    turn: Turn | None
+    dims: tuple[int, int]
+    length: int
+
+
 def learn(
-    profiles: Sequence[LayerProfile], sums: Sequence[Sequence[Tensor]],
-    dims: Sequence[tuple[int, int]], options: Options,
-) -> None:  # fmt: skip
+    profiles: Sequence[LayerProfile], lessons: Sequence[Lesson], options: Options, sense: Sense
+) -> None:
     """Learn from one prefill; layers of one shape that are ready are fitted together.
 
     Args:
         profiles: of the layers of a graph.
-        sums: the moments of this prefill, a layer each.
-        dims: head dimensions of keys and values.
+        lessons: one for each.
         options: the ratio and how many tokens a fit wants.
+        sense: measures the sensitivity of all layers, or says why it cannot.
     """
-    ready: dict[Any, list[LayerProfile]] = {}
-    for profile, tensors, dim in zip(profiles, sums, dims, strict=True):
-        if profile.codes is not None:
+    ready: dict[Any, list[int]] = {}
+    seen: list[LayerProfile] = []
+    for index, (profile, lesson) in enumerate(zip(profiles, lessons, strict=True)):
+        if profile.serves(lesson.length) or any(profile is other for other in seen):
             continue
-        profile.add(Moments(*tensors))
+        seen.append(profile)
+        rotation = None if lesson.turn is None else lesson.turn.rotation(lesson.dims[0])
+        if profile.moments is not None and (profile.rotation is None) != (rotation is None):
+            profile.moments = None  # sums with and without rotation do not add up
+        profile.rotation = rotation
+        profile.add(Moments(*lesson.sums))
         assert profile.moments is not None
-        if profile.is_ready(options):
+        if profile.codes is not None or profile.is_ready(options):
             channels = profile.moments.k_sum.numel(), profile.moments.v_sum.numel()
-            group = ready.setdefault((dim, channels), [])
-            if all(profile is not other for other in group):
-                group.append(profile)
-    for (dim, _), group in ready.items():
-        _fit(group, dim, options)
+            ready.setdefault((lesson.dims, channels), []).append(index)
+    if not ready:
+        return
+    measured = sense()
+    for indices in ready.values():
+        group = [profiles[i] for i in indices]
+        found = measured if isinstance(measured, str) else [measured[i] for i in indices]
+        _fit(group, [lessons[i] for i in indices], found, options)
 
 
-def _fit(group: Sequence[LayerProfile], dims: tuple[int, int], options: Options) -> None:
-    moments = [p.moments for p in group if p.moments is not None]
+def _fit(
+    group: Sequence[LayerProfile], lessons: Sequence[Lesson],
+    sensitivities: list[Sensitivity] | str, options: Options,
+) -> None:  # fmt: skip
+    """Fit layers of one shape, for contexts up to the reach."""
+    dims, length = lessons[0].dims, lessons[0].length
+    turned = all(p.rotation is not None for p in group)
+    reach = max(LEAST_REACH, 2 * length) if turned else -(-5 * length // 1024) * 256
+    known = None if isinstance(sensitivities, str) else list(sensitivities)
+    moments = []
+    for index, profile in enumerate(group):
+        assert profile.moments is not None
+        if profile.rotation is None:
+            moments.append(profile.moments)
+            continue
+        moments.append(profile.moments.spread(profile.rotation, reach))
+        if known is not None:
+            known[index] = known[index].spread(profile.rotation, reach)
+    layouts = _layouts_of(group)  # kept: graphs are compiled for them
     started = time.monotonic()
     try:
-        codes = fit_transform(moments, *dims, options.ratio)
+        codes = fit_transform(moments, *dims, options.ratio, known, layouts)
     except ValueError as error:
         heads = moments[0].k_sum.numel() // dims[0]
         exact = exact_ref(heads, dims[0]), exact_ref(heads, dims[1])
         log.warning("attentionpack: %s; these layers are packed exactly", error)
         for profile in group:
-            profile.codes, profile.moments = exact, None
+            profile.codes, profile.moments, profile.reach = exact, None, EXACT_REACH
             profile.reason = f"{error}: packed exactly"
         return
     log.info("fitted %d layers in %.1f s", len(group), time.monotonic() - started)
+    reason = ""
+    if isinstance(sensitivities, str):
+        reason = f"sensitivity not measured ({sensitivities}): the same bits in every layer"
     for profile, (k, v) in zip(group, codes, strict=True):
-        profile.codes, profile.moments, profile.reason = (CodeRef(k), CodeRef(v)), None, ""
+        profile.codes, profile.moments = (CodeRef(k), CodeRef(v)), None
+        profile.reach, profile.reason = reach, reason
+
+
+def _layouts_of(
+    group: Sequence[LayerProfile],
+) -> list[tuple[TransformLayout, TransformLayout]] | None:
+    """The layouts that the layers have from an earlier fit, if all have."""
+    layouts = [tuple(ref.layout for ref in p.codes) for p in group if p.codes is not None]
+    if len(layouts) < len(group):
+        return None
+    return layouts  # type: ignore[return-value]

@@ -20,10 +20,15 @@ from torch import fx
 
 from ..cache import Policy
 from ..codec import parse_layout
+from .ancestry import as_networkx
 from .base import PassReport
 from .draft import DenseOutput, Draft, EncodedOutput
+from .find_rotation import find_rotation
 from .find_updates import CacheUpdate
 from .plan import PlannedSite
+
+TOLD = 5
+"""Extra results of :func:`collect` for each site."""
 
 
 def encoded_updates(draft_sites: tuple[PlannedSite, ...]) -> tuple[CacheUpdate, ...]:
@@ -77,12 +82,14 @@ def _return_pieces(draft: Draft, update: CacheUpdate, code: int, pieces: list[fx
     draft.result(update.node, recipe)
 
 
-def collect(draft: Draft) -> PassReport:
-    """Return dense tensors, and behind all results each site's moments and visible tokens.
+def collect(draft: Draft, sinks: int) -> PassReport:
+    """Return dense tensors, and behind all results what a fit needs to know of each site.
 
-    The extra results are, for each ``encode`` site: six moments, then visible or None.
+    The extra results are, for each ``encode`` site: its moments, without the first ``sinks``
+    tokens; visible tokens or None; cosines and sines of the rotation of its keys, or None.
     """
     sites = draft.plan.having("encode")
+    flow = as_networkx(draft.gm.graph)
     seen = _Visible(draft)
     updates = encoded_updates(sites)
     for number, update in enumerate(updates):
@@ -90,14 +97,19 @@ def collect(draft: Draft) -> PassReport:
     for planned in sites:
         cached = planned.cached
         visible = seen.of(planned)
+        rotation = find_rotation(flow, cached.k.new)
+        cos = sin = None
+        if rotation is not None:
+            cos, sin = draft.map[rotation.cos], draft.map[rotation.sin]
+        interleaved = rotation is not None and rotation.interleaved
         after = draft.map[cached.site.node]
         with draft.graph.inserting_after(after):
             moments = draft.graph.call_function(
                 torch.ops.apack.moments.default,
                 (draft.map[cached.site.q], draft.map[cached.k.node], draft.map[cached.v.node],
-                 visible),
+                 visible, cos, sin, interleaved, sinks),
             )  # fmt: skip
-        draft.extra += [moments, visible]
+        draft.extra += [moments, visible, cos, sin, interleaved]
     return PassReport("collect", len(sites))
 
 

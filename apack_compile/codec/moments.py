@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from .rotation import Rotation, Turn
 
 MIN_QUERIES = 32
 """Fewer queries than this say nothing about the queries to come."""
@@ -14,6 +16,9 @@ MIN_QUERIES = 32
 @dataclass(frozen=True)
 class Moments:
     """Sums over tokens of one layer; sums of two prefills add up.
+
+    Where the rotation of keys by their position is known, keys and queries are taken without it,
+    and :meth:`spread` puts it back for all positions.
 
     Attributes:
         count: tokens seen, 0-dim float64.
@@ -38,7 +43,10 @@ class Moments:
         return Moments(*(mine + theirs.to(mine.device) for mine, theirs in pairs))
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Moments:
+    def of(
+        cls, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, turn: Turn | None = None,
+        sinks: int = 0,
+    ) -> Moments:  # fmt: skip
         """Moments of one prefill.
 
         Args:
@@ -46,13 +54,20 @@ class Moments:
             k: keys ``[B, H, S, D]``; v: values ``[B, H, S, Dv]``.
             visible: ``[B, S]`` bool, False for padding; None if every token counts. Queries count
                 if their own token does, which needs Q == S; otherwise all queries count.
+            turn: the rotation of the tokens, to be undone; None if it is not known.
+            sinks: the first visible tokens, which are not coded and do not count.
 
         Tokens with a NaN or an infinity are left out.
         """
         weight = k.isfinite().all(-1).all(1) & v.isfinite().all(-1).all(1)  # [B, S]
         if visible is not None:
             weight = weight & visible
+        if sinks:
+            weight = weight & (weight.cumsum(1) > sinks)
         kept = weight.to(torch.float32)
+        if turn is not None:
+            k = turn.undo(k.float())
+            q = turn.undo(q.float()) if q.shape[2] == k.shape[2] else q
 
         def flat(x: Tensor) -> Tensor:
             x = x.transpose(1, 2).flatten(2).float()  # [B, S, H * D]
@@ -74,4 +89,13 @@ class Moments:
             v_flat.sum(0),
             v_flat.T @ v_flat,
             q_flat.transpose(-1, -2) @ q_flat,
+        )
+
+    def spread(self, rotation: Rotation, reach: int) -> Moments:
+        """Moments of rotated keys and queries at all positions below ``reach``, float64."""
+        return replace(
+            self,
+            k_sum=rotation.mean(self.k_sum.double(), reach),
+            k_gram=rotation.gram(self.k_gram.double(), reach),
+            q_gram=rotation.gram(self.q_gram.double(), reach),
         )

@@ -151,7 +151,9 @@ def _unpack_fake(side: Sequence[Tensor], lengths: Tensor, length: int, layout: s
     return ring.new_empty(ring.shape[0], code.heads, length, code.dim)
 
 
-def _moments_fake(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> list[Tensor]:
+def _moments_fake(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, *rotation: Any
+) -> list[Tensor]:
     n_k, n_v, heads, dim = k.shape[1] * k.shape[3], v.shape[1] * v.shape[3], k.shape[1], k.shape[3]
     shapes = [(n_k,), (n_k, n_k), (n_v,), (n_v, n_v), (heads, dim, dim)]
     return [q.new_empty((), dtype=torch.float64)] + [
@@ -191,7 +193,10 @@ _define(
     _unpack,
 )
 _define(
-    "moments(Tensor q, Tensor k, Tensor v, Tensor? visible) -> Tensor[]", _moments, _moments_fake
+    "moments(Tensor q, Tensor k, Tensor v, Tensor? visible, Tensor? cos, Tensor? sin, "
+    "bool interleaved, int sinks) -> Tensor[]",
+    _moments,
+    _moments_fake,
 )
 _define(
     "score_bias(Tensor? mask, Tensor lengths, SymInt capacity, int ring, ScalarType dtype) "

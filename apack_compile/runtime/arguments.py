@@ -51,6 +51,31 @@ class Dynamics:
         return (self._batches[number], *rest)
 
 
+class Sizes:
+    """Values of the symbols of a Dynamo graph, read off the arguments of a call."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._where: dict[Any, tuple[int, int | None]] = {}
+        placeholders = (n for n in graph.nodes if n.op == "placeholder")
+        for index, node in enumerate(placeholders):
+            example = value_of(node)
+            sizes = example.shape if isinstance(example, Tensor) else (example,)
+            for dim, size in enumerate(sizes):
+                if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                    place = dim if isinstance(example, Tensor) else None
+                    self._where.setdefault(size.node.expr, (index, place))
+
+    def value(self, size: Any, args: Sequence[Any]) -> int:
+        """What ``size`` is in the call with ``args``."""
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        values = {}
+        for symbol in size.node.expr.free_symbols:
+            index, dim = self._where[symbol]
+            values[symbol] = args[index] if dim is None else args[index].shape[dim]
+        return int(size.node.expr.subs(values))
+
+
 def _of_example(example: Any) -> Dynamic:
     if isinstance(example, torch.SymInt):
         return (DYNAMIC,)

@@ -20,6 +20,8 @@ from torch import fx
 
 from ..cache import PackedKV, SideStore
 from ..codec import CodeRef
+from ..codec.rotation import Turn
+from ..codec.sensitivity import Sensitivity
 from ..compat import compile_inner
 from ..ops.region import INDUCTOR_CONFIG
 from ..options import Options
@@ -36,10 +38,11 @@ from ..passes.draft import (
 )
 from ..passes.plan import Plan
 from ..passes.rewrite_attend import appended_tokens, rewrite_attend
-from ..passes.rewrite_encode import collect, encoded_updates, rewrite_encode
+from ..passes.rewrite_encode import TOLD, collect, encoded_updates, rewrite_encode
 from ..passes.rewrite_unpack import rewrite_unpack
-from ..profile import PROFILES, LayerProfile, learn
-from .arguments import Dynamics, in_step, lengths_of
+from ..profile import PROFILES, LayerProfile, Lesson, learn
+from .arguments import Dynamics, Sizes, in_step, lengths_of
+from .sense import Unmeasured, measure
 from .specialise import Specialised
 from .stats import GraphRecord
 
@@ -79,6 +82,7 @@ class PackedGraph:
         self.compiler = partial(compile_inner, options.inner, config=config)
         self.record = record
         self._dynamics = Dynamics(gm.graph, plan.handles)
+        self._sizes = Sizes(gm.graph)
         self._lowered: dict[Any, Lowered] = {}
         arguments = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self._handles = [arguments.index(h) for h in plan.handles]
@@ -92,7 +96,7 @@ class PackedGraph:
         if not self.record.runs:
             self.record.belongs_to((*args, *self.gm.parameters()))
         profiles = self._profiles(args)
-        if any(p.codes is None for p in profiles):
+        if profiles and not all(p.serves(self._length(args)) for p in profiles):
             return self._fit(args, profiles)
         return self._run(args, self._refs(profiles))
 
@@ -140,14 +144,26 @@ class PackedGraph:
         """Run once without Inductor, gather moments, fit, and pack what came out."""
         draft = Draft(self.gm, self.plan, self._layouts(args))
         rewrite_unpack(draft)
-        collect(draft)
+        collect(draft, self.options.sinks)
         gm, interface = draft.finish()
         inputs = self._inputs(args, interface, [])
         with torch.no_grad():
             results = gm(*inputs)
-        extra = results[interface.extra : interface.extra + 2 * len(self._encode_sites)]
-        sums, seen = extra[::2], extra[1::2]
-        learn(profiles, sums, self._dims(), self.options)
+        count = len(self._encode_sites)
+        length = self._length(args)
+        told = results[interface.extra : interface.extra + TOLD * count]
+        sums, seen = told[::TOLD], told[1::TOLD]
+        turns = [
+            Turn.of(cos, sin, interleaved, length)
+            for cos, sin, interleaved in zip(
+                told[2::TOLD], told[3::TOLD], told[4::TOLD], strict=True
+            )
+        ]
+        lessons = [
+            Lesson(s, turn, dims, length)
+            for s, turn, dims in zip(sums, turns, self._dims(), strict=True)
+        ]
+        learn(profiles, lessons, self.options, partial(self._sense, args, turns, seen))
         for index, profile in enumerate(profiles):
             self._note(index, profile)
         refs = self._refs(profiles)
@@ -157,6 +173,30 @@ class PackedGraph:
             visible.setdefault(planned.cached.v.node, tokens)
         self.record.ran("fit")
         return self._outputs(args, interface, list(results), refs, visible)
+
+    def _sense(
+        self, args: tuple[Any, ...], turns: Sequence[Turn | None], seen: Sequence[Any]
+    ) -> list[Sensitivity] | str:
+        """The sensitivity of each ``encode`` site, or why it is not known."""
+        if self._handles:
+            return "some caches are packed already"
+        k = self._encode_sites[0].cached.k
+        if k.past is not None:
+            return "not a prefill"
+        batch = self._sizes.value(value_of(k.node).shape[0], args)
+        device = value_of(k.node).device
+        coded = seen[0]
+        if coded is None:
+            coded = torch.ones(batch, self._length(args), dtype=torch.bool, device=device)
+        coded = coded & (coded.cumsum(1) > self.options.sinks)
+        try:
+            return measure(self.gm, args, self._encode_sites, turns, coded, self.options.window)
+        except Unmeasured as error:
+            return str(error)
+
+    def _length(self, args: tuple[Any, ...]) -> int:
+        """Tokens of the cache that the first ``encode`` site makes."""
+        return self._sizes.value(value_of(self._encode_sites[0].cached.k.node).shape[2], args)
 
     def _note(self, index: int, profile: LayerProfile) -> None:
         name = self._encode_sites[index].cached.site.node.name

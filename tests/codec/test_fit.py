@@ -11,17 +11,10 @@ from torch import Tensor
 
 from apack_compile.codec import Code, TransformLayout
 from apack_compile.codec.bits import CLASSES
-from apack_compile.codec.fit import (
-    GROUP,
-    RUN,
-    allocate,
-    fit_transform,
-    head_groups,
-    side_budget,
-    tailed_quantiser,
-    uniform_quantiser,
-)
+from apack_compile.codec.fit import allocate, fit_transform, side_budget
 from apack_compile.codec.moments import Moments
+from apack_compile.codec.quantiser import tailed_quantiser, uniform_quantiser
+from apack_compile.codec.spectrum import GROUP, RUN, head_groups
 
 from ..helpers import few
 
@@ -147,7 +140,7 @@ def test_coded_bytes_times_ratio_are_at_most_the_dense_bytes(
 
 
 def test_bytes_of_codes_in_groups_are_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("apack_compile.codec.fit.GROUP", 64)
+    monkeypatch.setattr("apack_compile.codec.spectrum.GROUP", 64)
     x = gaussian(6, 32, 200)
     isotropic = torch.eye(32).expand(1, 6, 32, 32)
     for ratio in (2, 3.7, 4, 6):

@@ -75,7 +75,7 @@ def test_unpack(kind: str) -> None:
 def test_moments(masked: bool) -> None:
     visible = torch.rand(2, 6) < 0.8 if masked else None
     q, k, v = by_token(2, 4, 6, 4), by_token(2, 2, 6, 4), by_token(2, 2, 6, 3)
-    check(torch.ops.apack.moments, q, k, v, visible)
+    check(torch.ops.apack.moments, q, k, v, visible, None, None, False, 0)
 
 
 @pytest.mark.parametrize("masked", [False, True])

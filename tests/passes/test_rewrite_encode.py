@@ -72,13 +72,16 @@ def test_moments_of_a_prefill_are_extra_results() -> None:
     captured = capture(prefill, tokens(50, 4), tokens(50), tokens(50), left_padded())
     expected = captured.expected()
     draft = captured.draft()
-    assert collect(draft).matched == 1
+    assert collect(draft, sinks=2).matched == 1
     gm, interface = draft.finish()
-    results, (moments, visible) = run(captured, Rewritten(gm, interface, [], []))
+    results, (moments, visible, cos, sin, interleaved) = run(
+        captured, Rewritten(gm, interface, [], [])
+    )
     for mine, theirs in zip(results, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
     assert visible.sum(1).tolist() == [44, 50]
-    assert moments[0].item() == 94
+    assert moments[0].item() == 94 - 2 * 2, "padding and sinks do not count"
+    assert (cos, sin, interleaved) == (None, None, False)
     q = next(a for a in captured.args if a.shape == (2, 4, 50, 8))
-    again = torch.ops.apack.moments(q, *expected[1:], visible)
+    again = torch.ops.apack.moments(q, *expected[1:], visible, None, None, False, 2)
     assert all(torch.equal(a, b) for a, b in zip(moments, again, strict=True))

@@ -74,11 +74,11 @@ def test_ratio_8_is_reached_and_stays_close_on_real_keys_and_values(
         compiled(context, past_key_values=cache, logits_to_keep=1)
         got = model(following, past_key_values=cache).logits[0].log_softmax(-1)  # on the handles
         divergence[ratio] = float((want.exp() * (want - got)).sum(-1).mean())
-        for layer in cache.layers:
-            for side in (layer.keys, layer.values):
-                coded = side.store.ref.layout.token_bytes(side.dtype)
-                assert coded * ratio <= 2 * 192, "the budget is of 16-bit numbers, gains counted"
+        sides = [side for layer in cache.layers for side in (layer.keys, layer.values)]
+        coded = sum(side.store.ref.layout.token_bytes(side.dtype) for side in sides)
+        assert coded * ratio <= 2 * 192 * len(sides), "of 16-bit numbers, gains counted"
     assert divergence[4] < divergence[8]
     # Bug: steps best for a Gaussian clip the tails of real components (0.008 at ratio 4).
-    assert divergence[4] < 0.005
-    assert divergence[8] < 0.08
+    assert divergence[4] < 0.003
+    # Bug: the same bits in every layer, whatever its sensitivity (0.043 at ratio 8).
+    assert divergence[8] < 0.02

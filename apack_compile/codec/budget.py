@@ -1,0 +1,145 @@
+"""One byte budget over all layers, keys and values: bits where they lower the KL most.
+
+With weights from a :class:`Sensitivity` the variances of all spectra have one unit, so that one
+price of a byte settles everything: at price mu a run of components with variance e takes the bits
+b that minimise e D_b + mu bytes(b) (reverse water-filling; D_b: distortion of a b-bit quantiser).
+Kernels and compile time want few layouts: of the pairs that single layers would choose, those few
+are kept that serve all layers best, found greedily.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .bits import CLASSES
+from .quantiser import tailed_quantiser
+from .spectrum import RUN, Spectrum
+from .transform import GAIN_DTYPE, TransformLayout
+
+MOST_LAYOUTS = 6
+"""Pairs of layouts (K and V) for layers of one shape."""
+
+Counts = tuple[int, int, int]
+"""Runs with 8, 4 and 2 bits."""
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Energies of one side of all layers.
+
+    Attributes:
+        energy: ``[L, runs]`` float64, descending.
+        groups: of heads.
+        fixed: bytes of the gains of a token.
+    """
+
+    energy: Tensor
+    groups: int
+    fixed: int
+
+    @classmethod
+    def of(cls, spectra: Sequence[Spectrum], gain: bool) -> _Table:
+        variances = torch.stack([s.variances.sum(0).double().cpu() for s in spectra])  # [L, n]
+        runs = variances.shape[1] // RUN
+        groups = spectra[0].mean.shape[0]
+        energy = variances[:, : runs * RUN].unflatten(1, (runs, RUN)).sum(2)
+        return cls(energy, groups, groups * GAIN_DTYPE.itemsize if gain else 0)
+
+    def nbytes(self, counts: Counts) -> int:
+        """Bytes of a token."""
+        bits = sum(b * n for b, n in zip(CLASSES, counts, strict=True))
+        return self.groups * RUN * bits // 8 + self.fixed
+
+    def wanted(self, price: float) -> list[Counts]:
+        """What each layer takes when a byte costs ``price``."""
+        bits = torch.tensor([*CLASSES, 0], dtype=torch.float64)
+        left = torch.tensor([tailed_quantiser(b)[1] for b in CLASSES] + [1.0], dtype=torch.float64)
+        cost = self.energy[..., None] * left + price * self.groups * RUN / 8 * bits  # [L, runs, 4]
+        chosen = cost.argmin(-1)
+        counts = torch.stack([(chosen == i).sum(1) for i in range(3)], 1).tolist()  # [L, 3]
+        return [(a, b, c) if a + b + c else (0, 0, 1) for a, b, c in counts]
+
+    def distortion(self, options: Sequence[Counts]) -> Tensor:
+        """Distortion of every layer with each option: ``[L, options]``."""
+        total = self.energy.sum(1, keepdim=True)
+        so_far = torch.cat([torch.zeros_like(total), self.energy.cumsum(1)], 1)  # [L, runs + 1]
+        ends = torch.tensor(options).cumsum(1)  # [options, 3]
+        kept = torch.zeros(len(self.energy), len(options), dtype=torch.float64)
+        start = torch.zeros(len(options), dtype=torch.int64)
+        for i, bits in enumerate(CLASSES):
+            gained = 1.0 - tailed_quantiser(bits)[1]
+            kept += gained * (so_far[:, ends[:, i]] - so_far[:, start])
+            start = ends[:, i]
+        return total - kept
+
+
+def share_budget(
+    keys: Sequence[Spectrum], values: Sequence[Spectrum], budget: int, most: int = MOST_LAYOUTS
+) -> list[tuple[TransformLayout, TransformLayout]]:
+    """Layouts of keys and values of layers of one shape, under one budget.
+
+    Args:
+        keys, values: of each layer, variances in one unit.
+        budget: bytes of a token in all layers together, gains counted.
+        most: different pairs of layouts.
+
+    Returns:
+        A pair for each layer. Values carry a gain, keys do not.
+
+    Raises:
+        ValueError: no code is that small.
+    """
+    sides = _Table.of(keys, False), _Table.of(values, True)
+    low, high = -40.0, 0.0
+    scale = float(sum(side.energy.sum() for side in sides)) or 1.0
+    best: tuple[float, list[tuple[Counts, Counts]]] | None = None
+    for _ in range(40):
+        middle = (low + high) / 2
+        pairs, error = _choose(sides, scale * math.exp(middle), most)
+        if sum(_pair_bytes(sides, pair) for pair in pairs) > budget:
+            low = middle
+        else:
+            high = middle
+            if best is None or error < best[0]:
+                best = error, pairs
+    if best is None:
+        raise ValueError(
+            f"{len(keys)} layers of {keys[0].heads} KV heads of {keys[0].dim} have no code of "
+            f"{budget} bytes a token"
+        )
+    return [(_layout(keys[0], k, False), _layout(values[0], v, True)) for k, v in best[1]]
+
+
+def _choose(
+    sides: tuple[_Table, _Table], price: float, most: int
+) -> tuple[list[tuple[Counts, Counts]], float]:
+    """The best few pairs at a price, one for each layer, and the distortion of all layers."""
+    keys, values = sides
+    options = sorted(set(zip(keys.wanted(price), values.wanted(price), strict=True)))
+    errors = keys.distortion([k for k, _ in options]) + values.distortion([v for _, v in options])
+    paid = price * torch.tensor([float(_pair_bytes(sides, pair)) for pair in options])
+    cost = errors + paid  # [L, options]
+    kept: list[int] = []
+    least = torch.full((len(cost),), math.inf, dtype=torch.float64)
+    while len(kept) < min(most, len(options)):
+        with_each = torch.minimum(least[:, None], cost).sum(0)
+        kept.append(int(with_each.argmin()))
+        least = torch.minimum(least, cost[:, kept[-1]])
+    chosen = [kept[i] for i in cost[:, kept].argmin(1).tolist()]
+    error = float(errors.gather(1, torch.tensor(chosen)[:, None]).sum())
+    return [options[i] for i in chosen], error
+
+
+def _pair_bytes(sides: tuple[_Table, _Table], pair: tuple[Counts, Counts]) -> int:
+    return sides[0].nbytes(pair[0]) + sides[1].nbytes(pair[1])
+
+
+def _layout(side: Spectrum, counts: Counts, gain: bool) -> TransformLayout:
+    heads, dim, groups = side.shape
+    r8, r4, r2 = (RUN * n for n in counts)
+    return TransformLayout(heads, dim, groups, r8, r4, r2, int(gain))

@@ -1,0 +1,91 @@
+"""Weighted principal components of one side of one layer, from its moments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RUN = 16
+"""Runs are multiples of this many components."""
+
+GROUP = 1024
+"""A group of heads has at most this many channels (or is one head): one eigh each."""
+
+
+def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric square root and its inverse of positive definite ``[..., D, D]``."""
+    values, vectors = torch.linalg.eigh(matrix)
+    values = values.clamp_min(values[..., -1:] * 1e-6)[..., None, :].sqrt()
+    transposed = vectors.transpose(-1, -2)
+    return (vectors * values) @ transposed, (vectors / values) @ transposed
+
+
+def head_groups(heads: int, dim: int) -> int:
+    """The fewest groups of equal size in which a group has at most ``GROUP`` channels."""
+    for groups in range(1, heads + 1):
+        if heads % groups == 0 and heads // groups * dim <= GROUP:
+            return groups
+    return heads
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The weighted principal components of one side of one layer.
+
+    Attributes:
+        dim: head_dim.
+        mean: ``[G, n]``, by group of heads.
+        variances: ``[G, n]``, descending.
+        forward: ``[G, n, n]``, from centred tokens to components (columns).
+        backward: ``[G, n, n]``, from components (rows) to tokens.
+    """
+
+    dim: int
+    mean: Tensor
+    variances: Tensor
+    forward: Tensor
+    backward: Tensor
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return self.mean.numel() // self.dim
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Heads, head_dim, groups: layers that agree in these can share a layout."""
+        return self.heads, self.dim, self.mean.shape[0]
+
+
+def spectrum(
+    total: Tensor, gram: Tensor, count: Tensor, weight: Tensor | None, dim: int,
+    ridge: float = 1e-3,
+) -> Spectrum:  # fmt: skip
+    """Weighted PCA of one side.
+
+    Args:
+        total: sum of tokens ``[H * D]``; gram: sum of outer products ``[H * D, H * D]``.
+        count: tokens.
+        weight: ``[H, D, D]``, the metric by KV head, or None for the plain one.
+        dim: head_dim D.
+        ridge: share of the mean weight that is added everywhere: weights are estimates.
+    """
+    heads = total.numel() // dim
+    groups = head_groups(heads, dim)
+    n = heads // groups * dim
+    mean = (total / count).view(groups, n)
+    second = torch.stack([gram[g * n : (g + 1) * n, g * n : (g + 1) * n] for g in range(groups)])
+    cov = second / count - mean[:, :, None] * mean[:, None, :]  # [G, n, n]
+    if weight is None:
+        root = inverse = torch.eye(n, dtype=cov.dtype, device=cov.device).expand(groups, n, n)
+    else:
+        floor = weight.diagonal(dim1=-2, dim2=-1).mean() * ridge + 1e-30
+        weight = weight + floor * torch.eye(dim, device=weight.device)
+        blocks = [_root(part) for part in weight.view(groups, -1, dim, dim)]
+        root = torch.stack([torch.block_diag(*r) for r, _ in blocks])
+        inverse = torch.stack([torch.block_diag(*i) for _, i in blocks])
+    variances, basis = torch.linalg.eigh(root @ cov @ root)
+    variances, basis = variances.flip(-1).clamp_min(0), basis.flip(-1)  # descending
+    return Spectrum(dim, mean, variances, root @ basis, basis.transpose(-1, -2) @ inverse)

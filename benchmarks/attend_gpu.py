@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from apack_compile.codec import TransformLayout
-from apack_compile.codec.fit import head_groups
+from apack_compile.codec.spectrum import head_groups
 from apack_compile.kernels.triton.launch import attend_packed
 from apack_compile.kernels.triton.plan import Config
 

@@ -41,7 +41,7 @@ class Sensitivity:
         Args:
             k_grad: ``[B, H, S, D]``; v_grad: ``[B, H, S, Dv]``.
             coded: ``[B, S]`` bool: tokens that a code will hold.
-            queries: sampled tokens.
+            queries: tokens drawn, over all draws that will be added up.
             turn: the rotation of the S tokens, to be undone; None if it is not known.
         """
         k = k_grad.float() if turn is None else turn.undo(k_grad.float())
@@ -53,6 +53,9 @@ class Sensitivity:
             return (flat.mT @ flat).double() / queries
 
         return cls(gram(k), gram(v_grad))
+
+    def __add__(self, other: Sensitivity) -> Sensitivity:
+        return Sensitivity(self.k + other.k, self.v + other.v)
 
     def spread(self, rotation: Rotation, reach: int) -> Sensitivity:
         """The metric of rotated keys at all positions below ``reach``."""

@@ -2,12 +2,11 @@
 
 ``APACK_ATTEND`` in the environment forces one:
 
-    plain        the plain function, compiled by Inductor (the default)
-    triton_op    our Triton kernels, seen by Inductor as user kernels of the graph
+    triton_op    our Triton kernels, seen by Inductor as user kernels of the graph (the default)
+    plain        the plain function, compiled by Inductor
 
-The kernels become the default once their tests have passed on a device inside a compiled graph;
-so far that is shown for the kernels alone (docs/performance.md). What the kernels do not take
-(float32, more than 16 queries, codes of other kinds, no Triton) is plain in any case.
+What the kernels do not take (float32, more than 16 queries, codes of other kinds, no Triton) is
+plain in any case.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from ..codec import parse_layout
 from ..kernels.attend import attend as plain_attend
 
-CHOICES = ("plain", "triton_op")
+CHOICES = ("triton_op", "plain")
 
 MOST_QUERIES = 16
 """With more queries a step is bound by arithmetic, and dense attention does less of it."""

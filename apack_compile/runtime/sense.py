@@ -8,8 +8,10 @@ given cache, which is what decode does. Where the graph computes logits of the l
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ from ..passes.plan import PlannedSite
 
 QUERIES = 256
 """Tokens at the end of a prefill whose predictions are differentiated."""
+
+DRAWS = 4
+"""Tokens drawn for each prediction."""
 
 FEWEST = 32
 """Fewer queries than this say too little."""
@@ -54,27 +59,36 @@ def measure(
     tail = min(max(QUERIES // batch, FEWEST), length // 4)
     if tail < FEWEST:
         raise Unmeasured(f"a prompt of {length} tokens is too short")
+    past = length - tail
+    coded = coded[:, :past].clone()
+    coded[:, max(past - window, 0) :] = False
+    turns = [t and Turn(t.cos[:, :past], t.sin[:, :past], t.interleaved) for t in turns]
     updates = [u.node for s in sites for u in (s.cached.k, s.cached.v)]
     probe = _Probe(gm, updates, tail)
     budget = _Budget(coded.device)
+    draws = []
     with torch.inference_mode(False), torch.enable_grad():
         plain = [_detached(a) for a in args]
         try:
             with torch.autograd.graph.saved_tensors_hooks(budget.spend, _same):
-                loss = _surprise(probe.run(*plain), tail)
-            grads = torch.autograd.grad(loss, [probe.leaves[u] for u in updates])
+                predictions = _predictions(probe.run(*plain), tail)
+            leaves = [probe.leaves[u] for u in updates]
+            own = torch.Generator(coded.device).manual_seed(0)  # the user's stays as it is
+            for last in [False] * (DRAWS - 1) + [True]:
+                grads = torch.autograd.grad(
+                    _surprise(predictions, own), leaves, retain_graph=not last
+                )
+                draws.append(
+                    [
+                        Sensitivity.of(k, v, coded, DRAWS * batch * tail, turn)
+                        for k, v, turn in zip(grads[::2], grads[1::2], turns, strict=True)
+                    ]
+                )
         except torch.OutOfMemoryError as error:
             raise Unmeasured("out of memory") from error
         except RuntimeError as error:
             raise Unmeasured(f"no gradients: {str(error).splitlines()[0]}") from error
-    coded = coded[:, : length - tail].clone()
-    coded[:, max(length - tail - window, 0) :] = False
-    found = []
-    for k, v, turn in zip(grads[::2], grads[1::2], turns, strict=True):
-        if turn is not None:
-            here = slice(0, length - tail)
-            turn = Turn(turn.cos[:, here], turn.sin[:, here], turn.interleaved)
-        found.append(Sensitivity.of(k, v, coded, batch * tail, turn))
+    found = [reduce(operator.add, layer) for layer in zip(*draws, strict=True)]
     if not all(s.is_finite for s in found):
         raise Unmeasured("gradients are not finite")
     return found
@@ -119,8 +133,8 @@ def _takes_last_token(n: fx.Node) -> bool:
     )
 
 
-def _surprise(results: Any, tail: int) -> Tensor:
-    """Sum of log-probabilities of tokens drawn from the model's own predictions."""
+def _predictions(results: Any, tail: int) -> Tensor:
+    """Log-probabilities that the graph gives for its last tokens: ``[B * tail, vocabulary]``."""
     candidates = [
         r for r in torch.utils._pytree.tree_leaves(results)
         if isinstance(r, Tensor) and r.is_floating_point() and r.dim() == 3 and r.requires_grad
@@ -129,10 +143,12 @@ def _surprise(results: Any, tail: int) -> Tensor:
     if not candidates:
         raise Unmeasured("the graph gives no logits of its last tokens")
     logits = max(candidates, key=lambda r: r.shape[2])
-    predictions = logits[:, -tail:].float().log_softmax(-1).flatten(0, 1)
-    with torch.no_grad():
-        own = torch.Generator(logits.device).manual_seed(0)  # the user's stays as it is
-        drawn = torch.multinomial(predictions.exp(), 1, generator=own)
+    return logits[:, -tail:].float().log_softmax(-1).flatten(0, 1)
+
+
+def _surprise(predictions: Tensor, generator: torch.Generator) -> Tensor:
+    """Sum of log-probabilities of tokens drawn from the model's own predictions."""
+    drawn = torch.multinomial(predictions.detach().exp(), 1, generator=generator)
     return predictions.gather(1, drawn).sum()
 
 

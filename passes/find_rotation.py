@@ -58,7 +58,7 @@ def find_rotation(flow: nx.DiGraph, new: fx.Node) -> FoundRotation | None:
         for x, cos in _orders(straight):
             for turned, sin in _orders(crossed):
                 pair = _partner_of(turned)
-                if pair is not None and nx.has_path(flow, x, pair[0]):
+                if pair is not None and nx.has_path(flow, _through(x), pair[0]):
                     return FoundRotation(cos, sin, pair[1])
     return None
 

@@ -192,7 +192,7 @@ class PackedGraph:
         try:
             return measure(self.gm, args, self._encode_sites, turns, coded, self.options.window)
         except Unmeasured as error:
-            return str(error)
+            return str(error).partition("\n")[0]  # what follows names a node of the graph
 
     def _length(self, args: tuple[Any, ...]) -> int:
         """Tokens of the cache that the first ``encode`` site makes."""

@@ -1,0 +1,80 @@
+"""Learning from a first prefill: sensitivity, and codes for the contexts to come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import apack_compile
+from apack_compile import profile
+from apack_compile.runtime import sense
+
+from .. import zoo
+
+OPTIONS = {"ratio": 8, "inner": "aot_eager"}
+
+
+def prefill(compiled: Any, case: zoo.Case, tokens: int) -> transformers.DynamicCache:
+    cache = transformers.DynamicCache()
+    ids = case.inputs["input_ids"][:, :tokens]
+    compiled(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+    return cache
+
+
+def test_the_first_prefill_measures_sensitivity_and_leaves_the_users_randomness() -> None:
+    case = zoo.llama(text=500)
+    compiled = torch.compile(case.model, backend="attentionpack", options=OPTIONS)
+    before = torch.random.get_rng_state()
+    prefill(compiled, case, 500)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    (graph,) = apack_compile.report(case.model).graph_reports
+    assert graph.notes == () and dict(graph.runs) == {"fit": 1}
+    assert all(p.grad is None for p in case.model.parameters())
+
+
+def test_inference_mode_measures_as_well() -> None:
+    case = zoo.llama(text=500)
+    compiled = torch.compile(case.model, backend="attentionpack", options=OPTIONS)
+    with torch.inference_mode():
+        prefill(compiled, case, 500)
+    (graph,) = apack_compile.report(case.model).graph_reports
+    assert graph.notes == ()
+
+
+def test_too_little_memory_is_said_and_every_layer_gets_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sense, "_free_bytes", lambda device: 1000)
+    case = zoo.llama(text=500)
+    compiled = torch.compile(case.model, backend="attentionpack", options=OPTIONS)
+    cache = prefill(compiled, case, 500)
+    (graph,) = apack_compile.report(case.model).graph_reports
+    reasons = {reason for _, reason in graph.notes}
+    assert reasons == {
+        "sensitivity not measured (too little memory for gradients of so long a prompt): "
+        "the same bits in every layer"
+    }
+    assert len({layer.keys.store.ref.layout for layer in cache.layers}) == 1
+
+
+def test_a_prompt_beyond_the_reach_is_fitted_anew_with_the_same_layouts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bug: codes fitted on a short prompt were used at any length."""
+    monkeypatch.setattr(profile, "LEAST_REACH", 300)
+    case = zoo.llama(text=1400)
+    compiled = torch.compile(case.model, backend="attentionpack", options=OPTIONS)
+    first = prefill(compiled, case, 300)  # reaches to 600
+    prefill(compiled, case, 590)
+    runs: dict[str, int] = {}
+    later = prefill(compiled, case, 1300)
+    for graph in apack_compile.report(case.model).graph_reports:
+        for what, count in graph.runs:
+            runs[what] = runs.get(what, 0) + count
+    assert runs == {"fit": 2, "encode": 1}
+    for a, b in zip(first.layers, later.layers, strict=True):
+        assert a.keys.store.ref is not b.keys.store.ref
+        assert a.keys.store.ref.layout == b.keys.store.ref.layout

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from .cache import Policy
+from .codec.recipe import KEY_CODES, VALUE_BASES, Recipe
 
 CODECS = ("transform", "exact")
 
@@ -28,6 +29,7 @@ class Options:
         codec: ``transform`` (joint-head PCA, quantised coefficients) or ``exact`` (tokens kept as
             they are: for tests, and to have the machinery without any loss).
         ratio: bytes of a dense 16-bit token over bytes of a coded one, from 2 to 32.
+        k_code, v_basis: see :class:`~apack_compile.codec.recipe.Recipe`.
         sinks: first visible tokens of each sequence, kept exact for good.
         window: recent tokens that are never coded.
         block: tokens that gather behind the window before they are coded together.
@@ -40,6 +42,8 @@ class Options:
 
     codec: str = "transform"
     ratio: float = 4.0
+    k_code: str = "post-rope"
+    v_basis: str = "pca"
     sinks: int = 4
     window: int = 64
     block: int = 32
@@ -55,7 +59,12 @@ class Options:
     @property
     def key(self) -> tuple[Any, ...]:
         """What fitted codes depend on."""
-        return (self.codec, float(self.ratio))
+        return (self.codec, self.recipe)
+
+    @property
+    def recipe(self) -> Recipe:
+        """Which member of the family is fitted."""
+        return Recipe(float(self.ratio), self.k_code, self.v_basis)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:
@@ -76,15 +85,24 @@ class Options:
                 )
         _one_of(given, "codec", CODECS)
         _one_of(given, "inner", INNER)
+        _one_of(given, "k_code", KEY_CODES)
+        _one_of(given, "v_basis", VALUE_BASES)
         _number(given, "ratio", float, 2, 32)
         _number(given, "sinks", int, 0, 64)
         _number(given, "window", int, 1, 4096)
         _number(given, "block", int, 16, 4096)
         _number(given, "fit_tokens", int, 0, 1 << 20)
-        if given.get("codec") == "exact" and "ratio" in given:
+        if given.get("codec", "transform") != "transform":
+            for name in ("ratio", "k_code", "v_basis"):
+                if name in given:
+                    raise OptionError(
+                        f"options codec={given['codec']!r} and {name}={given[name]!r} do not go "
+                        f"together: only codec='transform' has a {name}; leave one of them out"
+                    )
+        if given.get("k_code") == "pre-rope" and given.get("sinks") == 0:
             raise OptionError(
-                f"options codec='exact' and ratio={given['ratio']!r} do not go together: exact "
-                "codes have no ratio; leave one of them out"
+                "options k_code='pre-rope' and sinks=0 do not go together: positions are counted "
+                "from the first sink; accepted is sinks from 1 to 64"
             )
         inductor = given.get("inductor", {})
         if not isinstance(inductor, Mapping):

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .cache.store import exact_ref
 from .codec import CodeRef, TransformLayout
-from .codec.fit import fit_transform
+from .codec.fit import Evidence, fit_transform
 from .codec.moments import Moments
 from .codec.rotation import Rotation, Turn
 from .codec.sensitivity import Sensitivity
@@ -32,8 +32,12 @@ LEAST_REACH = 4096
 """Codes of rotated keys are fitted for contexts of at least so many tokens, and twice those seen;
 where the rotation is not known, for a quarter more than those seen."""
 
-EXACT_REACH = -1
-"""The reach of codes that lose nothing."""
+ANY_LENGTH = -1
+"""The reach of codes that do not depend on positions, or lose nothing."""
+
+MOST_STRAYS = 0.05
+"""Keys are coded before their rotation if at most this share of the tokens has other positions
+than a count gives (images in models with positions by row and column have)."""
 
 Sense = Callable[[], "list[Sensitivity] | str"]
 """Measures the sensitivity of all layers; a text says why it cannot."""
@@ -59,7 +63,7 @@ class LayerProfile:
 
     def serves(self, length: int) -> bool:
         """Whether there are codes for a prompt of ``length`` tokens."""
-        return self.codes is not None and (self.reach == EXACT_REACH or length <= self.reach)
+        return self.codes is not None and (self.reach == ANY_LENGTH or length <= self.reach)
 
     def add(self, moments: Moments) -> None:
         """Add a prefill's moments."""
@@ -123,12 +127,14 @@ class Lesson:
     Attributes:
         sums: the tensors of its :class:`Moments`.
         turn: the rotation of its tokens, if the graph shows it; the moments are then without it.
+        visible: ``[B, S]`` bool, False for padding, or None.
         dims: head dimensions of keys and values.
         length: tokens of the prompt.
     """
 
     sums: Sequence[Tensor]
     turn: Turn | None
+    visible: Tensor | None
     dims: tuple[int, int]
     length: int
 
@@ -150,7 +156,7 @@ def learn(
         if profile.serves(lesson.length) or any(profile is other for other in seen):
             continue
         seen.append(profile)
-        rotation = None if lesson.turn is None else lesson.turn.rotation(lesson.dims[0])
+        rotation = lesson.turn and lesson.turn.rotation(lesson.dims[0], lesson.visible)
         if profile.moments is not None and (profile.rotation is None) != (rotation is None):
             profile.moments = None  # sums with and without rotation do not add up
         profile.rotation = rotation
@@ -176,35 +182,49 @@ def _fit(
     dims, length = lessons[0].dims, lessons[0].length
     turned = all(p.rotation is not None for p in group)
     reach = max(LEAST_REACH, 2 * length) if turned else -(-5 * length // 1024) * 256
-    known = None if isinstance(sensitivities, str) else list(sensitivities)
-    moments = []
-    for index, profile in enumerate(group):
-        assert profile.moments is not None
-        if profile.rotation is None:
-            moments.append(profile.moments)
-            continue
-        moments.append(profile.moments.spread(profile.rotation, reach))
-        if known is not None:
-            known[index] = known[index].spread(profile.rotation, reach)
+    reasons = []
+    if isinstance(sensitivities, str):
+        reasons.append(f"sensitivity not measured ({sensitivities}): the same bits in every layer")
+    recipe = options.recipe
+    if recipe.k_code == "pre-rope":
+        obstacle = _bars_pre_rope([p.rotation for p in group])
+        if obstacle:
+            recipe = replace(recipe, k_code="post-rope")
+            reasons.append(f"keys are coded as attention sees them: {obstacle}")
+    layers = [
+        Evidence(p.moments, p.rotation, None if isinstance(sensitivities, str) else s)
+        for p, s in zip(group, sensitivities, strict=False)
+        if p.moments is not None
+    ]
     layouts = _layouts_of(group)  # kept: graphs are compiled for them
     started = time.monotonic()
     try:
-        codes = fit_transform(moments, *dims, options.ratio, known, layouts)
+        codes = fit_transform(layers, dims, recipe, reach, layouts)
     except ValueError as error:
-        heads = moments[0].k_sum.numel() // dims[0]
+        heads = layers[0].moments.k_sum.numel() // dims[0]
         exact = exact_ref(heads, dims[0]), exact_ref(heads, dims[1])
         log.warning("attentionpack: %s; these layers are packed exactly", error)
         for profile in group:
-            profile.codes, profile.moments, profile.reach = exact, None, EXACT_REACH
+            profile.codes, profile.moments, profile.reach = exact, None, ANY_LENGTH
             profile.reason = f"{error}: packed exactly"
         return
     log.info("fitted %d layers in %.1f s", len(group), time.monotonic() - started)
-    reason = ""
-    if isinstance(sensitivities, str):
-        reason = f"sensitivity not measured ({sensitivities}): the same bits in every layer"
+    if codes[0][0].layout.positional:
+        reach = ANY_LENGTH
     for profile, (k, v) in zip(group, codes, strict=True):
         profile.codes, profile.moments = (CodeRef(k), CodeRef(v)), None
-        profile.reach, profile.reason = reach, reason
+        profile.reach, profile.reason = reach, "; ".join(reasons)
+
+
+def _bars_pre_rope(rotations: Sequence[Rotation | None]) -> str:
+    """Why keys cannot be coded before their rotation; empty if they can."""
+    known = [r for r in rotations if r is not None]
+    if len(known) < len(rotations):
+        return "the graph does not show their rotation"
+    strays = max(r.strays for r in known)
+    if strays > MOST_STRAYS:
+        return f"{strays:.0%} of the prompt's tokens have other positions than a count gives"
+    return ""
 
 
 def _layouts_of(

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..codec import parse_layout
 from ..codec.layout import working_dtype
 from .pool import in_reach, override, pooled_mass
+from .positions import positions_of
 from .side import Side
 
 
@@ -75,7 +76,8 @@ def attend_biased(
         """Scores against exact tokens ``[B, H, T, D]``."""
         return by_query_head(by_kv_head(scaled) @ tokens.to(work).transpose(-1, -2))
 
-    coded_scores = key_code.scores(scaled, keys.payload, keys.params)  # [B, Hq, Q, C]
+    positions = positions_of(key_code, keys.pool_positions, 0, capacity)
+    coded_scores = key_code.scores(scaled, keys.payload, keys.params, positions)  # [B, Hq, Q, C]
     if keys.pool.shape[2]:
         coded_scores = override(coded_scores, keys.pool_positions, against(keys.pool), 3)
     scores = torch.cat([coded_scores, against(keys.ring)], -1)  # [B, Hq, Q, C + ring]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..codec import Layout, parse_layout
+from .positions import positions_of
 
 
 def encode(
@@ -46,7 +47,7 @@ def encode(
     capacity = (length + chunk - 1) // chunk * chunk
     payload = [
         torch.nn.functional.pad(part, (0, 0, 0, capacity - length)).contiguous()
-        for part in encode_tokens(x, params, parse_layout(layout))
+        for part in encode_tokens(x, params, parse_layout(layout), positions, 0)
     ]
     coded = torch.sym_max(length - window, 0)
     slots = coded + torch.arange(ring, device=x.device)
@@ -54,8 +55,18 @@ def encode(
     return [*payload, pool, positions, recent]
 
 
-def encode_tokens(x: Tensor, params: Sequence[Tensor], layout: Layout) -> list[Tensor]:
-    """Payload of tokens ``x [B, H, T, D]``; numbers that are not finite are coded as 0."""
+def encode_tokens(
+    x: Tensor, params: Sequence[Tensor], layout: Layout, pool_positions: Tensor, start: int
+) -> list[Tensor]:
+    """Payload of tokens ``x [B, H, T, D]``; numbers that are not finite are coded as 0.
+
+    Args:
+        x: tokens ``start .. start + T``.
+        params: of the code.
+        layout: of the code.
+        pool_positions: of the cache, ``[B, E]``: says where each sequence begins.
+        start: of the first token.
+    """
     if layout.kind != "exact":
         x = torch.where(x.isfinite(), x, 0.0)
-    return layout.encode(x, params)
+    return layout.encode(x, params, positions_of(layout, pool_positions, start, x.shape[2]))

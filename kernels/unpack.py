@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..codec import parse_layout
 from .pool import override
+from .positions import positions_of
 from .side import Side
 
 
@@ -24,7 +25,8 @@ def unpack(side: Sequence[Tensor], lengths: Tensor, length: int, layout: str) ->
     code = parse_layout(layout)
     tensors = Side.of(side, code)
     dtype = tensors.ring.dtype
-    decoded = code.decode(tensors.payload, tensors.params, dtype)  # [B, H, C, D]
+    positions = positions_of(code, tensors.pool_positions, 0, tensors.capacity)
+    decoded = code.decode(tensors.payload, tensors.params, dtype, positions)  # [B, H, C, D]
     if tensors.pool.shape[2]:
         decoded = override(decoded, tensors.pool_positions, tensors.pool, 2)
     everything = torch.cat([decoded, tensors.ring], 2)

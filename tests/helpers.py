@@ -9,8 +9,9 @@ from torch import Tensor
 from apack_compile import ops  # noqa: F401  (registers the operators)
 from apack_compile.cache import Policy
 from apack_compile.codec import Code, CodeRef, ExactLayout, Layout, TransformLayout
-from apack_compile.codec.fit import fit_transform
+from apack_compile.codec.fit import Evidence, fit_transform
 from apack_compile.codec.moments import Moments
+from apack_compile.codec.recipe import Recipe
 
 few = settings(
     max_examples=30,
@@ -77,5 +78,6 @@ def fitted_ref(heads: int = 2, dim: int = 8, ratio: float = 4, gain: bool = True
     """A code that was fitted: for keys, or for values (``gain``: one gain a token)."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(1, heads, 200, dim, generator=generator)
-    codes = fit_transform([Moments.of(x, x, x, None)], dim, dim, ratio)
+    evidence = Evidence(Moments.of(x, x, x, None))
+    codes = fit_transform([evidence], (dim, dim), Recipe(ratio), 0)
     return CodeRef(codes[0][int(gain)])

@@ -207,9 +207,8 @@ class SideStore:
         if pool.shape[2]:
             pool, positions = fill_pool(pool, positions, x, start, None)
         payload = self._with_room(end)
-        for whole, part in zip(
-            payload, encode_tokens(x, code.on(self.device), code.layout), strict=True
-        ):
+        parts = encode_tokens(x, code.on(self.device), code.layout, positions, start)
+        for whole, part in zip(payload, parts, strict=True):
             whole[:, start:end] = part
         self.side = self.side._replace(payload=payload, pool=pool, pool_positions=positions)
         self.coded = end

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .layout import Layout
+from .layout import Layout, scores_of_keys
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,25 @@ class ExactLayout(Layout):
     def _heads(self, payload: Sequence[Tensor]) -> Tensor:
         return payload[0].unflatten(-1, (self.heads, self.dim)).transpose(1, 2)  # [B, H, T, D]
 
-    def encode(self, x: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    def encode(
+        self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None = None
+    ) -> list[Tensor]:
         """Heads side by side, token by token."""
         return [x.transpose(1, 2).flatten(2)]  # [B, T, H * D]
 
     def decode(
-        self, payload: Sequence[Tensor], params: Sequence[Tensor], dtype: torch.dtype
-    ) -> Tensor:
+        self, payload: Sequence[Tensor], params: Sequence[Tensor], dtype: torch.dtype,
+        positions: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The tokens as they were."""
         return self._heads(payload).to(dtype)
 
-    def scores(self, q: Tensor, payload: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
-        """Plain ``q k^T`` with the query heads of a KV head side by side."""
-        k = self._heads(payload).to(q.dtype)
-        grouped = q.unflatten(1, (self.heads, -1)).flatten(2, 3)  # [B, H, Hq/H * Q, D]
-        return (grouped @ k.transpose(-1, -2)).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+    def scores(
+        self, q: Tensor, payload: Sequence[Tensor], params: Sequence[Tensor],
+        positions: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Plain ``q k^T``."""
+        return scores_of_keys(q, self._heads(payload).to(q.dtype))
 
     def mix(self, p: Tensor, payload: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
         """Plain ``p v``."""

@@ -14,6 +14,7 @@ that the sum of distortions is least under the byte budget.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from .budget import share_budget
 from .code import Code
 from .moments import Moments
 from .quantiser import tailed_quantiser
+from .recipe import Recipe
+from .rotation import Rotation
 from .sensitivity import Sensitivity
 from .spectrum import RUN, Spectrum, spectrum
 from .transform import GAIN_DTYPE, TransformLayout
@@ -87,8 +90,8 @@ def choose_layout(spectra: Sequence[Spectrum], budget: int, gain: bool) -> Trans
     return TransformLayout(heads, dim, groups, *counts, int(gain))
 
 
-def quantise(side: Spectrum, layout: TransformLayout) -> Code:
-    """The code of one side with a given layout."""
+def quantise(side: Spectrum, layout: TransformLayout, rotation: Rotation | None = None) -> Code:
+    """The code of one side with a given layout; a positional one needs the rotation."""
     steps = torch.cat(
         [side.mean.new_full((count,), tailed_quantiser(bits)[0]) for bits, count in layout.runs]
     )
@@ -103,6 +106,9 @@ def quantise(side: Spectrum, layout: TransformLayout) -> Code:
     ]
     if layout.gain:
         params.append(steps.expand(layout.groups, rank))
+    if layout.positional:
+        assert rotation is not None
+        params.append(rotation.waves)
     distortion = side.variances[:, rank:].sum()
     start = 0
     for bits, count in layout.runs:
@@ -118,44 +124,92 @@ def side_budget(channels: int, ratio: float) -> int:
     return int(2 * channels / ratio)
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What the code of one layer is fitted from.
+
+    Attributes:
+        moments: sums over the tokens to fit on.
+        rotation: of its keys by position; the moments are then without it. None: not known.
+        sensitivity: None: the weights are second moments of the queries.
+    """
+
+    moments: Moments
+    rotation: Rotation | None = None
+    sensitivity: Sensitivity | None = None
+
+    def as_seen(self, reach: int) -> Evidence:
+        """The same of keys as attention sees them, at all positions below ``reach``."""
+        if self.rotation is None:
+            return self
+        metric = self.sensitivity and self.sensitivity.spread(self.rotation, reach)
+        return Evidence(self.moments.spread(self.rotation, reach), None, metric)
+
+    def unrotated(self, reach: int) -> Evidence:
+        """The same of keys before their rotation: only queries come from all distances."""
+        assert self.rotation is not None
+        q_gram = self.rotation.gram(self.moments.q_gram.double(), reach)
+        return replace(self, moments=replace(self.moments, q_gram=q_gram))
+
+    def spectra(self, dims: tuple[int, int], recipe: Recipe) -> tuple[Spectrum, Spectrum]:
+        """Components of keys and values."""
+        count, k_sum, k_gram, v_sum, v_gram, q_gram = (t.double() for t in self.moments.tensors())
+        turned = recipe.v_basis == "hadamard"
+        metric = self.sensitivity
+        if metric is None:
+            weight = q_gram / q_gram.diagonal(dim1=-2, dim2=-1).sum().clamp_min(1e-30)
+            return (
+                spectrum(k_sum, k_gram, count, weight, dims[0]),
+                spectrum(v_sum, v_gram, count, None, dims[1], rotated=turned),
+            )
+        return (
+            spectrum(k_sum, k_gram, count, metric.k, dims[0], RIDGE),
+            spectrum(v_sum, v_gram, count, metric.v, dims[1], RIDGE, turned),
+        )
+
+
 def fit_transform(
-    moments: Sequence[Moments],
-    dim_k: int,
-    dim_v: int,
-    ratio: float,
-    sensitivities: Sequence[Sensitivity] | None = None,
+    layers: Sequence[Evidence],
+    dims: tuple[int, int],
+    recipe: Recipe,
+    reach: int,
     layouts: Sequence[tuple[TransformLayout, TransformLayout]] | None = None,
 ) -> list[tuple[Code, Code]]:
-    """Codes for K and V of layers of one shape at ``ratio`` against 16 bits a number.
+    """Codes for K and V of layers of one shape.
 
     Args:
-        moments: of each layer, sums over the tokens to fit on.
-        dim_k, dim_v: head dimensions.
-        ratio: dense 16-bit bytes over coded bytes of all layers together, gains counted.
-        sensitivities: of each layer; None: bits by variance, the same bytes for all layers.
+        layers: either all or none of them with a sensitivity (none: bits by variance, the same
+            bytes for all layers), and with a rotation.
+        dims: head dimensions of keys and values.
+        recipe: its ratio holds for all layers together, gains counted.
+        reach: tokens of context that the codes should serve.
         layouts: of each layer, to be kept; None: they are chosen.
 
     Raises:
         ValueError: no code is that small.
     """
-    keys, values = [], []
-    for index, layer in enumerate(moments):
-        count, k_sum, k_gram, v_sum, v_gram, q_gram = (t.double() for t in layer.tensors())
-        if sensitivities is None:
-            weight = q_gram / q_gram.diagonal(dim1=-2, dim2=-1).sum().clamp_min(1e-30)
-            keys.append(spectrum(k_sum, k_gram, count, weight, dim_k))
-            values.append(spectrum(v_sum, v_gram, count, None, dim_v))
+    rotations = [layer.rotation for layer in layers]
+    before = recipe.k_code == "pre-rope" and None not in rotations
+    layers = [x.unrotated(reach) if before else x.as_seen(reach) for x in layers]
+    keys, values = zip(*(layer.spectra(dims, recipe) for layer in layers), strict=True)
+    k_budget, v_budget = (
+        side_budget(side[0].mean.numel(), recipe.ratio) for side in (keys, values)
+    )
+    if layouts is None:
+        if layers[0].sensitivity is None:
+            pair = choose_layout(keys, k_budget, False), choose_layout(values, v_budget, True)
+            layouts = [pair] * len(keys)
         else:
-            metric = sensitivities[index]
-            keys.append(spectrum(k_sum, k_gram, count, metric.k, dim_k, RIDGE))
-            values.append(spectrum(v_sum, v_gram, count, metric.v, dim_v, RIDGE))
-    k_budget, v_budget = (side_budget(side[0].mean.numel(), ratio) for side in (keys, values))
-    if layouts is None and sensitivities is None:
-        pair = choose_layout(keys, k_budget, False), choose_layout(values, v_budget, True)
-        layouts = [pair] * len(keys)
-    elif layouts is None:
-        layouts = share_budget(keys, values, len(keys) * (k_budget + v_budget))
+            layouts = share_budget(keys, values, len(keys) * (k_budget + v_budget))
+        if before:
+            layouts = [
+                (replace(k, rotary=turn.width, interleaved=int(turn.interleaved)), v)
+                for (k, v), turn in zip(layouts, rotations, strict=True)
+                if turn is not None
+            ]
     return [
-        (quantise(k, k_layout), quantise(v, v_layout))
-        for k, v, (k_layout, v_layout) in zip(keys, values, layouts, strict=True)
+        (quantise(k, k_layout, rotation), quantise(v, v_layout))
+        for k, v, (k_layout, v_layout), rotation in zip(
+            keys, values, layouts, rotations, strict=True
+        )
     ]

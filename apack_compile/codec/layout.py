@@ -6,6 +6,8 @@ encode, decode, absorbed scores, absorbed mixing, bytes. It holds no tensors. Wh
 are frozen, hashable and round-trip through a short text (``spec``), which is what graphs carry.
 
 Shapes: B batch, H KV heads, Hq query heads (a multiple of H), T tokens, Q queries, D head_dim.
+A layout that is ``positional`` wants the positions ``[B|1, T]`` of the tokens that it codes, and
+the same positions whenever it reads them.
 """
 
 from __future__ import annotations
@@ -36,6 +38,11 @@ class Layout(ABC):
 
     kind: ClassVar[str]
 
+    @property
+    def positional(self) -> bool:
+        """Whether codes depend on the position of a token."""
+        return False
+
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         _KINDS[cls.kind] = cls
@@ -48,7 +55,10 @@ class Layout(ABC):
     @property
     def spec(self) -> str:
         """A text that :func:`parse_layout` turns back into this layout."""
-        return f"{self.kind}:" + ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+        values = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
+        return f"{self.kind}:" + ",".join(
+            f"{name}={value}" for name, value, default in values if value != default
+        )
 
     @abstractmethod
     def payload_fields(self, dtype: torch.dtype) -> tuple[tuple[int, torch.dtype], ...]:
@@ -59,18 +69,24 @@ class Layout(ABC):
         return sum(width * kind.itemsize for width, kind in self.payload_fields(dtype))
 
     @abstractmethod
-    def encode(self, x: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    def encode(
+        self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None = None
+    ) -> list[Tensor]:
         """Code ``x [B, H, T, D]`` into payload tensors ``[B, T, width]``."""
 
     @abstractmethod
     def decode(
-        self, payload: Sequence[Tensor], params: Sequence[Tensor], dtype: torch.dtype
-    ) -> Tensor:
+        self, payload: Sequence[Tensor], params: Sequence[Tensor], dtype: torch.dtype,
+        positions: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Payload tensors back to ``[B, H, T, D]`` in ``dtype``."""
 
     @abstractmethod
-    def scores(self, q: Tensor, payload: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
-        """``q [B, Hq, Q, D]`` against coded keys, without decoding them: ``[B, Hq, Q, T]``."""
+    def scores(
+        self, q: Tensor, payload: Sequence[Tensor], params: Sequence[Tensor],
+        positions: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """``q [B, Hq, Q, D]`` against coded keys: ``[B, Hq, Q, T]``."""
 
     @abstractmethod
     def mix(self, p: Tensor, payload: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
@@ -98,3 +114,9 @@ def parse_layout(spec: str) -> Layout:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"malformed code layout {spec!r}: {error}") from error
+
+
+def scores_of_keys(q: Tensor, k: Tensor) -> Tensor:
+    """``q [B, Hq, Q, D]`` against keys ``[B, H, T, D]``, query heads of a KV head side by side."""
+    grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, H, Hq/H * Q, D]
+    return (grouped @ k.transpose(-1, -2)).unflatten(2, (-1, q.shape[2])).flatten(1, 2)

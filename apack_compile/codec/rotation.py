@@ -32,6 +32,22 @@ def partner(x: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((-second, first), -1)
 
 
+def rotate(x: Tensor, positions: Tensor, waves: Tensor, interleaved: bool) -> Tensor:
+    """Rotate tokens to their positions; ``rotate(x, positions, -waves, ...)`` takes it back.
+
+    Args:
+        x: ``[B, H, T, D]``; the first R components of a head are rotated.
+        positions: ``[B|1, T]``.
+        waves: radians a position and at position 0, ``[2, R]``.
+        interleaved: pairs are neighbours, not halves.
+    """
+    waves = waves.to(x.dtype)
+    angles = (positions.to(x.dtype)[..., None] * waves[0] + waves[1])[:, None]  # [B|1, 1, T, R]
+    turned, rest = x.split([waves.shape[1], x.shape[-1] - waves.shape[1]], -1)
+    turned = turned * angles.cos() + partner(turned, interleaved) * angles.sin()
+    return torch.cat((turned, rest), -1)
+
+
 @dataclass(frozen=True)
 class Turn:
     """The rotation of each token of a prompt.
@@ -69,18 +85,58 @@ class Turn:
         back = (turned * cos - partner(turned, self.interleaved) * sin) / norm
         return torch.cat((back, rest), -1)
 
-    def rotation(self, dim: int) -> Rotation:
+    def rotation(self, dim: int, visible: Tensor | None = None) -> Rotation:
         """The angle that one position adds, read off the last tokens (text, mostly).
 
         Args:
             dim: head_dim; components beyond R are not rotated.
+            visible: ``[B, S]``: positions count from the first visible token of each sequence.
         """
-        angles = torch.atan2(self.sin[0].double(), self.cos[0].double())  # [S, R]
-        steps = angles.diff(dim=0)[-32:]
-        steps = torch.remainder(steps + torch.pi, 2 * torch.pi) - torch.pi
-        frequencies = steps.median(0).values
-        rest = frequencies.new_zeros(dim - len(frequencies))
-        return Rotation(torch.cat((frequencies, rest)), len(frequencies), self.interleaved)
+        angles = torch.atan2(self.sin.double(), self.cos.double())  # [B|1, S, R]
+        length = angles.shape[1]
+        first = torch.zeros(1, 1, device=angles.device, dtype=torch.int64)
+        if visible is not None:
+            first = visible.to(torch.int8).argmax(1, keepdim=True)
+        positions = torch.arange(length, device=angles.device) - first  # [B|1, S]
+        frequencies = _frequencies(angles[0])
+        phases = _wrap(angles[0, -1] - positions[0, -1] * frequencies)
+        away = _wrap(angles - positions[..., None] * frequencies - phases).abs().amax(-1)
+        seen = positions >= 0
+        strays = ((away > STRAY) & seen).sum() / seen.expand_as(away).sum().clamp_min(1)
+
+        def wide(x: Tensor) -> Tensor:
+            return torch.cat((x, x.new_zeros(dim - len(x))))
+
+        width = len(frequencies)
+        return Rotation(wide(frequencies), width, self.interleaved, wide(phases), float(strays))
+
+
+STRAY = 0.1
+"""Radians by which the angle of a token may differ from that of its position; tables in bfloat16
+are off by up to 0.01."""
+
+
+def _wrap(angles: Tensor) -> Tensor:
+    return torch.remainder(angles + torch.pi, 2 * torch.pi) - torch.pi
+
+
+def _frequencies(angles: Tensor) -> Tensor:
+    """Radians a position from ``[S, R]``: first from neighbours, then over doubling distances.
+
+    Over a distance of n the error of the angles counts only 1/n. Distances that span an image,
+    whose tokens have positions of their own, are not used.
+    """
+    frequencies = _wrap(angles.diff(dim=0)[-32:]).median(0).values
+    span = 2
+    while span < len(angles):
+        late, early = angles[-32:][span - len(angles) :], angles[:-span][-32:]
+        count = min(len(late), len(early))
+        left = _wrap(late[-count:] - early[-count:] - span * frequencies)
+        if bool((left.abs() > STRAY).any()):
+            break
+        frequencies = frequencies + left.median(0).values / span
+        span *= 2
+    return frequencies
 
 
 @dataclass(frozen=True)
@@ -91,11 +147,20 @@ class Rotation:
         frequencies: radians a position, ``[D]``, 0 where nothing is rotated.
         width: rotated components R.
         interleaved: pairs are neighbours, not halves.
+        phases: radians at position 0, ``[D]``.
+        strays: share of the tokens seen whose angle is not that of their position.
     """
 
     frequencies: Tensor
     width: int
     interleaved: bool
+    phases: Tensor
+    strays: float = 0.0
+
+    @property
+    def waves(self) -> Tensor:
+        """Frequencies and phases for :func:`rotate`, ``[2, R]``."""
+        return torch.stack((self.frequencies, self.phases))[:, : self.width]
 
     def _waves(self, reach: int, device: torch.device) -> tuple[Tensor, Tensor]:
         positions = torch.arange(POSITIONS, dtype=torch.float64, device=device) + 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -62,8 +63,9 @@ class Spectrum:
 def spectrum(
     total: Tensor, gram: Tensor, count: Tensor, weight: Tensor | None, dim: int,
     ridge: float = 1e-3,
+    rotated: bool = False,
 ) -> Spectrum:  # fmt: skip
-    """Weighted PCA of one side.
+    """Weighted PCA of one side, or a rotation of each head that no data decides.
 
     Args:
         total: sum of tokens ``[H * D]``; gram: sum of outer products ``[H * D, H * D]``.
@@ -71,13 +73,26 @@ def spectrum(
         weight: ``[H, D, D]``, the metric by KV head, or None for the plain one.
         dim: head_dim D.
         ridge: share of the mean weight that is added everywhere: weights are estimates.
+        rotated: a group is one head, and its basis :func:`spreading_rotation`; of the weight only
+            its mean by head counts.
     """
     heads = total.numel() // dim
-    groups = head_groups(heads, dim)
+    groups = heads if rotated else head_groups(heads, dim)
     n = heads // groups * dim
     mean = (total / count).view(groups, n)
     second = torch.stack([gram[g * n : (g + 1) * n, g * n : (g + 1) * n] for g in range(groups)])
     cov = second / count - mean[:, :, None] * mean[:, None, :]  # [G, n, n]
+    if rotated:
+        size = torch.ones(heads, dtype=cov.dtype, device=cov.device)
+        if weight is not None:
+            size = weight.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30).sqrt()
+        turn = spreading_rotation(dim).to(cov)
+        forward = turn * size[:, None, None]
+        variances = (forward.mT @ cov @ forward).diagonal(dim1=-2, dim2=-1).clamp_min(0)
+        order = variances.argsort(-1, descending=True)  # [G, n]
+        forward = forward.gather(2, order[:, None].expand_as(forward))
+        backward = forward.mT / size[:, None, None].square()
+        return Spectrum(dim, mean, variances.gather(1, order), forward, backward)
     if weight is None:
         root = inverse = torch.eye(n, dtype=cov.dtype, device=cov.device).expand(groups, n, n)
     else:
@@ -89,3 +104,21 @@ def spectrum(
     variances, basis = torch.linalg.eigh(root @ cov @ root)
     variances, basis = variances.flip(-1).clamp_min(0), basis.flip(-1)  # descending
     return Spectrum(dim, mean, variances, root @ basis, basis.transpose(-1, -2) @ inverse)
+
+
+@cache
+def spreading_rotation(dim: int) -> Tensor:
+    """An orthogonal matrix that spreads every component over all: ``[D, D]`` float64.
+
+    A Hadamard matrix with random signs (QuaRot, NeurIPS 2024) where ``dim`` is a power of two,
+    else a random rotation.
+    """
+    generator = torch.Generator().manual_seed(0)
+    if dim & (dim - 1):
+        normal = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+        return torch.linalg.qr(normal)[0]
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < dim:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    signs = torch.randint(0, 2, (dim, 1), generator=generator) * 2.0 - 1.0
+    return matrix * signs / dim**0.5

@@ -14,6 +14,11 @@ Attention never rebuilds x. With q' = synthesis q and the constant c_r = 1/2 - 2
     sum_s p_s x_s  =  (sum_s p_s) mean + ((sum_s p_s t_s u_s) + (sum_s p_s t_s) c) synthesis
 
 so that keys cost one small product a step and values one map a step, whatever the length.
+
+Keys may be coded before their rotary embedding (``rotary``): x is then the key turned back from
+the position of its token, and scores turn the rebuilt keys again. Which position a token is given
+does not matter for the result, as long as it is the same both times; codes fit best if it is the
+model's own.
 Transform coding of KV: KVTC (ICLR 2026); absorption as in multi-head latent attention.
 """
 
@@ -27,9 +32,13 @@ import torch
 from torch import Tensor
 
 from .bits import CLASSES, pack, unpack
-from .layout import Layout, working_dtype
+from .layout import Layout, scores_of_keys, working_dtype
+from .rotation import rotate
 
 GAIN_DTYPE = torch.float16
+
+LEAST_GAIN = 1e-5
+"""A token of zeros has this gain."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +48,13 @@ class TransformLayout(Layout):
     Attributes:
         groups: the KV heads are split into this many groups of neighbours.
         r8, r4, r2: components with 8, 4 and 2 bits in each group.
-        gain: 1 if each token and group carries a 16-bit gain.
+        gain: whether each token and group carries a 16-bit gain: 0 no, 1 the root mean square of
+            ``y * whiten``, 2 its largest magnitude.
+        rotary: leading components of a head that are rotated by position; 0: coded as they are.
+        interleaved: 1 if rotated pairs are neighbours, 0 if they are halves.
 
     Params: ``mean [G, n]``, ``analysis [G, n, R]``, ``synthesis [G, R, n]``, with a gain also
-    ``whiten [G, R]``, the factor that turns y into unit variance.
+    ``whiten [G, R]``, with ``rotary`` also ``waves [2, rotary]``, last (``rotation.py``).
     """
 
     groups: int
@@ -50,13 +62,20 @@ class TransformLayout(Layout):
     r4: int
     r2: int
     gain: int
+    rotary: int = 0
+    interleaved: int = 0
 
     kind: ClassVar[str] = "transform"
 
     @property
     def param_count(self) -> int:
-        """Mean, analysis, synthesis, and ``whiten`` with a gain."""
-        return 3 + self.gain
+        """Mean, analysis, synthesis, and what gain and rotation need."""
+        return 3 + (self.gain > 0) + self.positional
+
+    @property
+    def positional(self) -> bool:
+        """Whether keys are coded before their rotation."""
+        return self.rotary > 0
 
     @property
     def runs(self) -> tuple[tuple[int, int], ...]:
@@ -99,15 +118,27 @@ class TransformLayout(Layout):
     def _gains(self, payload: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         return payload[1].to(dtype).transpose(1, 2)  # [B, G, T]
 
-    def encode(self, x: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-        """Project, divide by the gain, round, clamp, pack."""
-        x = x.to(working_dtype(x.dtype))
+    def _turned(
+        self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None, sign: int
+    ) -> Tensor:
+        """``x [B, H, T, D]`` rotated to its positions, or back (``sign`` -1)."""
+        if not self.positional:
+            return x
+        assert positions is not None
+        return rotate(x, positions, sign * params[-1], bool(self.interleaved))
+
+    def encode(
+        self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None = None
+    ) -> list[Tensor]:
+        """Turn back, project, divide by the gain, round, clamp, pack."""
+        x = self._turned(x.to(working_dtype(x.dtype)), params, positions, -1)
         mean, analysis = params[0].to(x.dtype), params[1].to(x.dtype)
         y = (self._grouped(x) - mean[:, None]) @ analysis  # [B, G, T, R]
         payload = []
         if self.gain:
-            rms = (y * params[3].to(y.dtype)[:, None]).square().mean(-1).sqrt()  # [B, G, T]
-            gains = rms.clamp(1e-4, 6e4).to(GAIN_DTYPE)
+            white = y * params[3].to(y.dtype)[:, None]
+            size = white.square().mean(-1).sqrt() if self.gain == 1 else white.abs().amax(-1)
+            gains = size.clamp(LEAST_GAIN, 6e4).to(GAIN_DTYPE)  # [B, G, T]
             y = y / gains.to(y.dtype)[..., None]
             payload.append(gains.transpose(1, 2))
         parts = []
@@ -120,9 +151,10 @@ class TransformLayout(Layout):
         return [codes, *payload]
 
     def decode(
-        self, payload: Sequence[Tensor], params: Sequence[Tensor], dtype: torch.dtype
-    ) -> Tensor:
-        """Codes times synthesis, the gain, the mean."""
+        self, payload: Sequence[Tensor], params: Sequence[Tensor], dtype: torch.dtype,
+        positions: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Codes times synthesis, the gain, the mean, the rotation."""
         work = working_dtype(dtype)
         mean, synthesis = params[0].to(work), params[2].to(work)
         codes = self._codes(payload, work)
@@ -131,7 +163,8 @@ class TransformLayout(Layout):
             x = x * self._gains(payload, work)[..., None]
         x = x + mean[:, None]  # [B, G, T, n]
         per_group = self.heads // self.groups
-        return x.unflatten(-1, (per_group, self.dim)).transpose(2, 3).flatten(1, 2).to(dtype)
+        x = x.unflatten(-1, (per_group, self.dim)).transpose(2, 3).flatten(1, 2)
+        return self._turned(x, params, positions, 1).to(dtype)
 
     def _per_head(self, params: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Mean ``[H, 1, D]`` and synthesis ``[H, R, D]`` by KV head."""
@@ -140,8 +173,13 @@ class TransformLayout(Layout):
         synthesis = params[2].to(dtype).unflatten(-1, (per_group, self.dim)).transpose(1, 2)
         return mean, synthesis.reshape(self.heads, self.rank, self.dim)
 
-    def scores(self, q: Tensor, payload: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
-        """``q . mean + t (q' . u + q' . c)``, in the dtype of q."""
+    def scores(
+        self, q: Tensor, payload: Sequence[Tensor], params: Sequence[Tensor],
+        positions: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """``q . mean + t (q' . u + q' . c)``, in the dtype of q; rotated keys are rebuilt."""
+        if self.positional:
+            return scores_of_keys(q, self.decode(payload, params, q.dtype, positions))
         mean, synthesis = self._per_head(params, q.dtype)
         by_head = q.unflatten(1, (self.heads, -1)).flatten(2, 3)  # [B, H, M, D]
         folded = by_head @ synthesis.transpose(-1, -2)  # [B, H, M, R]

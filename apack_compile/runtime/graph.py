@@ -160,8 +160,8 @@ class PackedGraph:
             )
         ]
         lessons = [
-            Lesson(s, turn, dims, length)
-            for s, turn, dims in zip(sums, turns, self._dims(), strict=True)
+            Lesson(s, turn, visible, dims, length)
+            for s, turn, visible, dims in zip(sums, turns, seen, self._dims(), strict=True)
         ]
         learn(profiles, lessons, self.options, partial(self._sense, args, turns, seen))
         for index, profile in enumerate(profiles):

@@ -62,7 +62,7 @@ def _power(n: int, least: int) -> int:
 def supported(layout: Layout) -> bool:
     """Whether the kernels know this kind of code."""
     if isinstance(layout, TransformLayout):
-        return all(count % 16 == 0 for _, count in layout.runs)
+        return not layout.positional and all(count % 16 == 0 for _, count in layout.runs)
     return isinstance(layout, ExactLayout)
 
 
@@ -72,7 +72,7 @@ def _side(letter: str, layout: Layout) -> dict[str, int]:
     constants = {"X": int(exact), "G": layout.heads}
     widths, gain, pitch = (0, 0, 0), 0, layout.heads * layout.dim
     if isinstance(layout, TransformLayout):
-        constants["G"], gain = layout.groups, layout.gain
+        constants["G"], gain = layout.groups, int(layout.gain > 0)
         widths = (layout.r8, layout.r4 // 2, layout.r2 // 4)
         pitch = layout.groups * sum(widths)
     pads = tuple(_power(width, LEAST_BYTES) if width else 0 for width in widths)

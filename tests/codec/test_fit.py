@@ -11,9 +11,10 @@ from torch import Tensor
 
 from apack_compile.codec import Code, TransformLayout
 from apack_compile.codec.bits import CLASSES
-from apack_compile.codec.fit import allocate, fit_transform, side_budget
+from apack_compile.codec.fit import Evidence, allocate, fit_transform, side_budget
 from apack_compile.codec.moments import Moments
 from apack_compile.codec.quantiser import tailed_quantiser, uniform_quantiser
+from apack_compile.codec.recipe import Recipe
 from apack_compile.codec.spectrum import GROUP, RUN, head_groups
 
 from ..helpers import few
@@ -33,7 +34,8 @@ def gaussian(heads: int, dim: int, tokens: int, decay: float = 0.05) -> Tensor:
 
 def fit(k: Tensor, v: Tensor, ratio: float, q: Tensor | None = None) -> tuple[Code, Code]:
     q = torch.randn(1, 2 * k.shape[1], 64, k.shape[3]) if q is None else q
-    return fit_transform([Moments.of(q, k, v, None)], k.shape[3], v.shape[3], ratio)[0]
+    evidence = Evidence(Moments.of(q, k, v, None))
+    return fit_transform([evidence], (k.shape[3], v.shape[3]), Recipe(ratio), 0)[0]
 
 
 def decoded(code: Code, x: Tensor) -> Tensor:
@@ -190,19 +192,20 @@ def test_keys_that_never_change_are_coded_without_error() -> None:
 
 
 def test_layers_of_one_shape_share_a_layout_and_nothing_else() -> None:
-    layers = [gaussian(2, 64, 500, decay) for decay in (0.01, 0.03, 0.1)]
+    tokens = [gaussian(2, 64, 500, decay) for decay in (0.01, 0.03, 0.1)]
     q = torch.randn(1, 4, 64, 64)
-    moments = [
-        Moments.of(q, scale * x, x, None) for scale, x in zip((1, 10, 100), layers, strict=True)
+    layers = [
+        Evidence(Moments.of(q, scale * x, x, None))
+        for scale, x in zip((1, 10, 100), tokens, strict=True)
     ]
-    together = fit_transform(moments, 64, 64, 5)
+    together = fit_transform(layers, (64, 64), Recipe(5), 0)
     for side in range(2):
         codes = [pair[side] for pair in together]
         assert len({code.layout for code in codes}) == 1
         assert codes[0].layout.token_bytes(torch.float16) * 5 <= 2 * 128
         errors = [code.error for code in codes]
         assert errors == sorted(errors, reverse=True)  # the faster variances fall the better
-        alone = fit_transform(moments[:1], 64, 64, 5)[0][side]
+        alone = fit_transform(layers[:1], (64, 64), Recipe(5), 0)[0][side]
         assert alone.error <= codes[0].error
 
 
@@ -211,8 +214,8 @@ def test_a_layers_scale_does_not_sway_the_layout_of_all() -> None:
     q = torch.randn(1, 4, 64, 64)
     layouts = []
     for scale in (1, 100):
-        moments = [Moments.of(q, scale * x, scale * x, None), Moments.of(q, y, y, None)]
-        layouts.append([code.layout for code in fit_transform(moments, 64, 64, 5)[0]])
+        layers = [Evidence(Moments.of(q, t, t, None)) for t in (scale * x, y)]
+        layouts.append([code.layout for code in fit_transform(layers, (64, 64), Recipe(5), 0)[0]])
     assert layouts[0] == layouts[1]
 
 

@@ -96,6 +96,6 @@ def test_spread_moments_of_a_prompt_are_those_of_all_positions() -> None:
 
 
 def test_rotation_is_frozen_data() -> None:
-    rotation = Rotation(torch.zeros(DIM, dtype=torch.float64), 0, False)
+    rotation = Rotation(torch.zeros(DIM, dtype=torch.float64), 0, False, torch.zeros(DIM))
     matrix = torch.randn(DIM, DIM, dtype=torch.float64)
     torch.testing.assert_close(rotation.gram(matrix, 100), matrix)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from apack_compile.codec import TransformLayout
-from apack_compile.codec.transform import GAIN_DTYPE
+from apack_compile.codec.transform import GAIN_DTYPE, LEAST_GAIN
 from apack_compile.kernels.reference import decode_reference
 
 from ..helpers import few, hand_code, random_payload
@@ -146,7 +146,7 @@ def test_a_gain_makes_the_code_indifferent_to_the_size_of_a_token() -> None:
 def test_a_token_equal_to_the_mean_has_a_finite_gain() -> None:
     layout, params = identity((8, 0, 0), gain=1)
     payload = layout.encode(torch.zeros(1, 1, 1, 8), params)
-    assert payload[1].item() == pytest.approx(1e-4, rel=1e-2)  # 16-bit rounding
+    assert payload[1].item() == pytest.approx(LEAST_GAIN, rel=1e-2)  # 16-bit rounding
     assert layout.decode(payload, params, torch.float32).abs().max() < 1e-4
 
 

@@ -14,6 +14,7 @@ from apack_compile.kernels.reference import unpack_reference
 from ..helpers import encoded, few, hand_code, poison
 
 NAN = float("nan")
+NOBODY = torch.full((1, 1), -1)
 NOTHING_KEPT = Policy(sinks=0, extra=0, window=8, block=16, chunk=16)
 POOLED = Policy(sinks=2, extra=2, window=8, block=16, chunk=16)
 
@@ -139,13 +140,14 @@ def test_numbers_that_are_not_finite_are_coded_as_zero() -> None:
     x[0, 0, 3, 1], x[0, 1, 4, 2] = NAN, float("inf")
     zeroed[0, 0, 3, 1] = zeroed[0, 1, 4, 2] = 0
     for mine, theirs in zip(
-        encode_tokens(x, code.params, code.layout),
+        encode_tokens(x, code.params, code.layout, NOBODY, 0),
         code.layout.encode(zeroed, code.params),
         strict=True,
     ):
         assert torch.equal(mine, theirs)
     exact = ExactLayout(2, 4)
-    assert torch.equal(encode_tokens(x, [], exact)[0].isnan(), exact.encode(x, [])[0].isnan())
+    mine = encode_tokens(x, [], exact, NOBODY, 0)[0]
+    assert torch.equal(mine.isnan(), exact.encode(x, [])[0].isnan())
 
 
 @pytest.mark.parametrize("heads", [1, 2])

@@ -1,0 +1,28 @@
+"""What a user may choose of a fitted code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KEY_CODES = ("post-rope", "pre-rope")
+
+VALUE_BASES = ("pca", "hadamard")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which member of the family of transform codes is fitted.
+
+    Attributes:
+        ratio: bytes of a dense 16-bit token over bytes of a coded one.
+        k_code: ``post-rope``: keys are coded as attention sees them, and scores are taken against
+            their codes. ``pre-rope``: coded before their rotary embedding, which takes fewer bits
+            for the same error; scores are taken against rebuilt keys.
+        v_basis: ``pca``: joint principal components of the heads of a group. ``hadamard``: a
+            rotation of each head that no data decides, with a gain for each token and head
+            (QuaRot, NeurIPS 2024).
+    """
+
+    ratio: float
+    k_code: str = "post-rope"
+    v_basis: str = "pca"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,14 @@ def _fresh_dynamo() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test has a folder of profiles of its own; none touches the user's."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("ATTENTIONPACK_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture(autouse=True)

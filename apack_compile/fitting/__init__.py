@@ -1,0 +1,1 @@
+"""Profiles beyond one prefill and one process: fitted from samples, kept on disk, carried."""

@@ -66,15 +66,78 @@ def llama(batch: int = 1, padded: bool = False, text: int = 90, **changes: Any) 
     return Case(model, prompt(0, text, batch, padded))
 
 
-def llava(batch: int = 1, padded: bool = False, text: int = 90) -> Case:
+def picture(batch: int, side: int) -> Tensor:
+    """Noise ``[B, 3, side, side]``."""
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def llava(batch: int = 1, padded: bool = False, text: int = 90, side: int = 28) -> Case:
+    patches = (side // 14) ** 2
     config = transformers.LlavaConfig(
         text_config=transformers.LlamaConfig(**text_config()),
-        vision_config=transformers.CLIPVisionConfig(**vision_config()),
-        image_token_index=IMAGE, image_seq_length=4,
+        vision_config=transformers.CLIPVisionConfig(**vision_config(image_size=side)),
+        image_token_index=IMAGE, image_seq_length=patches,
+    )  # fmt: skip
+    inputs = {**prompt(patches, text, batch, padded), "pixel_values": picture(batch, side)}
+    return Case(make("LlavaForConditionalGeneration", config), inputs)
+
+
+def internvl(batch: int = 1, padded: bool = False, text: int = 90) -> Case:
+    config = transformers.InternVLConfig(
+        text_config=transformers.Qwen2Config(**text_config()),
+        vision_config=transformers.InternVLVisionConfig(
+            **vision_config(image_size=[28, 28], patch_size=[7, 7])
+        ),
+        image_token_id=IMAGE, image_seq_length=4,
+    )  # fmt: skip
+    inputs = {**prompt(4, text, batch, padded), "pixel_values": picture(batch, 28)}
+    return Case(make("InternVLForConditionalGeneration", config), inputs)
+
+
+def paligemma(batch: int = 1, padded: bool = False, text: int = 90) -> Case:
+    config = transformers.PaliGemmaConfig(
+        text_config=transformers.GemmaConfig(**text_config(head_dim=16)),
+        vision_config=transformers.SiglipVisionConfig(
+            **vision_config(projection_dim=64, vision_use_head=False)
+        ),
+        image_token_index=IMAGE, projection_dim=64, hidden_size=64,
     )  # fmt: skip
     inputs = prompt(4, text, batch, padded)
-    pixels = torch.randn(batch, 3, 28, 28, generator=torch.Generator().manual_seed(1))
-    return Case(make("LlavaForConditionalGeneration", config), {**inputs, "pixel_values": pixels})
+    inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    inputs["pixel_values"] = picture(batch, 28)
+    return Case(make("PaliGemmaForConditionalGeneration", config), inputs)
+
+
+def gemma3(batch: int = 1, padded: bool = False, text: int = 90) -> Case:
+    layers = ["sliding_attention", "full_attention"] * 2
+    config = transformers.Gemma3Config(
+        text_config=transformers.Gemma3TextConfig(
+            **text_config(num_hidden_layers=4, head_dim=16, layer_types=layers),
+            query_pre_attn_scalar=16, sliding_window=8,
+        ),
+        vision_config=transformers.SiglipVisionConfig(
+            **vision_config(image_size=56, vision_use_head=False)
+        ),
+        image_token_index=IMAGE, boi_token_index=IMAGE + 1, eoi_token_index=IMAGE + 2,
+        mm_tokens_per_image=4,
+    )  # fmt: skip
+    inputs = prompt(4, text, batch, padded)
+    inputs["token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
+    inputs["pixel_values"] = picture(batch, 56)
+    return Case(make("Gemma3ForConditionalGeneration", config), inputs)
+
+
+def aria(batch: int = 1, padded: bool = False, text: int = 90) -> Case:
+    """Its experts break every layer into graphs of its own."""
+    config = transformers.AriaConfig(
+        text_config=transformers.AriaTextConfig(
+            **text_config(moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1)
+        ),
+        vision_config=transformers.Idefics3VisionConfig(**vision_config()),
+        image_token_index=IMAGE, projector_patch_to_query_dict={4: 2},
+    )  # fmt: skip
+    inputs = {**prompt(2, text, batch, padded), "pixel_values": picture(batch, 28)}
+    return Case(make("AriaForConditionalGeneration", config), inputs)
 
 
 def qwen2_vl(batch: int = 1, padded: bool = False, text: int = 90) -> Case:
@@ -95,14 +158,18 @@ def qwen2_vl(batch: int = 1, padded: bool = False, text: int = 90) -> Case:
     return Case(make("Qwen2VLForConditionalGeneration", config), inputs)
 
 
-def smolvlm(batch: int = 1, padded: bool = False, text: int = 90) -> Case:
-    config = transformers.SmolVLMConfig(
+def smolvlm(batch: int = 1, padded: bool = False, text: int = 90, family: str = "SmolVLM") -> Case:
+    """SmolVLM, or Idefics3, from which it comes."""
+    config = getattr(transformers, f"{family}Config")(
         text_config=transformers.LlamaConfig(**text_config()), image_token_id=IMAGE,
         scale_factor=2, pad_token_id=0, vision_config=vision_config(image_size=56),
     )  # fmt: skip
-    inputs = prompt(4, text, batch, padded)
-    pixels = torch.randn(batch, 1, 3, 56, 56, generator=torch.Generator().manual_seed(1))
-    return Case(make("SmolVLMForConditionalGeneration", config), {**inputs, "pixel_values": pixels})
+    inputs = {**prompt(4, text, batch, padded), "pixel_values": picture(batch, 56)[:, None]}
+    return Case(make(f"{family}ForConditionalGeneration", config), inputs)
+
+
+def idefics3(batch: int = 1, padded: bool = False, text: int = 90) -> Case:
+    return smolvlm(batch, padded, text, "Idefics3")
 
 
 class PlainAttention(nn.Module):

@@ -3,7 +3,7 @@
 The Dynamo graph takes and returns whole cache tensors, packed ones among them. The rewritten
 graph takes and returns plain tensors only. Every input of the new graph is an entry of a table:
 
-    table 0            the Dynamo arguments
+    table 0            the Dynamo arguments; in a fit, a mask of visual tokens behind them
     table 1            lengths before and after ([handles, 2]), the common lengths after ([2]),
                        then each handle's length
     table 2 + i        packed input i: the store's tensors, then the parameters of its code

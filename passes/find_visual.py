@@ -176,7 +176,7 @@ class TokenFlow:
         """The union over operands with the tokens of the result."""
         sources = node.all_input_nodes
         if calls(node, operator.getitem) and not isinstance(value_of(node.args[0]), Tensor):
-            sources = node.args[0].all_input_nodes  # type: ignore[union-attr]
+            sources = node.args[0].all_input_nodes
         return self.of(s for s in sources if s in self.kinds and _same_tokens(s, node))
 
     def _scatter(self, node: fx.Node) -> Kinds:

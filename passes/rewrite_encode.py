@@ -21,10 +21,10 @@ from torch import fx
 from ..cache import Policy
 from ..codec import parse_layout
 from .ancestry import as_networkx
-from .base import PassReport
-from .draft import DenseOutput, Draft, EncodedOutput
+from .base import PassReport, same_size, shape_of
+from .draft import ARGUMENTS, DenseOutput, Draft, EncodedOutput
 from .find_rotation import find_rotation
-from .find_updates import CacheUpdate
+from .find_updates import CachedSite, CacheUpdate
 from .plan import PlannedSite
 
 TOLD = 5
@@ -82,11 +82,17 @@ def _return_pieces(draft: Draft, update: CacheUpdate, code: int, pieces: list[fx
     draft.result(update.node, recipe)
 
 
-def collect(draft: Draft, sinks: int) -> PassReport:
+def collect(draft: Draft, sinks: int, visual: bool = False) -> PassReport:
     """Return dense tensors, and behind all results what a fit needs to know of each site.
 
-    The extra results are, for each ``encode`` site: its moments, without the first ``sinks``
-    tokens; visible tokens or None; cosines and sines of the rotation of its keys, or None.
+    The extra results are, for each ``encode`` site: its moments; visible tokens or None; cosines
+    and sines of the rotation of its keys, or None; whether it is interleaved.
+
+    Args:
+        draft: the graph.
+        sinks: the first tokens, which do not count.
+        visual: whether the new graph takes a mask of visual tokens behind the Dynamo arguments.
+            Sites of a first prefill then have a second set of moments: of visual tokens.
     """
     sites = draft.plan.having("encode")
     flow = as_networkx(draft.gm.graph)
@@ -102,15 +108,25 @@ def collect(draft: Draft, sinks: int) -> PassReport:
         if rotation is not None:
             cos, sin = draft.map[rotation.cos], draft.map[rotation.sin]
         interleaved = rotation is not None and rotation.interleaved
+        kinds = None
+        if visual and cached.k.past is None and _same_prompt(cached, sites[0].cached):
+            kinds = draft.input(ARGUMENTS, len(draft.gm.graph.find_nodes(op="placeholder")))
         after = draft.map[cached.site.node]
         with draft.graph.inserting_after(after):
             moments = draft.graph.call_function(
                 torch.ops.apack.moments.default,
                 (draft.map[cached.site.q], draft.map[cached.k.node], draft.map[cached.v.node],
-                 visible, cos, sin, interleaved, sinks),
+                 visible, kinds, cos, sin, interleaved, sinks),
             )  # fmt: skip
         draft.extra += [moments, visible, cos, sin, interleaved]
     return PassReport("collect", len(sites))
+
+
+def _same_prompt(a: CachedSite, b: CachedSite) -> bool:
+    """Whether keys are of the same number of sequences and tokens."""
+    mine, theirs = shape_of(a.k.new), shape_of(b.k.new)
+    assert mine is not None and theirs is not None
+    return same_size(mine[0], theirs[0]) and same_size(mine[2], theirs[2])
 
 
 def _dense_output(code: int, node: fx.Node, number_of: Callable[[fx.Node], int]) -> DenseOutput:

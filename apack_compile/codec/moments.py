@@ -45,7 +45,7 @@ class Moments:
     @classmethod
     def of(
         cls, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, turn: Turn | None = None,
-        sinks: int = 0,
+        sinks: int = 0, among: Tensor | None = None,
     ) -> Moments:  # fmt: skip
         """Moments of one prefill.
 
@@ -56,6 +56,8 @@ class Moments:
                 if their own token does, which needs Q == S; otherwise all queries count.
             turn: the rotation of the tokens, to be undone; None if it is not known.
             sinks: the first visible tokens, which are not coded and do not count.
+            among: ``[B, S]`` bool: of the tokens that count, only these; None: all. Sums over
+                kinds of tokens add up.
 
         Tokens with a NaN or an infinity are left out.
         """
@@ -64,6 +66,8 @@ class Moments:
             weight = weight & visible
         if sinks:
             weight = weight & (weight.cumsum(1) > sinks)
+        if among is not None:
+            weight = weight & among
         kept = weight.to(torch.float32)
         if turn is not None:
             k = turn.undo(k.float())

@@ -152,13 +152,15 @@ def _unpack_fake(side: Sequence[Tensor], lengths: Tensor, length: int, layout: s
 
 
 def _moments_fake(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, *rotation: Any
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, visual: Tensor | None, *rest: Any
 ) -> list[Tensor]:
     n_k, n_v, heads, dim = k.shape[1] * k.shape[3], v.shape[1] * v.shape[3], k.shape[1], k.shape[3]
     shapes = [(n_k,), (n_k, n_k), (n_v,), (n_v, n_v), (heads, dim, dim)]
-    return [q.new_empty((), dtype=torch.float64)] + [
-        q.new_empty(shape, dtype=torch.float32) for shape in shapes
-    ]
+    sums: list[Tensor] = []
+    for _ in range(1 if visual is None else 2):
+        sums.append(q.new_empty((), dtype=torch.float64))
+        sums += [q.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    return sums
 
 
 _ATTEND = (
@@ -193,8 +195,8 @@ _define(
     _unpack,
 )
 _define(
-    "moments(Tensor q, Tensor k, Tensor v, Tensor? visible, Tensor? cos, Tensor? sin, "
-    "bool interleaved, int sinks) -> Tensor[]",
+    "moments(Tensor q, Tensor k, Tensor v, Tensor? visible, Tensor? visual, Tensor? cos, "
+    "Tensor? sin, bool interleaved, int sinks) -> Tensor[]",
     _moments,
     _moments_fake,
 )

@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from apack_compile.codec import moments
 from apack_compile.codec.moments import Moments
+
+from ..helpers import few
 
 # float32 sums of some hundred products
 CLOSE = {"rtol": 1e-5, "atol": 1e-3}
@@ -99,4 +103,33 @@ def test_all_queries_count_where_they_are_not_the_keys_own_tokens() -> None:
 def test_nothing_but_padding_gives_zeros() -> None:
     q, k, v = data()
     m = Moments.of(q, k, v, torch.zeros(2, 40, dtype=torch.bool))
+    assert all(not t.any() for t in m.tensors())
+
+
+@given(
+    tokens=st.integers(1, 30), share=st.floats(0, 1), sinks=st.integers(0, 4), seed=st.integers(0)
+)
+@few
+def test_sums_over_kinds_of_tokens_add_up(tokens: int, share: float, sinks: int, seed: int) -> None:
+    torch.manual_seed(seed % 2**32)
+    q, k, v = data(tokens=tokens)
+    visible, visual = torch.rand(2, tokens) < 0.8, torch.rand(2, tokens) < share
+    k[0, 0, -1, 0] = float("inf")
+    both = [Moments.of(q, k, v, visible, None, sinks, among) for among in (visual, ~visual)]
+    assert_same(both[0] + both[1], Moments.of(q, k, v, visible, None, sinks))
+
+
+def test_sinks_are_the_first_tokens_of_all_kinds() -> None:
+    q, k, v = data(batch=1, tokens=10)
+    visible, visual = torch.ones(1, 10, dtype=torch.bool), torch.zeros(1, 10, dtype=torch.bool)
+    visible[0, :2], visual[0, 3:7] = False, True
+    m = Moments.of(q, k, v, visible, None, 3, visual)  # sinks: tokens 2, 3 and 4
+    assert m.count.item() == 2
+    flat = k[0, :, 5:7].transpose(0, 1).flatten(1)
+    torch.testing.assert_close(m.k_gram, flat.T @ flat, **CLOSE)
+
+
+def test_no_token_of_a_kind_gives_zeros() -> None:
+    q, k, v = data()
+    m = Moments.of(q, k, v, None, None, 2, torch.zeros(2, 40, dtype=torch.bool))
     assert all(not t.any() for t in m.tensors())

@@ -72,10 +72,12 @@ def test_unpack(kind: str) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_moments(masked: bool) -> None:
+@pytest.mark.parametrize("images", [False, True])
+def test_moments(masked: bool, images: bool) -> None:
     visible = torch.rand(2, 6) < 0.8 if masked else None
+    visual = torch.rand(2, 6) < 0.5 if images else None
     q, k, v = by_token(2, 4, 6, 4), by_token(2, 2, 6, 4), by_token(2, 2, 6, 3)
-    check(torch.ops.apack.moments, q, k, v, visible, None, None, False, 0)
+    check(torch.ops.apack.moments, q, k, v, visible, visual, None, None, False, 0)
 
 
 @pytest.mark.parametrize("masked", [False, True])

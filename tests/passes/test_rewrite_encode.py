@@ -83,5 +83,28 @@ def test_moments_of_a_prefill_are_extra_results() -> None:
     assert moments[0].item() == 94 - 2 * 2, "padding and sinks do not count"
     assert (cos, sin, interleaved) == (None, None, False)
     q = next(a for a in captured.args if a.shape == (2, 4, 50, 8))
-    again = torch.ops.apack.moments(q, *expected[1:], visible, None, None, False, 2)
+    again = torch.ops.apack.moments(q, *expected[1:], visible, None, None, None, False, 2)
     assert all(torch.equal(a, b) for a, b in zip(moments, again, strict=True))
+
+
+def test_a_fit_that_knows_visual_tokens_has_their_moments_behind_all() -> None:
+    captured = capture(prefill, tokens(50, 4), tokens(50), tokens(50), left_padded())
+    visual = torch.zeros(2, 50, dtype=torch.bool)
+    visual[0, 4:20], visual[1, 1:9] = True, True  # 6 in padding, 2 and 1 of them sinks
+    draft = captured.draft()
+    collect(draft, sinks=2, visual=True)
+    gm, interface = draft.finish()
+    captured.args = (*captured.args, visual)
+    _, (moments, *_) = run(captured, Rewritten(gm, interface, [], []))
+    assert len(moments) == 12
+    assert moments[0].item() == 90
+    assert moments[6].item() == (16 - 2 - 2) + (8 - 1)
+
+
+def test_kinds_of_tokens_in_a_dense_past_are_not_known() -> None:
+    captured = capture(dense_past, *[tokens(3)] * 3, tokens(40), tokens(40))
+    draft = captured.draft()
+    collect(draft, sinks=2, visual=True)
+    gm, interface = draft.finish()
+    _, (moments, *_) = run(captured, Rewritten(gm, interface, [], []))
+    assert len(moments) == 6

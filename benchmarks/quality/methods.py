@@ -1,0 +1,176 @@
+"""The methods that are compared. Add one here; nothing else has to know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .packed import Fitting, PackedRunner
+from .rivals.base import Rival
+from .rivals.dense import Dense
+from .rivals.kivi import Kivi
+from .rivals.snapkv import SnapKv
+from .rivals.streaming import Streaming
+from .rivals.truncated_svd import TruncatedSvd
+from .rivals.turboquant import TurboQuant
+from .runner import RivalRunner, Runner, Unavailable
+from .subject import Subject
+
+OURS = "attentionpack"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method is started with.
+
+    Attributes:
+        subject: the model.
+        prompts: calibration prompts, int64 ``[C, S]`` with S the longest context.
+        following: the most tokens that follow a context.
+        inner: option ``inner`` of the backend.
+    """
+
+    subject: Subject
+    prompts: Tensor
+    following: int
+    inner: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method by name.
+
+    Attributes:
+        name: in tables and plots.
+        family: methods that differ in their bytes only.
+        runs: of which runs it is part: "short", "target" (one context, our codes), "full".
+        start: makes its runner.
+    """
+
+    name: str
+    family: str
+    runs: frozenset[str]
+    start: Callable[[Setting], Runner]
+
+
+def _rival(name: str, family: str, make: Callable[[], Rival], short: bool = True) -> Method:
+    def start(setting: Setting) -> Runner:
+        try:
+            return RivalRunner(setting.subject, make())
+        except ImportError as error:
+            raise Unavailable(str(error).strip().splitlines()[0]) from error
+
+    return Method(name, family, frozenset({"full"} | ({"short"} if short else set())), start)
+
+
+def _ours(
+    name: str, family: str, runs: frozenset[str], options: Mapping[str, Any], beforehand: bool,
+    coded_once: bool = True,
+) -> Method:  # fmt: skip
+    def start(setting: Setting) -> Runner:
+        return PackedRunner(
+            setting.subject, options, Fitting(beforehand, setting.prompts), coded_once,
+            setting.following, setting.inner,
+        )  # fmt: skip
+
+    return Method(f"{OURS} {name}", f"{OURS}{family}", runs, start)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A variant of ours at several ratios.
+
+    Attributes:
+        title: behind the ratio in the name.
+        ratios: those it is measured at, by run.
+        options: of the backend, ratio aside.
+        beforehand: fitted by ``apack_compile.fit``; else from the first prefill.
+        coded_once: tokens that follow stay exact, as for the rivals.
+    """
+
+    title: str
+    ratios: Mapping[str, tuple[float, ...]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    beforehand: bool = False
+    coded_once: bool = True
+
+    def methods(self) -> list[Method]:
+        """One for each ratio."""
+        return [
+            _ours(
+                f"{ratio:g}x{self.title}",
+                self.title,
+                frozenset(run for run, those in self.ratios.items() if ratio in those),
+                {"ratio": ratio, **self.options},
+                self.beforehand,
+                self.coded_once,
+            )
+            for ratio in sorted({r for those in self.ratios.values() for r in those})
+        ]
+
+
+ALL = (2, 3, 4, 6, 8, 12)
+TARGETS = (4, 6, 8)
+BEST = {"k_code": "pre-rope", "v_basis": "hadamard"}
+
+VARIANTS = (
+    Variant("", {"short": (4, 8), "target": TARGETS, "full": ALL}),
+    Variant(
+        ", fitted beforehand", {"short": (8,), "target": TARGETS, "full": ALL}, beforehand=True
+    ),
+    Variant(
+        ", pre-RoPE K, Hadamard V, fitted beforehand",
+        {"short": (8,), "target": TARGETS, "full": ALL}, BEST, beforehand=True,
+    ),
+    Variant(", pre-RoPE K, Hadamard V", {"target": TARGETS, "full": (8,)}, BEST),
+    Variant(", pre-RoPE K", {"target": TARGETS, "full": (8,)}, {"k_code": "pre-rope"}),
+    Variant(", Hadamard V", {"target": TARGETS, "full": (8,)}, {"v_basis": "hadamard"}),
+    Variant(", as decoded", {"full": (4, 8)}, coded_once=False),
+    Variant(", paper mode", {"full": (8,)}, {"mode": "paper"}),
+)  # fmt: skip
+
+
+def _quantized_cache(bits: int) -> Callable[[], Rival]:
+    def make() -> Rival:
+        from .rivals.quantized_cache import QuantizedCache
+
+        return QuantizedCache(bits)
+
+    return make
+
+
+RIVALS = (
+    _rival("full precision", "full precision", Dense),
+    _rival("KIVI 4 bit", "KIVI", lambda: Kivi(4)),
+    _rival("KIVI 2 bit", "KIVI", lambda: Kivi(2)),
+    _rival("TurboQuant 4 bit", "TurboQuant", lambda: TurboQuant(4)),
+    _rival("TurboQuant 2 bit", "TurboQuant", lambda: TurboQuant(2)),
+    _rival("truncated SVD 4x (the paper)", "truncated SVD", lambda: TruncatedSvd(4), short=False),
+    _rival("truncated SVD 8x (the paper)", "truncated SVD", lambda: TruncatedSvd(8)),
+    _rival("QuantizedCache 4 bit", "QuantizedCache", _quantized_cache(4)),
+    _rival("QuantizedCache 2 bit", "QuantizedCache", _quantized_cache(2), short=False),
+    _rival("SnapKV 4x", "SnapKV", lambda: SnapKv(4), short=False),
+    _rival("SnapKV 8x", "SnapKV", lambda: SnapKv(8)),
+    _rival("StreamingLLM 4x", "StreamingLLM", lambda: Streaming(4), short=False),
+    _rival("StreamingLLM 8x", "StreamingLLM", lambda: Streaming(8)),
+)
+
+OTHERS = (
+    *(
+        _ours(codec, f" {codec}", frozenset({"full"}), {"codec": codec}, beforehand=False)
+        for codec in ("int8", "int4")
+    ),
+    _ours(
+        "8x, by Inductor", " by Inductor", frozenset({"full"}),
+        {"ratio": 8, "inner": "inductor"}, beforehand=False,
+    ),
+)  # fmt: skip
+
+METHODS: tuple[Method, ...] = (
+    *RIVALS,
+    *(method for variant in VARIANTS for method in variant.methods()),
+    *OTHERS,
+)

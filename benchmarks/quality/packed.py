@@ -1,0 +1,164 @@
+"""attentionpack itself: ``torch.compile(model, backend="attentionpack", options=...)``.
+
+The context is prefilled by the compiled model into a ``DynamicCache``, which leaves it packed.
+What follows goes through the compiled model as well, in pieces of 16 tokens: up to so many, the
+decode graph attends to the codes themselves, as it does for one token. With ``block`` as long as
+all that follows, nothing but the context is coded, as for the rivals. With the default block, of
+32, tokens that leave the window of the last 64 are coded when they would be in decoding token by
+token: pieces of 16 end where blocks end.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import apack_compile
+from apack_compile.options import OptionError, Options
+
+from .rivals.base import RECENT, SINKS
+from .runner import Sizes, Unavailable
+from .subject import Prompts, Subject
+
+PIECE = 16
+"""Tokens of a piece: the most for which the decode graph attends to codes."""
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How the codes come about.
+
+    Attributes:
+        beforehand: by ``apack_compile.fit`` on all calibration prompts; else from the first
+            prefill, which is that of one calibration prompt as long as the context.
+        prompts: calibration prompts, int64 ``[C, S]`` with S the longest context.
+    """
+
+    beforehand: bool
+    prompts: Tensor
+
+
+class PackedRunner:
+    """The compiled model.
+
+    Args:
+        subject: the model.
+        options: of the backend.
+        fitting: where codes come from.
+        coded_once: whether tokens that follow stay exact.
+        following: the most tokens that follow.
+        inner: option of the backend.
+
+    Raises:
+        Unavailable: the installed attentionpack does not accept these options, or cannot fit
+            beforehand.
+    """
+
+    def __init__(
+        self, subject: Subject, options: Mapping[str, Any], fitting: Fitting, coded_once: bool,
+        following: int, inner: str,
+    ) -> None:  # fmt: skip
+        self.subject = subject
+        self.fitting = fitting
+        # Codes kept on disk would make a method depend on what ran before it.
+        own = {"sinks": SINKS, "window": RECENT, **({"profile_cache": False} if hasattr(Options, "profile_cache") else {})}
+        self.options = {"inner": inner, **options, **own}
+        self.block = Options().block
+        if coded_once:
+            self.options["block"] = following
+        try:
+            Options.parse(self.options)
+        except OptionError as error:
+            raise Unavailable(str(error)) from error
+        if fitting.beforehand and not hasattr(apack_compile, "fit"):
+            raise Unavailable("apack_compile.fit is not there")
+        torch._dynamo.reset()
+        if fitting.beforehand:
+            batches = [{"input_ids": row[None]} for row in fitting.prompts]
+            apack_compile.fit(subject.model, batches, options=self.options)
+        self.compiled = torch.compile(subject.model, backend="attentionpack", options=self.options)
+        self.fitted_for = 0
+        self.follows = 0
+
+    def prefill(self, prompts: Prompts) -> DynamicCache:
+        """A packed cache of the prompts, which are not what the codes are fitted on.
+
+        Raises:
+            RuntimeError: a layer came out without a code.
+        """
+        if not self.fitting.beforehand and self.fitted_for < prompts.length:
+            self._prefill(self.fitting.prompts[:1, : prompts.length])
+            self.fitted_for = prompts.length
+        cache = self._prefill(prompts.ids)
+        for layer in cache.layers:
+            for side in (layer.keys, layer.values):
+                if not isinstance(side, apack_compile.PackedKV) or _layout(side).kind == "exact":
+                    raise RuntimeError(f"not coded: {apack_compile.report(self.subject.model)}")
+        return cache
+
+    def _prefill(self, ids: Tensor) -> DynamicCache:
+        cache = DynamicCache()
+        self.compiled(ids, past_key_values=cache, logits_to_keep=1)
+        return cache
+
+    def follow(self, cache: DynamicCache, ids: Tensor) -> Tensor:
+        """Logits of what follows, piece by piece on a copy of the cache."""
+        if ids.shape[1] % PIECE:
+            raise ValueError(f"{ids.shape[1]} tokens: accepted are multiples of {PIECE}")
+        grown = copy.deepcopy(cache)
+        logits = []
+        for piece in ids.split(PIECE, 1):
+            piece = piece.clone()
+            # Else Dynamo makes the number of new tokens a symbol: it was that of the prefill.
+            torch._dynamo.mark_static(piece, 1)
+            logits.append(self.compiled(piece, past_key_values=grown).logits)
+            self.follows += 1
+        return torch.cat(logits, 1)
+
+    def sizes(self, cache: DynamicCache) -> Sizes:
+        """Counted on the cache: codes by layout, everything else by storage.
+
+        Exact tokens count as 16-bit numbers, as in a 16-bit model; the ring of recent tokens
+        with the default block, not the one that :class:`PackedRunner` was given.
+        """
+        sides = [s for layer in cache.layers for s in (layer.keys, layer.values)]
+        width = self.subject.heads * self.subject.dim
+        token_bytes = residual = 0.0
+        for side in sides:
+            store = side.store
+            token_bytes += _layout(side).token_bytes(side.dtype)
+            used = int((store.side.pool_positions >= 0).sum()) / len(store.side.pool_positions)
+            residual += (used - SINKS) * 2 * width
+        coded = sides[0].store.coded - SINKS
+        token_bytes += residual / coded
+        count = apack_compile.cache_bytes(cache)
+        to_16_bit = 2 / sides[0].dtype.itemsize
+        slots = RECENT + self.options.get("block", self.block)
+        window = count.window * (RECENT + self.block) / slots
+        packed = count.codes + count.gains + to_16_bit * (count.exact_tokens + window)
+        return Sizes(
+            2 * width * len(sides) / token_bytes,
+            to_16_bit * count.dense / packed,
+            token_bytes,
+            count.bases,
+        )
+
+    def notes(self) -> dict[str, Any]:
+        """Options, and how often packed attention ran: layers times pieces if always."""
+        report = apack_compile.report(self.subject.model)
+        return {
+            "options": self.options,
+            "fitted": "beforehand" if self.fitting.beforehand else "first prefill",
+            "packed_attention_calls": report.attends,
+            "of": self.follows * self.subject.layers,
+        }
+
+
+def _layout(side: Any) -> Any:
+    return side.store.ref.layout

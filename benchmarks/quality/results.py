@@ -1,0 +1,95 @@
+"""The result file: settings, environment, and one cell for each method and context length."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import apack_compile
+
+FOLDER = Path(__file__).resolve().parents[1] / "results"
+
+
+@dataclass
+class Results:
+    """Cells by method and context, written after each one.
+
+    Attributes:
+        path: of the JSON file.
+        settings: what cells depend on besides method and context.
+        environment: device and versions.
+        command: that made (the last of) them.
+        cells: in the order in which they were measured.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    command: str
+    cells: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def resume(
+        cls, path: Path, settings: dict[str, Any], environment: dict[str, Any], command: str
+    ) -> Results:
+        """What a file has, if it was measured with the same settings in the same environment."""
+        made = cls(path, settings, environment, command)
+        if path.exists():
+            old = json.loads(path.read_text(encoding="utf-8"))
+            if (old["settings"], old["environment"]) == (settings, environment):
+                made.cells = old["cells"]
+            else:
+                print(f"{path.name} was measured with other settings or versions: made anew")
+        return made
+
+    def has(self, method: str, context: int) -> bool:
+        """Whether there is such a cell."""
+        return any((c["method"], c["context"]) == (method, context) for c in self.cells)
+
+    def add(self, cell: dict[str, Any]) -> None:
+        """Add a cell and write the file, whole or not at all."""
+        self.cells.append(cell)
+        content = {
+            "command": self.command,
+            "environment": self.environment,
+            "settings": self.settings,
+            "cells": self.cells,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_suffix(".tmp")
+        draft.write_text(json.dumps(rounded(content), indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, self.path)
+
+
+def rounded(value: Any) -> Any:
+    """Floats to 6 significant digits, all through."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {name: rounded(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(entry) for entry in value]
+    return value
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device and versions."""
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+    )
+    return {
+        "device": name,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "attentionpack": apack_compile.__version__,
+    }

@@ -1,0 +1,1 @@
+"""Other codes of a KV cache, as plain reference implementations: one a file."""

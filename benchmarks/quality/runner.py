@@ -1,0 +1,79 @@
+"""What the benchmark asks of a method: to prefill prompts, and to predict what follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from .rivals.base import RECENT, SINKS, Rival, Size
+from .subject import Prompts, Subject
+
+
+class Unavailable(Exception):
+    """A method cannot run here; says why."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a method's cache.
+
+    Attributes:
+        ratio: 16-bit dense bytes of the coded tokens over their coded bytes; per-token gains,
+            scales and tokens kept exact beyond the common ones are counted.
+        whole_ratio: the same of the whole cache, common exact tokens and slack included.
+        token_bytes: coded bytes of a token, keys and values of all layers.
+        model_bytes: what belongs to the model, not to a sequence.
+    """
+
+    ratio: float
+    whole_ratio: float
+    token_bytes: float
+    model_bytes: int
+
+
+class Runner(Protocol):
+    """A method at work."""
+
+    def prefill(self, prompts: Prompts) -> Any:
+        """Make the coded cache of some prompts."""
+
+    def follow(self, cache: Any, ids: Tensor) -> Tensor:
+        """Logits ``[B, T, V]`` of ``ids [B, T]`` behind the context; ``cache`` stays as it is."""
+
+    def sizes(self, cache: Any) -> Sizes:
+        """Bytes of a cache that :meth:`prefill` made."""
+
+    def notes(self) -> dict[str, Any]:
+        """What else should be known of the run."""
+
+
+class RivalRunner:
+    """Codes the dense cache of a prefill, then runs the stock model with what the code gives."""
+
+    def __init__(self, subject: Subject, rival: Rival) -> None:
+        self.subject = subject
+        self.rival = rival
+
+    def prefill(self, prompts: Prompts) -> Any:
+        """The coded keys and values of each layer, and the length of the prompts."""
+        return [self.rival.code(layer) for layer in prompts.layers], prompts.length
+
+    def follow(self, cache: Any, ids: Tensor) -> Tensor:
+        """All tokens at once: they see the coded context, and each other exactly."""
+        kv, length = cache
+        return self.subject.follow(kv, length, ids)
+
+    def sizes(self, cache: Any) -> Sizes:
+        """By the rival's formula."""
+        heads, dim, length = self.subject.heads, self.subject.dim, cache[1]
+        size = Size(length - SINKS - RECENT, heads, dim)
+        per_token = self.rival.coded_bytes(size) * self.subject.layers / size.tokens
+        return Sizes(
+            self.rival.ratio(size), self.rival.whole_ratio(length, heads, dim), per_token, 0
+        )
+
+    def notes(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}

@@ -1,0 +1,149 @@
+"""The model under test, and what it does with a dense cache."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from .rivals.base import RECENT, Layer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+import smollm2
+
+LIMIT = 8192
+"""Positions that SmolLM2 was trained for."""
+
+
+class Subject:
+    """A decoder of the Llama family.
+
+    Args:
+        model: in evaluation mode, where it shall run.
+        tokenizer: its tokenizer, with a chat template.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.device: torch.device = model.device
+        config = model.config
+        self.layers: int = config.num_hidden_layers
+        self.heads: int = config.num_key_value_heads
+        self.dim: int = config.hidden_size // config.num_attention_heads
+
+    @classmethod
+    def load(cls, device: str) -> Subject:
+        """SmolLM2-135M-Instruct in float32."""
+        return cls(smollm2.load_model().to(device), smollm2.load_tokenizer())
+
+    def prefill(self, ids: Tensor) -> tuple[list[Layer], Tensor]:
+        """Run the stock model on prompts ``[B, S]``.
+
+        Returns:
+            The cache of each layer, and the logits ``[B, V]`` behind the last token.
+        """
+        cache = DynamicCache()
+        with self._last_queries() as queries:
+            logits = self.model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        cos, sin = self._rotation(ids.shape[1])
+        layers = [
+            Layer(held.keys, held.values, cos, sin, q)
+            for held, q in zip(cache.layers, queries, strict=True)
+        ]
+        return layers, logits
+
+    def follow(self, kv: Sequence[tuple[Tensor, Tensor]], start: int, ids: Tensor) -> Tensor:
+        """Logits ``[B, T, V]`` of tokens ``ids [B, T]`` that follow on a dense cache.
+
+        Args:
+            kv: keys and values of each layer, ``[B, H, S', D]``; they stay as they are.
+            start: position of the first of the tokens; more than S' where tokens were dropped.
+            ids: all of them at once.
+        """
+        positions = torch.arange(start, start + ids.shape[1], device=ids.device)
+        return self.model(
+            ids, past_key_values=dense_cache(kv), position_ids=positions.expand_as(ids)
+        ).logits
+
+    def continue_greedily(self, layers: Sequence[Layer], logits: Tensor, count: int) -> Tensor:
+        """The model's own continuation ``[B, count]`` of what was prefilled."""
+        cache = dense_cache([(layer.k, layer.v) for layer in layers])
+        token = logits.argmax(-1, keepdim=True)  # [B, 1]
+        tokens = [token]
+        for _ in range(count - 1):
+            logits = self.model(token, past_key_values=cache).logits[:, -1]
+            token = logits.argmax(-1, keepdim=True)
+            tokens.append(token)
+        return torch.cat(tokens, 1)
+
+    def _rotation(self, length: int) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(length, device=self.device)[None]
+        like = torch.zeros(1, device=self.device)
+        cos, sin = self.model.model.rotary_emb(like, positions)
+        return cos[0], sin[0]  # [S, D]
+
+    @contextmanager
+    def _last_queries(self) -> Iterator[list[Tensor]]:
+        """Collects the queries of the last tokens of each layer, rotated: ``[B, Hq, W, D]``."""
+        queries: list[Tensor] = []
+
+        def collect(module: Any, args: Any, kwargs: Any) -> None:
+            last = kwargs["hidden_states"][:, -RECENT:]
+            cos, sin = (table[:, -RECENT:] for table in kwargs["position_embeddings"])
+            q = module.q_proj(last).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+            queries.append(apply_rotary_pos_emb(q, q, cos, sin)[0])
+
+        hooks = [
+            layer.self_attn.register_forward_pre_hook(collect, with_kwargs=True)
+            for layer in self.model.model.layers
+        ]
+        try:
+            yield queries
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def dense_cache(kv: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
+    """A cache that starts with these keys and values."""
+    cache = DynamicCache()
+    for index, (k, v) in enumerate(kv):
+        cache.update(k, v, index)
+    return cache
+
+
+@dataclass
+class Prompts:
+    """Prompts of one length, with the stock model's cache of them.
+
+    Attributes:
+        ids: int64 ``[B, S]``.
+    """
+
+    subject: Subject
+    ids: Tensor
+
+    @property
+    def length(self) -> int:
+        """Tokens of each prompt."""
+        return self.ids.shape[1]
+
+    @cached_property
+    def prefilled(self) -> tuple[list[Layer], Tensor]:
+        """What :meth:`Subject.prefill` gives, computed once."""
+        return self.subject.prefill(self.ids)
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The dense cache."""
+        return self.prefilled[0]

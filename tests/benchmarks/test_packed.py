@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from benchmarks.quality.packed import PIECE, Fitting, PackedRunner
+from benchmarks.quality.rivals.base import RECENT, SINKS
+from benchmarks.quality.runner import Unavailable
+from benchmarks.quality.subject import Prompts, Subject
+
+from . import tiny
+
+CONTEXT, NEXT = 256, 96
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return tiny.subject()
+
+
+def runner(subject: Subject, coded_once: bool = True, **options: Any) -> PackedRunner:
+    fitting = Fitting(False, tiny.texts(1, CONTEXT))
+    return PackedRunner(subject, {"ratio": 4, **options}, fitting, coded_once, NEXT, "aot_eager")
+
+
+def prompts(subject: Subject) -> Prompts:
+    return Prompts(subject, tiny.texts(2, CONTEXT) + 1)
+
+
+def test_context_is_coded_once_and_attended_to_as_codes(subject: Subject) -> None:
+    packed = runner(subject)
+    cache = packed.prefill(prompts(subject))
+    ids = tiny.texts(2, NEXT)
+    logits = packed.follow(cache, ids)
+    assert logits.shape == (2, NEXT, 49152)
+    calls = subject.layers * NEXT // PIECE
+    notes = packed.notes()
+    assert (notes["packed_attention_calls"], notes["of"]) == (calls, calls)
+    assert {side.shape[2] for y in cache.layers for side in (y.keys, y.values)} == {CONTEXT}
+    torch.testing.assert_close(packed.follow(cache, ids), logits)  # the cache is as it was
+    # the same codes, read back densely, under the stock model: tokens that follow are exact
+    kv = [(y.keys.unpack(), y.values.unpack()) for y in cache.layers]
+    stock = subject.follow(kv, CONTEXT, ids)
+    torch.testing.assert_close(logits, stock, rtol=1e-3, atol=1e-4)
+    dense = [(y.k, y.v) for y in prompts(subject).layers]
+    assert (stock - subject.follow(dense, CONTEXT, ids)).abs().max() > 1e-3
+
+
+def test_pieces_are_what_decoding_token_by_token_is(subject: Subject) -> None:
+    packed = runner(subject, coded_once=False)
+    cache = packed.prefill(prompts(subject))
+    ids = tiny.texts(2, NEXT)
+    pieces = packed.follow(cache, ids)
+    grown = packed.prefill(prompts(subject))
+    steps = [packed.compiled(t, past_key_values=grown).logits for t in ids.split(1, 1)]
+    torch.testing.assert_close(pieces, torch.cat(steps, 1), rtol=1e-3, atol=1e-4)
+    # some of what followed has been coded
+    assert grown.layers[0].keys.store.coded == CONTEXT - RECENT + NEXT - 32
+    kv = [(y.keys.unpack(), y.values.unpack()) for y in cache.layers]
+    assert (pieces - subject.follow(kv, CONTEXT, ids)).abs().max() > 1e-3
+
+
+def test_sizes_count_everything(subject: Subject) -> None:
+    packed = runner(subject)
+    cache = packed.prefill(prompts(subject))
+    sizes = packed.sizes(cache)
+    sides = [side for y in cache.layers for side in (y.keys, y.values)]
+    per_token = sum(side.store.ref.layout.token_bytes(torch.float32) for side in sides)
+    assert sizes.token_bytes == per_token
+    assert sizes.ratio == 2 * 32 * len(sides) / per_token >= 4
+    # one sequence, 16-bit: codes of all slots, 8 pool slots with positions, 64 + 32 ring slots
+    slots = sides[0].store.side.capacity
+    exact = len(sides) * 2 * 32 * (8 + RECENT + 32) + len(sides) * 8 * 8 / 2
+    dense = len(sides) * 2 * 32 * CONTEXT
+    assert sizes.whole_ratio == pytest.approx(dense / (slots * per_token + exact))
+    assert 1 < sizes.whole_ratio < sizes.ratio
+    assert sizes.model_bytes > 0
+
+
+def test_tokens_kept_exact_beyond_the_sinks_are_counted(subject: Subject) -> None:
+    packed = runner(subject)
+    cache = packed.prefill(prompts(subject))
+    before = packed.sizes(cache)
+    store = cache.layers[0].keys.store
+    store.side.pool_positions[:, SINKS] = 77  # one token of each sequence, in one of four sides
+    after = packed.sizes(cache)
+    coded = CONTEXT - RECENT - SINKS
+    assert after.token_bytes == pytest.approx(before.token_bytes + 2 * 32 / coded)
+    assert after.ratio < before.ratio
+
+
+def test_codes_that_lose_nothing_are_not_taken_for_codes(subject: Subject) -> None:
+    packed = PackedRunner(
+        subject, {"codec": "exact"}, Fitting(False, tiny.texts(1, CONTEXT)), True, NEXT, "aot_eager"
+    )
+    with pytest.raises(RuntimeError, match="not coded: attentionpack"):
+        packed.prefill(prompts(subject))
+
+
+def test_an_option_that_is_not_there_leaves_the_method_out(subject: Subject) -> None:
+    with pytest.raises(Unavailable, match="no option 'colour'"):
+        runner(subject, colour="blue")
+
+
+def test_lengths_that_are_not_whole_pieces_are_refused(subject: Subject) -> None:
+    packed = runner(subject)
+    with pytest.raises(ValueError, match="17 tokens: accepted are multiples of 16"):
+        packed.follow(DynamicCache(), tiny.texts(1, 17))

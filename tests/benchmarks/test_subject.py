@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from benchmarks.quality.rivals.base import RECENT, SINKS
+from benchmarks.quality.rivals.streaming import Streaming
+from benchmarks.quality.rivals.truncated_svd import rotate
+from benchmarks.quality.subject import Subject, dense_cache
+
+from . import tiny
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return tiny.subject()
+
+
+def test_the_prefill_is_that_of_the_model(subject: Subject) -> None:
+    ids = tiny.texts(2, 80)
+    cache = DynamicCache()
+    expected = subject.model(ids, past_key_values=cache).logits[:, -1]
+    layers, logits = subject.prefill(ids)
+    torch.testing.assert_close(logits, expected)
+    assert len(layers) == subject.layers == 2
+    for layer, held in zip(layers, cache.layers, strict=True):
+        torch.testing.assert_close(layer.k, held.keys)
+        torch.testing.assert_close(layer.v, held.values)
+
+
+def test_queries_and_rotation_are_those_of_the_model(subject: Subject) -> None:
+    ids = tiny.texts(1, 80)
+    attention = subject.model.model.layers[1].self_attn
+    seen = []
+    hook = attention.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    layers, _ = subject.prefill(ids)
+    hook.remove()
+    layer = layers[1]
+    raw = attention.k_proj(seen[0]).unflatten(-1, (-1, 16)).transpose(1, 2)
+    torch.testing.assert_close(rotate(raw, layer.cos, layer.sin), layer.k)
+    q = attention.q_proj(seen[0]).unflatten(-1, (-1, 16)).transpose(1, 2)
+    q = rotate(q, layer.cos, layer.sin)
+    torch.testing.assert_close(layer.queries, q[:, :, -RECENT:])
+
+
+def test_what_follows_sees_the_cache_and_leaves_it_as_it_is(subject: Subject) -> None:
+    ids = tiny.texts(2, 100)
+    expected = subject.model(ids).logits[:, 80:]
+    layers, _ = subject.prefill(ids[:, :80])
+    kv = [(layer.k, layer.v) for layer in layers]
+    for _ in range(2):
+        torch.testing.assert_close(subject.follow(kv, 80, ids[:, 80:]), expected)
+
+
+def test_dropped_tokens_are_as_if_masked(subject: Subject) -> None:
+    context, following = 120, 20
+    ids = tiny.texts(1, context + following)
+    layers, _ = subject.prefill(ids[:, :context])
+    code = Streaming(4)
+    kept = code.kept(context - SINKS - RECENT)
+    got = subject.follow([code.code(layer) for layer in layers], context, ids[:, context:])
+    seen = torch.ones(following, context + following, dtype=torch.bool).tril(context)
+    seen[:, SINKS : context - RECENT - kept] = False
+    expected = subject.model(
+        ids[:, context:],
+        past_key_values=dense_cache([(layer.k, layer.v) for layer in layers]),
+        attention_mask=seen[None, None],
+    ).logits
+    torch.testing.assert_close(got, expected)
+    dense = subject.follow([(y.k, y.v) for y in layers], context, ids[:, context:])
+    assert (got - dense).abs().max() > 1e-3
+
+
+def test_the_greedy_continuation_is_that_of_generate(subject: Subject) -> None:
+    ids = tiny.texts(2, 80)
+    expected = subject.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
+    )
+    layers, logits = subject.prefill(ids)
+    assert torch.equal(subject.continue_greedily(layers, logits, 6), expected[:, 80:])

@@ -20,7 +20,7 @@ class CacheBytes:
     Attributes:
         dense: what its tensors would take unpacked, at the cache's dtype.
         packed: what they take: the sum of the next five.
-        codes: quantised coefficients, capacity slack included.
+        codes: quantised coefficients, capacity slack and bases of single sequences included.
         gains: per-token scales.
         exact_tokens: sinks and other tokens kept exact, with their positions.
         window: the ring of recent tokens.
@@ -70,7 +70,7 @@ def cache_bytes(cache: Any) -> CacheBytes:
     for store in stores:
         assert store is not None
         first, *rest = store.side.payload
-        codes += _storage(first)
+        codes += _storage(first) + store.ref.cache_bytes
         gains += sum(_storage(t) for t in rest)
         exact += _storage(store.side.pool) + _storage(store.side.pool_positions)
         window += _storage(store.side.ring)

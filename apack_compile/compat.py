@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -28,6 +29,11 @@ def check_torch() -> None:
             f"attentionpack supports torch {OLDEST[0]}.{OLDEST[1]} up to, but not including, "
             f"{FIRST_UNTESTED[0]}.{FIRST_UNTESTED[1]}; this is torch {torch.__version__}"
         )
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Keeps a caller's autocast away from sums and codes."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def compile_inner(

@@ -8,13 +8,26 @@ from difflib import get_close_matches
 from typing import Any
 
 from .cache import Policy
+from .codec.fixed import FIXED
 from .codec.recipe import KEY_CODES, VALUE_BASES, Recipe
 
-CODECS = ("transform", "exact")
+CODECS = ("transform", "svd", *FIXED)
+
+ONLY_WITH = {
+    "ratio": ("transform", "svd"),
+    "k_code": ("transform",),
+    "v_basis": ("transform",),
+    "k_rank": ("svd",),
+    "v_rank": ("svd",),
+}
+"""Options that only some codecs have."""
 
 INNER = ("inductor", "aot_eager")
 
-MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+PAPER = "paper"
+"""The mode that stands for codec='svd'; Inductor knows nothing of it."""
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", PAPER)
 
 
 class OptionError(ValueError):
@@ -26,15 +39,19 @@ class Options:
     """What a user may choose.
 
     Attributes:
-        codec: ``transform`` (joint-head PCA, quantised coefficients) or ``exact`` (tokens kept as
-            they are: for tests, and to have the machinery without any loss).
+        codec: ``transform`` (joint-head PCA, quantised coefficients), ``exact`` (tokens kept as
+            they are: for tests, and to have the machinery without any loss), ``int8`` or ``int4``
+            (rounded head by head), or ``svd`` (the paper's: a truncated SVD of each sequence;
+            ``mode="paper"`` chooses it).
         ratio: bytes of a dense 16-bit token over bytes of a coded one, from 2 to 32.
         k_code, v_basis: see :class:`~apack_compile.codec.recipe.Recipe`.
+        k_rank, v_rank: components that ``svd`` keeps; 0: as many as ``ratio`` allows.
         sinks: first visible tokens of each sequence, kept exact for good.
         window: recent tokens that are never coded.
         block: tokens that gather behind the window before they are coded together.
         fit_tokens: tokens of prefill to see before a basis is fitted; until then caches are
             packed exactly. 0: four times the channels of a layer, at most 1024.
+        profile_cache: fitted codes are kept in the user's cache folder and found there again.
         inner: ``inductor``, or ``aot_eager`` to run rewritten graphs operator by operator, for
             debugging.
         inductor: Inductor settings, as ``options`` of ``torch.compile`` with that backend.
@@ -44,10 +61,13 @@ class Options:
     ratio: float = 4.0
     k_code: str = "post-rope"
     v_basis: str = "pca"
+    k_rank: int = 0
+    v_rank: int = 0
     sinks: int = 4
     window: int = 64
     block: int = 32
     fit_tokens: int = 0
+    profile_cache: bool = True
     inner: str = "inductor"
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -67,13 +87,22 @@ class Options:
         return Recipe(float(self.ratio), self.k_code, self.v_basis)
 
     @classmethod
-    def parse(cls, options: Mapping[str, Any] | None) -> Options:
+    def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
         """Check what the user gave.
+
+        Args:
+            options: by name.
+            mode: ``"paper"`` stands for ``codec="svd"``; other modes say nothing here.
 
         Raises:
             OptionError: names the option, the value and what is accepted.
         """
         given = dict(options or {})
+        if mode == PAPER and given.setdefault("codec", "svd") != "svd":
+            raise OptionError(
+                f"mode='paper' and option codec={given['codec']!r} do not go together: the "
+                "paper's code is codec='svd'; leave one of them out"
+            )
         names = [f.name for f in fields(cls)]
         for name in given:
             if name not in names:
@@ -88,20 +117,24 @@ class Options:
         _one_of(given, "k_code", KEY_CODES)
         _one_of(given, "v_basis", VALUE_BASES)
         _number(given, "ratio", float, 2, 32)
+        _number(given, "k_rank", int, 0, 1 << 16)
+        _number(given, "v_rank", int, 0, 1 << 16)
         _number(given, "sinks", int, 0, 64)
         _number(given, "window", int, 1, 4096)
         _number(given, "block", int, 16, 4096)
         _number(given, "fit_tokens", int, 0, 1 << 20)
-        if given.get("codec", "transform") != "transform":
-            for name in ("ratio", "k_code", "v_basis"):
-                if name in given:
-                    raise OptionError(
-                        f"options codec={given['codec']!r} and {name}={given[name]!r} do not go "
-                        f"together: only codec='transform' has a {name}; leave one of them out"
-                    )
-        if given.get("k_code") == "pre-rope" and given.get("sinks") == 0:
+        _flag(given, "profile_cache")
+        codec = given.get("codec", cls.codec)
+        for name, codecs in ONLY_WITH.items():
+            if name in given and codec not in codecs:
+                raise OptionError(
+                    f"options codec={codec!r} and {name}={given[name]!r} do not go together: "
+                    f"accepted with {name} is codec={' or '.join(map(repr, codecs))}"
+                )
+        if given.get("sinks") == 0 and (given.get("k_code") == "pre-rope" or codec == "svd"):
             raise OptionError(
-                "options k_code='pre-rope' and sinks=0 do not go together: positions are counted "
+                f"option sinks=0 does not go together with codec={codec!r} "
+                f"and k_code={given.get('k_code', cls.k_code)!r}: positions of keys are counted "
                 "from the first sink; accepted is sinks from 1 to 64"
             )
         inductor = given.get("inductor", {})
@@ -129,6 +162,11 @@ def _number(given: dict[str, Any], name: str, kind: type, low: int, high: int) -
         raise OptionError(f"option {name}={value!r}: accepted is {words} from {low} to {high}")
 
 
+def _flag(given: dict[str, Any], name: str) -> None:
+    if name in given and not isinstance(given[name], bool):
+        raise OptionError(f"option {name}={given[name]!r}: accepted are True, False")
+
+
 def _check_inductor(settings: Mapping[str, Any]) -> None:
     import torch._inductor
 
@@ -152,7 +190,7 @@ def inductor_config(mode: str | None, options: Options) -> dict[str, Any]:
     if mode is not None and mode not in MODES:
         raise OptionError(f"mode={mode!r}: accepted are {', '.join(map(repr, MODES))}")
     settings = (
-        dict(torch._inductor.list_mode_options(mode)) if mode not in (None, "default") else {}
+        dict(torch._inductor.list_mode_options(mode)) if mode in MODES[1:-1] else {}
     )
     settings.update({name.replace("-", "_"): v for name, v in options.inductor.items()})
     return settings

@@ -33,6 +33,8 @@ def hand_code(layout: Layout, seed: int = 0) -> Code:
     params = [torch.randn(shape, generator=generator) for shape in shapes]
     if layout.gain:
         params.append(torch.rand(layout.groups, rank, generator=generator) + 0.5)
+    if layout.positional:
+        params.append(torch.rand(2, 1, generator=generator).expand(2, layout.rotary))
     return Code(layout, tuple(params))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from apack_compile.cache import Policy
-from apack_compile.options import CODECS, MODES, OptionError, Options, inductor_config
+from apack_compile.options import CODECS, MODES, PAPER, OptionError, Options, inductor_config
 
 NAMES = [f.name for f in dataclasses.fields(Options)]
 
@@ -29,7 +29,9 @@ GOOD: list[dict[str, Any]] = [
     {"codec": "exact"}, {"codec": "transform", "ratio": 2}, {"ratio": 32}, {"ratio": 6.5},
     {"sinks": 0}, {"sinks": 64}, {"window": 1}, {"window": 4096}, {"block": 16}, {"block": 4096},
     {"fit_tokens": 0}, {"fit_tokens": 1 << 20}, {"inductor": {"max_autotune": True}},
-    {"inductor": {"max-autotune": True}},
+    {"inductor": {"max-autotune": True}}, {"k_code": "pre-rope"}, {"v_basis": "hadamard"},
+    {"codec": "int8"}, {"codec": "int4"}, {"codec": "svd", "ratio": 8},
+    {"codec": "svd", "k_rank": 16, "v_rank": 32},
 ]  # fmt: skip
 
 
@@ -46,11 +48,38 @@ def test_sizes_go_into_the_policy() -> None:
     assert (policy.sinks, policy.window, policy.block, policy.ring) == (7, 100, 50, 150)
 
 
-def test_codes_depend_on_codec_and_ratio_only() -> None:
+def test_papers_mode_is_a_codec() -> None:
+    assert Options.parse(None, "paper").codec == "svd"
+    assert Options.parse(None, "max-autotune") == Options()
+    assert inductor_config("paper", Options.parse(None, "paper")) == {}
+    with pytest.raises(OptionError, match="mode='paper' and option codec='int8' do not go"):
+        Options.parse({"codec": "int8"}, "paper")
+
+
+TOGETHER: list[tuple[dict[str, Any], str]] = [
+    ({"codec": "exact", "ratio": 4}, "codec='exact' and ratio=4 .*'transform' or 'svd'"),
+    ({"codec": "int8", "k_code": "pre-rope"}, "codec='int8' and k_code='pre-rope' .*'transform'"),
+    ({"codec": "svd", "v_basis": "pca"}, "codec='svd' and v_basis='pca' .*'transform'"),
+    ({"k_rank": 4}, "codec='transform' and k_rank=4 .*'svd'"),
+    ({"codec": "int4", "v_rank": 4}, "codec='int4' and v_rank=4 .*'svd'"),
+    ({"k_code": "pre-rope", "sinks": 0}, "sinks=0 .* k_code='pre-rope'.* sinks from 1 to 64"),
+    ({"codec": "svd", "sinks": 0}, "sinks=0 .* codec='svd'.* sinks from 1 to 64"),
+]
+
+
+@pytest.mark.parametrize(("given", "words"), TOGETHER, ids=str)
+def test_options_that_do_not_go_together(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        Options.parse(given)
+
+
+def test_codes_depend_on_codec_and_recipe_only() -> None:
     key = Options.parse({"ratio": 4}).key
     assert key == Options.parse({"ratio": 4.0, "window": 10, "sinks": 1}).key
     assert key != Options.parse({"ratio": 5}).key
     assert key != Options.parse({"codec": "exact"}).key
+    assert key != Options.parse({"ratio": 4, "k_code": "pre-rope"}).key
+    assert key != Options.parse({"ratio": 4, "v_basis": "hadamard"}).key
 
 
 NUMBERS = {
@@ -72,12 +101,12 @@ def test_a_number_out_of_range_is_refused_with_the_range(name: str, value: Any) 
         Options.parse({name: value})
 
 
-@pytest.mark.parametrize("value", ["int4", "Exact", "", None, 3, ["exact"]])
+@pytest.mark.parametrize("value", ["int2", "Exact", "", None, 3, ["exact"]])
 def test_an_unknown_codec_is_refused_with_the_known_ones(value: Any) -> None:
-    expected = f"option codec={value!r}: accepted are 'transform', 'exact'"
+    expected = f"option codec={value!r}: accepted are 'transform', 'svd', 'exact', 'int8', 'int4'"
     with pytest.raises(OptionError, match=re.escape(expected)):
         Options.parse({"codec": value})
-    assert CODECS == ("transform", "exact")
+    assert CODECS == ("transform", "svd", "exact", "int8", "int4")
 
 
 @pytest.mark.parametrize(
@@ -97,11 +126,6 @@ def test_an_unknown_option_is_refused_with_all_known_ones(name: Any) -> None:
     assert text.startswith(f"attentionpack has no option {name!r}.")
     assert f"Accepted: {', '.join(NAMES)}." in text
     assert "options={'inductor': {...}}" in text
-
-
-def test_exact_codes_have_no_ratio() -> None:
-    with pytest.raises(OptionError, match=re.escape("options codec='exact' and ratio=4 do not go")):
-        Options.parse({"codec": "exact", "ratio": 4})
 
 
 @pytest.mark.parametrize("value", [None, "max_autotune", ["max_autotune"], 1])
@@ -133,7 +157,7 @@ def test_the_default_mode_leaves_inductor_as_it_is(mode: str | None) -> None:
     assert inductor_config(mode, Options()) == {}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != PAPER])
 def test_modes_are_those_of_inductor(mode: str) -> None:
     expected = torch._inductor.list_mode_options(mode) if mode != "default" else {}
     assert inductor_config(mode, Options()) == expected

@@ -8,8 +8,8 @@ a store of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from weakref import WeakSet
 
@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 from ..codec import Code, CodeRef, ExactLayout
+from ..codec.lowrank import REFACTOR
+from ..compat import full_precision
 from ..kernels.encode import encode_tokens
+from ..kernels.factor import refactored
 from ..kernels.pool import fill_pool
 from ..kernels.side import Side
 
@@ -77,6 +80,7 @@ class SideStore:
         self.side = side
         self.coded = coded
         self.length = length
+        self.factored = coded  # with a basis of its own: tokens that the basis was made from
         self._leases: WeakSet[Lease] = WeakSet()
 
     @classmethod
@@ -118,8 +122,8 @@ class SideStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every physical tensor, slack included, bases not."""
-        return sum(t.untyped_storage().nbytes() for t in self.tensors())
+        """Bytes of every physical tensor, slack included, bases of the model not."""
+        return sum(t.untyped_storage().nbytes() for t in self.tensors()) + self.ref.cache_bytes
 
     def lease(self, length: int) -> Lease:
         """Claim ``length`` tokens of this store for a handle."""
@@ -151,6 +155,7 @@ class SideStore:
         if length < self.coded:
             # The window is gone with the tokens behind `length`; the coded ones stay coded.
             self.coded = length
+            self.factored = min(self.factored, length)
         self.length = length
 
     def _copy(self, length: int) -> SideStore:
@@ -195,23 +200,32 @@ class SideStore:
         self.length += tokens
         ring[:, :, : self.policy.window] = run[:, :, old:]
 
-    def _writing(self) -> AbstractContextManager[object]:
-        """What was made in inference mode may be written in inference mode only."""
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What was made in inference mode may be written in inference mode only; no autocast."""
         inference = any(t.is_inference() for t in self.tensors())
-        return torch.inference_mode() if inference else nullcontext()
+        mode = torch.inference_mode() if inference else nullcontext()
+        with mode, full_precision(self.device):
+            yield
 
     def _code(self, x: Tensor) -> None:
         start, end = self.coded, self.coded + x.shape[2]
         code = self.ref.code
-        pool, positions = self.side.pool, self.side.pool_positions
+        pool, positions, ref = self.side.pool, self.side.pool_positions, self.ref
         if pool.shape[2]:
             pool, positions = fill_pool(pool, positions, x, start, None)
         payload = self._with_room(end)
+        if code.layout.per_sequence and end - self.factored >= REFACTOR:
+            x, start = torch.cat([self.dense(start), x], 2), 0
+            ref = refactored(ref, x, positions)
+            code = ref.code
         parts = encode_tokens(x, code.on(self.device), code.layout, positions, start)
         for whole, part in zip(payload, parts, strict=True):
             whole[:, start:end] = part
         self.side = self.side._replace(payload=payload, pool=pool, pool_positions=positions)
         self.coded = end
+        if ref is not self.ref:
+            self.ref, self.factored = ref, end
 
     def _round_up(self, tokens: int) -> int:
         chunk = self.policy.chunk
@@ -236,12 +250,15 @@ class SideStore:
             each(self.side.ring),
             (),
         )
-        return SideStore(self.ref, self.policy, side, self.coded, self.length)
+        mapped = SideStore(self.ref, self.policy, side, self.coded, self.length)
+        mapped.factored = self.factored
+        return mapped
 
     def select(self, rows: Tensor, length: int) -> SideStore:
         """Batch rows ``rows`` (int64, repeats allowed) of the first ``length`` tokens."""
         rows = rows.to(self.device)
         chosen = self._map(lambda t: t.index_select(0, rows))
+        chosen.ref = self.ref.select(rows)
         chosen._truncate(length)
         return chosen
 

@@ -3,6 +3,15 @@
 from .code import Code, CodeRef
 from .exact import ExactLayout
 from .layout import Layout, parse_layout
+from .lowrank import LowRankLayout
 from .transform import TransformLayout
 
-__all__ = ["Code", "CodeRef", "ExactLayout", "Layout", "TransformLayout", "parse_layout"]
+__all__ = [
+    "Code",
+    "CodeRef",
+    "ExactLayout",
+    "Layout",
+    "LowRankLayout",
+    "TransformLayout",
+    "parse_layout",
+]

@@ -25,11 +25,14 @@ class Code:
         params: what the layout needs to encode and decode, float32.
         error: relative squared error on the tokens it was fitted on, in the metric that the basis
             is optimal for (keys: error of the scores); 0 for exact codes.
+        kinds: the same on text and on visual tokens alone (NaN: none were seen); None: kinds of
+            tokens were not known.
     """
 
     layout: Layout
     params: tuple[Tensor, ...] = ()
     error: float = 0.0
+    kinds: tuple[float, float] | None = None
     _placed: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, compare=False)
 
     def on(self, device: torch.device) -> tuple[Tensor, ...]:
@@ -58,6 +61,20 @@ class CodeRef:
         """The code itself."""
         return _CODES[self]
 
+    def select(self, rows: Tensor) -> CodeRef:
+        """The ref for sequences ``rows``: this one, unless sequences have parameters."""
+        code = self.code
+        if not code.layout.per_sequence:
+            return self
+        first = code.params[0]
+        chosen = first.index_select(0, rows.to(first.device))
+        return CodeRef(Code(code.layout, (chosen, *code.params[1:]), code.error))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of parameters that belong to a cache, not to the model."""
+        return self.code.nbytes if self.layout.per_sequence else 0
+
     def __reduce__(self) -> tuple[type[CodeRef], tuple[Code]]:
         code = self.code
         return CodeRef, (Code(code.layout, code.params, code.error),)
@@ -70,6 +87,6 @@ _CODES: WeakKeyDictionary[CodeRef, Code] = WeakKeyDictionary()
 
 
 def total_bytes(refs: Sequence[CodeRef]) -> int:
-    """Bytes of all distinct codes behind ``refs``."""
-    codes = {id(ref.code): ref.code for ref in refs}
+    """Bytes of all distinct codes behind ``refs`` that belong to the model."""
+    codes = {id(ref.code): ref.code for ref in refs if not ref.layout.per_sequence}
     return sum(code.nbytes for code in codes.values())

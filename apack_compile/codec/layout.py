@@ -43,6 +43,11 @@ class Layout(ABC):
         """Whether codes depend on the position of a token."""
         return False
 
+    @property
+    def per_sequence(self) -> bool:
+        """Whether the first parameter has a row for each sequence, and belongs to the cache."""
+        return False
+
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         _KINDS[cls.kind] = cls

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..compat import full_precision
 from .rotation import Rotation, Turn
+from .spectrum import head_groups
 
 MIN_QUERIES = 32
 """Fewer queries than this say nothing about the queries to come."""
@@ -15,7 +17,7 @@ MIN_QUERIES = 32
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over tokens of one layer; sums of two prefills add up.
+    """Sums over tokens of one layer, float64; sums of two prefills add up.
 
     Where the rotation of keys by their position is known, keys and queries are taken without it,
     and :meth:`spread` puts it back for all positions.
@@ -23,7 +25,8 @@ class Moments:
     Attributes:
         count: tokens seen, 0-dim float64.
         k_sum, v_sum: ``[H * D]``.
-        k_gram, v_gram: sums of outer products, heads side by side: ``[H * D, H * D]``.
+        k_gram, v_gram: sums of outer products by group of heads (``head_groups``), the heads of a
+            group side by side: ``[G, n, n]``.
         q_gram: outer products of the queries that read each KV head: ``[H, D, D]``.
     """
 
@@ -68,16 +71,10 @@ class Moments:
             weight = weight & (weight.cumsum(1) > sinks)
         if among is not None:
             weight = weight & among
-        kept = weight.to(torch.float32)
         if turn is not None:
             k = turn.undo(k.float())
             q = turn.undo(q.float()) if q.shape[2] == k.shape[2] else q
 
-        def flat(x: Tensor) -> Tensor:
-            x = x.transpose(1, 2).flatten(2).float()  # [B, S, H * D]
-            return torch.where(weight[..., None], x, 0.0).flatten(0, 1)
-
-        k_flat, v_flat = flat(k), flat(v)
         heads, q_len = k.shape[1], q.shape[2]
         q_heads = q.float().unflatten(1, (heads, -1))  # [B, H, Hq/H, Q, D]
         if q_len == k.shape[2]:
@@ -86,20 +83,34 @@ class Moments:
         q_flat = torch.where(q_flat.isfinite(), q_flat, 0.0)
         if q_len < MIN_QUERIES:  # too few to be a metric: as if queries pointed everywhere
             q_flat = torch.eye(q_flat.shape[-1], device=q.device).expand(heads, -1, -1)
-        return cls(
-            kept.sum(dtype=torch.float64),
-            k_flat.sum(0),
-            k_flat.T @ k_flat,
-            v_flat.sum(0),
-            v_flat.T @ v_flat,
-            q_flat.transpose(-1, -2) @ q_flat,
-        )
+        with full_precision(q.device):
+            sums = (*_sums(k, weight), *_sums(v, weight))
+            return cls(weight.sum().double(), *sums, (q_flat.mT @ q_flat).double())
 
     def spread(self, rotation: Rotation, reach: int) -> Moments:
         """Moments of rotated keys and queries at all positions below ``reach``, float64."""
         return replace(
             self,
-            k_sum=rotation.mean(self.k_sum.double(), reach),
-            k_gram=rotation.gram(self.k_gram.double(), reach),
-            q_gram=rotation.gram(self.q_gram.double(), reach),
+            k_sum=rotation.mean(self.k_sum, reach),
+            k_gram=rotation.gram(self.k_gram, reach),
+            q_gram=rotation.gram(self.q_gram, reach),
         )
+
+
+def _sums(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and sums of outer products by group of the tokens of ``x`` that count, float64.
+
+    Products are taken of differences from the mean: in float32 a large mean would drown them.
+    """
+    groups = head_groups(x.shape[1], x.shape[3])
+    tokens = x.transpose(1, 2).flatten(2).float()  # [B, S, H * D]
+    tokens = torch.where(weight[..., None], tokens, 0.0).flatten(0, 1)  # [B * S, H * D]
+    count = weight.sum()
+    mean = tokens.sum(0, dtype=torch.float64) / count.clamp_min(1)
+    centred = torch.where(weight.flatten()[:, None], tokens - mean.float(), 0.0)
+    parts = centred.unflatten(1, (groups, -1)).transpose(0, 1)  # [G, B * S, n]
+    rounded = mean.float().double().view(groups, -1)
+    left = centred.sum(0, dtype=torch.float64).view(groups, -1)  # what rounding the mean left
+    cross = left[:, :, None] * rounded[:, None]
+    gram = (parts.mT @ parts).double() + cross + cross.mT
+    return mean * count, gram + count * rounded[:, :, None] * rounded[:, None]

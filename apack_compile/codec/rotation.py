@@ -9,8 +9,8 @@ positions p up to the reach of the code:
     E[k k^T] = mean_p R_p E[x x^T] R_p^T,    R_p = diag(cos p w) + diag(sin p w) J
 
 with J the signed permutation that pairs components (halves, or neighbours). Expanding the product
-gives four elementwise products of E[x x^T] with averages of cosines and sines, whatever the number
-of positions.
+gives four elementwise products of E[x x^T] with averages of cosines and sines of sums and
+differences of frequencies, which have a closed form.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-POSITIONS = 1024
-"""Positions over which moments are averaged."""
 
 
 def partner(x: Tensor, interleaved: bool) -> Tensor:
@@ -69,12 +66,10 @@ class Turn:
         if cos is None or sin is None:
             return None
         width = cos.shape[-1]
-        if cos.shape != sin.shape or cos.numel() % (length * width):
-            return None
-        rows = cos.numel() // (length * width)
-        if cos.shape[0] not in (1, rows) or length not in cos.shape[1:-1]:
-            return None
-        shape = (rows, length, width)
+        sizes = cos.shape[:-1] if cos.dim() > 2 else (1, *cos.shape[:-1])
+        if cos.shape != sin.shape or [n for n in sizes[1:] if n != 1] != [length] * (length != 1):
+            return None  # tables of other tokens, or by head
+        shape = (sizes[0], length, width)
         return cls(cos.reshape(shape), sin.reshape(shape), interleaved)
 
     def undo(self, x: Tensor) -> Tensor:
@@ -85,24 +80,27 @@ class Turn:
         back = (turned * cos - partner(turned, self.interleaved) * sin) / norm
         return torch.cat((back, rest), -1)
 
-    def rotation(self, dim: int, visible: Tensor | None = None) -> Rotation:
-        """The angle that one position adds, read off the last tokens (text, mostly).
+    def rotation(self, dim: int, visible: Tensor | None = None) -> Rotation | None:
+        """The angle that one position adds; None if too few tokens show it.
 
         Args:
             dim: head_dim; components beyond R are not rotated.
             visible: ``[B, S]``: positions count from the first visible token of each sequence.
         """
         angles = torch.atan2(self.sin.double(), self.cos.double())  # [B|1, S, R]
-        length = angles.shape[1]
-        first = torch.zeros(1, 1, device=angles.device, dtype=torch.int64)
-        if visible is not None:
-            first = visible.to(torch.int8).argmax(1, keepdim=True)
-        positions = torch.arange(length, device=angles.device) - first  # [B|1, S]
-        frequencies = _frequencies(angles[0])
-        phases = _wrap(angles[0, -1] - positions[0, -1] * frequencies)
+        if angles.shape[1] < 2:
+            return None
+        if visible is None:
+            visible = torch.ones(angles.shape[:2], dtype=torch.bool, device=angles.device)
+        first = visible.to(torch.int8).argmax(1, keepdim=True)  # [B, 1]
+        shared = visible.any(0, keepdim=True) if len(angles) == 1 else visible  # [B|1, S]
+        frequencies = _frequencies(angles, shared)
+        if frequencies is None:
+            return None
+        positions = torch.arange(angles.shape[1], device=angles.device) - first  # [B, S]
+        phases = angles[0, first[0, 0]]
         away = _wrap(angles - positions[..., None] * frequencies - phases).abs().amax(-1)
-        seen = positions >= 0
-        strays = ((away > STRAY) & seen).sum() / seen.expand_as(away).sum().clamp_min(1)
+        strays = ((away > STRAY) & visible).sum() / visible.sum().clamp_min(1)
 
         def wide(x: Tensor) -> Tensor:
             return torch.cat((x, x.new_zeros(dim - len(x))))
@@ -110,6 +108,9 @@ class Turn:
         width = len(frequencies)
         return Rotation(wide(frequencies), width, self.interleaved, wide(phases), float(strays))
 
+
+MOVING = 0.02
+"""Radians that a table in bfloat16 does not show by mistake."""
 
 STRAY = 0.1
 """Radians by which the angle of a token may differ from that of its position; tables in bfloat16
@@ -120,19 +121,29 @@ def _wrap(angles: Tensor) -> Tensor:
     return torch.remainder(angles + torch.pi, 2 * torch.pi) - torch.pi
 
 
-def _frequencies(angles: Tensor) -> Tensor:
-    """Radians a position from ``[S, R]``: first from neighbours, then over doubling distances.
+def _frequencies(angles: Tensor, visible: Tensor) -> Tensor | None:
+    """Radians a position, from steps between neighbours, then over doubling distances.
 
-    Over a distance of n the error of the angles counts only 1/n. Distances that span an image,
-    whose tokens have positions of their own, are not used.
+    From one word to the next all components turn; between tokens of an image only those of a row
+    or a column do, and between tokens of padding none. Over a distance of n the error of the
+    angles counts only 1/n; distances that span anything but words are not used.
+
+    Args:
+        angles: ``[B, S, R]``; visible: ``[B, S]`` bool.
     """
-    frequencies = _wrap(angles.diff(dim=0)[-32:]).median(0).values
+    steps = _wrap(angles.diff(dim=1))  # [B, S - 1, R]
+    both = visible[:, 1:] & visible[:, :-1]
+    moving = ((steps.abs() > MOVING) & both[..., None]).sum(-1)  # [B, S - 1]
+    if not moving.numel() or not moving.any():
+        return None
+    frequencies = steps[moving == moving.max()].median(0).values
+    breaks = ~both | (_wrap(steps - frequencies).abs() > STRAY).any(-1)
+    before = torch.nn.functional.pad(breaks.cumsum(1), (1, 0))  # [B, S]
     span = 2
-    while span < len(angles):
-        late, early = angles[-32:][span - len(angles) :], angles[:-span][-32:]
-        count = min(len(late), len(early))
-        left = _wrap(late[-count:] - early[-count:] - span * frequencies)
-        if bool((left.abs() > STRAY).any()):
+    while span < angles.shape[1]:
+        whole = before[:, span:] == before[:, :-span]
+        left = _wrap(angles[:, span:] - angles[:, :-span] - span * frequencies)[whole]
+        if not len(left):
             break
         frequencies = frequencies + left.median(0).values / span
         span *= 2
@@ -162,33 +173,44 @@ class Rotation:
         """Frequencies and phases for :func:`rotate`, ``[2, R]``."""
         return torch.stack((self.frequencies, self.phases))[:, : self.width]
 
-    def _waves(self, reach: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(POSITIONS, dtype=torch.float64, device=device) + 0.5
-        angles = (positions / POSITIONS * reach)[:, None] * self.frequencies.to(device)
-        return angles.cos(), angles.sin()  # [P, D]
-
     def _partner(self, x: Tensor) -> Tensor:
         turned, rest = x.split([self.width, x.shape[-1] - self.width], -1)
         return torch.cat((partner(turned, self.interleaved), torch.zeros_like(rest)), -1)
 
     def mean(self, total: Tensor, reach: int) -> Tensor:
         """``mean_p R_p x`` of heads side by side, ``[H * D]`` float64."""
-        cos, sin = (wave.mean(0) for wave in self._waves(reach, total.device))
+        cos, sin = _mean_wave(self.frequencies.to(total.device), reach)
         x = total.unflatten(0, (-1, len(cos)))  # [H, D]
         return (x * cos + self._partner(x) * sin).flatten()
 
     def gram(self, matrix: Tensor, reach: int) -> Tensor:
         """``mean_p R_p M R_p^T`` of ``[..., H * D, H * D]`` float64, heads side by side."""
         heads = matrix.shape[-1] // len(self.frequencies)
-        cos, sin = (wave.repeat(1, heads) for wave in self._waves(reach, matrix.device))
+        w = self.frequencies.to(matrix.device)
+        cos_less, sin_less = _mean_wave(w[:, None] - w, reach)
+        cos_more, sin_more = _mean_wave(w[:, None] + w, reach)
 
         def columns(m: Tensor) -> Tensor:  # M J^T
             return self._partner(m.unflatten(-1, (heads, -1))).flatten(-2)
+
+        def times(m: Tensor, factors: Tensor) -> Tensor:
+            return m * factors.repeat(heads, heads) / 2
 
         right = columns(matrix)
         left = columns(matrix.mT).mT
         both = columns(left)
         return (
-            matrix * (cos.T @ cos) + right * (cos.T @ sin)
-            + left * (sin.T @ cos) + both * (sin.T @ sin)
-        ) / POSITIONS  # fmt: skip
+            times(matrix, cos_less + cos_more) + times(right, sin_more - sin_less)
+            + times(left, sin_more + sin_less) + times(both, cos_less - cos_more)
+        )  # fmt: skip
+
+
+def _mean_wave(frequencies: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+    """``mean_p cos(p w)`` and ``mean_p sin(p w)`` over positions 0 .. reach (Dirichlet kernel)."""
+    half = frequencies / 2
+    small = half.sin().abs() < 1e-9
+    size = torch.where(
+        small, 1.0, (reach * half).sin() / (reach * torch.where(small, 1.0, half.sin()))
+    )
+    middle = (reach - 1) * half
+    return size * middle.cos(), size * middle.sin()

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..compat import full_precision
 from .rotation import Rotation, Turn
 
 
@@ -52,7 +53,8 @@ class Sensitivity:
             )
             return (flat.mT @ flat).double() / queries
 
-        return cls(gram(k), gram(v_grad))
+        with full_precision(k.device):
+            return cls(gram(k), gram(v_grad))
 
     def __add__(self, other: Sensitivity) -> Sensitivity:
         return Sensitivity(self.k + other.k, self.v + other.v)

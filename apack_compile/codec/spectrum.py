@@ -31,16 +31,23 @@ def head_groups(heads: int, dim: int) -> int:
     return heads
 
 
+def blocks_of(gram: Tensor, groups: int) -> Tensor:
+    """The blocks of ``[G, n, n]`` on the diagonal that belong to ``groups`` smaller groups."""
+    parts = groups // len(gram)
+    split = gram.unflatten(2, (parts, -1)).unflatten(1, (parts, -1))  # [G, P, n/P, P, n/P]
+    return split.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)
+
+
 @dataclass(frozen=True)
 class Spectrum:
     """The weighted principal components of one side of one layer.
 
     Attributes:
         dim: head_dim.
-        mean: ``[G, n]``, by group of heads.
-        variances: ``[G, n]``, descending.
-        forward: ``[G, n, n]``, from centred tokens to components (columns).
-        backward: ``[G, n, n]``, from components (rows) to tokens.
+        mean: ``[G, n]`` float64, by group of heads.
+        variances: ``[G, n]`` float64, descending.
+        forward: ``[G, n, n]`` float32, from centred tokens to components (columns).
+        backward: ``[G, n, n]`` float32, from components (rows) to tokens.
     """
 
     dim: int
@@ -68,7 +75,7 @@ def spectrum(
     """Weighted PCA of one side, or a rotation of each head that no data decides.
 
     Args:
-        total: sum of tokens ``[H * D]``; gram: sum of outer products ``[H * D, H * D]``.
+        total: sum of tokens ``[H * D]``; gram: sums of outer products by group, ``[G, n, n]``.
         count: tokens.
         weight: ``[H, D, D]``, the metric by KV head, or None for the plain one.
         dim: head_dim D.
@@ -77,11 +84,11 @@ def spectrum(
             its mean by head counts.
     """
     heads = total.numel() // dim
-    groups = heads if rotated else head_groups(heads, dim)
-    n = heads // groups * dim
+    if rotated:
+        gram = blocks_of(gram, heads)
+    groups, n, _ = gram.shape
     mean = (total / count).view(groups, n)
-    second = torch.stack([gram[g * n : (g + 1) * n, g * n : (g + 1) * n] for g in range(groups)])
-    cov = second / count - mean[:, :, None] * mean[:, None, :]  # [G, n, n]
+    cov = gram / count - mean[:, :, None] * mean[:, None, :]  # [G, n, n]
     if rotated:
         size = torch.ones(heads, dtype=cov.dtype, device=cov.device)
         if weight is not None:
@@ -92,7 +99,7 @@ def spectrum(
         order = variances.argsort(-1, descending=True)  # [G, n]
         forward = forward.gather(2, order[:, None].expand_as(forward))
         backward = forward.mT / size[:, None, None].square()
-        return Spectrum(dim, mean, variances.gather(1, order), forward, backward)
+        return Spectrum(dim, mean, variances.gather(1, order), forward.float(), backward.float())
     if weight is None:
         root = inverse = torch.eye(n, dtype=cov.dtype, device=cov.device).expand(groups, n, n)
     else:
@@ -103,7 +110,7 @@ def spectrum(
         inverse = torch.stack([torch.block_diag(*i) for _, i in blocks])
     variances, basis = torch.linalg.eigh(root @ cov @ root)
     variances, basis = variances.flip(-1).clamp_min(0), basis.flip(-1)  # descending
-    return Spectrum(dim, mean, variances, root @ basis, basis.transpose(-1, -2) @ inverse)
+    return Spectrum(dim, mean, variances, (root @ basis).float(), (basis.mT @ inverse).float())
 
 
 @cache
@@ -115,10 +122,10 @@ def spreading_rotation(dim: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     if dim & (dim - 1):
-        normal = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+        normal = torch.randn(dim, dim, generator=generator, dtype=torch.float64, device="cpu")
         return torch.linalg.qr(normal)[0]
-    matrix = torch.ones(1, 1, dtype=torch.float64)
+    matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     while len(matrix) < dim:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    signs = torch.randint(0, 2, (dim, 1), generator=generator) * 2.0 - 1.0
+    signs = torch.randint(0, 2, (dim, 1), generator=generator, device="cpu") * 2.0 - 1.0
     return matrix * signs / dim**0.5

@@ -17,11 +17,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._inductor.decomposition import register_decomposition
 
 from ..codec import parse_layout
 from ..codec.layout import working_dtype
+from ..codec.spectrum import head_groups
+from ..compat import full_precision
 from ..kernels.append import append_ as _append_
 from ..kernels.attend import attend as _attend
 from ..kernels.attend import attend_biased as _attend_biased
@@ -56,11 +59,22 @@ def _define(
     """
     name = schema.partition("(")[0]
     _LIB.define(schema)
-    _LIB.impl(name, meaning, "CompositeExplicitAutograd")
+    _LIB.impl(name, _precise(meaning), "CompositeExplicitAutograd")
     torch.library.register_fake(f"apack::{name}", fake, lib=_LIB)
 
     if inductor is not None:
         register_decomposition(getattr(torch.ops.apack, name).default)(inductor)
+
+
+def _precise(meaning: Callable[..., Any]) -> Callable[..., Any]:
+    """Codes and sums of a model under autocast are those that it has without."""
+
+    def run(*args: Any) -> Any:
+        device = next(x.device for x in pytree.arg_tree_leaves(*args) if isinstance(x, Tensor))
+        with full_precision(device):
+            return meaning(*args)
+
+    return run
 
 
 def _define_composite(schema: str, meaning: Callable[..., Any]) -> None:
@@ -86,8 +100,9 @@ def _attend_for_inductor(
 
 
 def _side_grows(side: Sequence[Tensor], layout: str) -> list[Grows]:
-    payload = len(parse_layout(layout).payload_fields(side[0].dtype))
-    stored = [Grows(True, (1,), alike=True)] * payload + [Grows(True)] * 3
+    code = parse_layout(layout)
+    payload = len(code.payload_fields(side[0].dtype))
+    stored = [Grows(True, (1,), alike=True)] * payload + [Grows(True)] * (3 + code.per_sequence)
     return [*stored, *[Grows()] * (len(side) - len(stored))]
 
 
@@ -154,13 +169,15 @@ def _unpack_fake(side: Sequence[Tensor], lengths: Tensor, length: int, layout: s
 def _moments_fake(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, visual: Tensor | None, *rest: Any
 ) -> list[Tensor]:
-    n_k, n_v, heads, dim = k.shape[1] * k.shape[3], v.shape[1] * v.shape[3], k.shape[1], k.shape[3]
-    shapes = [(n_k,), (n_k, n_k), (n_v,), (n_v, n_v), (heads, dim, dim)]
-    sums: list[Tensor] = []
-    for _ in range(1 if visual is None else 2):
-        sums.append(q.new_empty((), dtype=torch.float64))
-        sums += [q.new_empty(shape, dtype=torch.float32) for shape in shapes]
-    return sums
+    shapes: list[tuple[int, ...]] = [()]
+    for x in (k, v):
+        _, heads, _, dim = x.shape
+        groups = head_groups(heads, dim)
+        n = heads // groups * dim
+        shapes += [(heads * dim,), (groups, n, n)]
+    shapes.append((k.shape[1], k.shape[3], k.shape[3]))
+    kinds = 1 if visual is None else 2
+    return [q.new_empty(shape, dtype=torch.float64) for shape in shapes * kinds]
 
 
 _ATTEND = (

@@ -42,9 +42,10 @@ class Dynamics:
         number = table - HANDLES
         if number >= len(layouts) or not isinstance(value, Tensor):
             return None
-        payloads = len(parse_layout(layouts[number]).payload_fields(torch.float32))
-        if index >= payloads + 3:
-            return None  # parameters of the code
+        layout = parse_layout(layouts[number])
+        payloads = len(layout.payload_fields(torch.float32))
+        if index > payloads + 3 or index == payloads + 3 and not layout.per_sequence:
+            return None  # parameters of the code that belong to the model
         rest = [STATIC] * (value.dim() - 1)
         if index < payloads:
             rest[0] = SHARED

@@ -25,7 +25,7 @@ def test_too_few_queries_are_no_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, "MIN_QUERIES", 32)
     k = torch.randn(1, 2, 40, 8)
     found = Moments.of(torch.randn(1, 4, 1, 8), k, k, None)
-    assert torch.equal(found.q_gram, torch.eye(8).expand(2, 8, 8))
+    assert torch.equal(found.q_gram, torch.eye(8, dtype=torch.float64).expand(2, 8, 8))
 
 
 def data(batch: int = 2, tokens: int = 40, dim_v: int = 6) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,16 +42,43 @@ def assert_same(a: Moments, b: Moments) -> None:
 def test_moments_are_sums_of_tokens_and_of_their_outer_products() -> None:
     q, k, v = data()
     m = Moments.of(q, k, v, None)
-    flat_k, flat_v = k.transpose(1, 2).reshape(80, 12), v.transpose(1, 2).reshape(80, 18)
+    flat_k = k.transpose(1, 2).reshape(80, 12).double()
+    flat_v = v.transpose(1, 2).reshape(80, 18).double()
     assert m.count.item() == 80
-    assert m.count.dtype == torch.float64
+    assert all(t.dtype == torch.float64 for t in m.tensors())
     torch.testing.assert_close(m.k_sum, flat_k.sum(0), **CLOSE)
-    torch.testing.assert_close(m.k_gram, flat_k.T @ flat_k, **CLOSE)
+    torch.testing.assert_close(m.k_gram, (flat_k.T @ flat_k)[None], **CLOSE)
     torch.testing.assert_close(m.v_sum, flat_v.sum(0), **CLOSE)
-    torch.testing.assert_close(m.v_gram, flat_v.T @ flat_v, **CLOSE)
+    torch.testing.assert_close(m.v_gram, (flat_v.T @ flat_v)[None], **CLOSE)
     for head in range(3):
-        readers = q[:, 2 * head : 2 * head + 2].reshape(-1, 4)
+        readers = q[:, 2 * head : 2 * head + 2].reshape(-1, 4).double()
         torch.testing.assert_close(m.q_gram[head], readers.T @ readers, **CLOSE)
+
+
+def test_a_large_mean_does_not_drown_the_variance() -> None:
+    """Bug: with a mean of 300 and 16,384 tokens float32 sums were off by a tenth of it."""
+    k = torch.randn(1, 1, 16384, 8) + 300
+    m = Moments.of(k, k, k, None)
+    flat = k[0, 0].double()
+    mean = m.k_sum / m.count
+    found = m.k_gram[0] / m.count - torch.outer(mean, mean)
+    torch.testing.assert_close(found, flat.T.cov(correction=0), rtol=0, atol=1e-4)
+
+
+def test_autocast_changes_nothing() -> None:
+    """Bug: under autocast sums were taken in bfloat16."""
+    q, k, v = data()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = Moments.of(q, k, v, None)
+    assert_same(found, Moments.of(q, k, v, None))
+
+
+def test_wide_layers_have_sums_by_group_of_heads() -> None:
+    k = torch.randn(1, 16, 50, 128)
+    m = Moments.of(k, k, k, None)
+    assert m.k_gram.shape == (2, 1024, 1024)
+    flat = k[0, 8:].transpose(0, 1).flatten(1).double()
+    torch.testing.assert_close(m.k_gram[1], flat.T @ flat, **CLOSE)
 
 
 @pytest.mark.parametrize("dim", [0, 2])
@@ -125,8 +152,8 @@ def test_sinks_are_the_first_tokens_of_all_kinds() -> None:
     visible[0, :2], visual[0, 3:7] = False, True
     m = Moments.of(q, k, v, visible, None, 3, visual)  # sinks: tokens 2, 3 and 4
     assert m.count.item() == 2
-    flat = k[0, :, 5:7].transpose(0, 1).flatten(1)
-    torch.testing.assert_close(m.k_gram, flat.T @ flat, **CLOSE)
+    flat = k[0, :, 5:7].transpose(0, 1).flatten(1).double()
+    torch.testing.assert_close(m.k_gram, (flat.T @ flat)[None], **CLOSE)
 
 
 def test_no_token_of_a_kind_gives_zeros() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from apack_compile.codec import TransformLayout
+from apack_compile.codec.rotation import rotate
 from apack_compile.codec.transform import GAIN_DTYPE, LEAST_GAIN
 from apack_compile.kernels.reference import decode_reference
 
@@ -21,8 +24,16 @@ def layouts(draw: st.DrawFn) -> TransformLayout:
     r4 = 2 * draw(st.integers(0, 5))
     r2 = 4 * draw(st.integers(0 if r8 + r4 else 1, 5))
     return TransformLayout(
-        heads, draw(st.sampled_from([1, 3, 8])), groups, r8, r4, r2, draw(st.integers(0, 1))
+        heads, draw(st.sampled_from([1, 3, 8])), groups, r8, r4, r2, draw(st.integers(0, 2))
     )
+
+
+@st.composite
+def positional_layouts(draw: st.DrawFn) -> TransformLayout:
+    layout = draw(layouts())
+    dim = draw(st.sampled_from([2, 6, 8]))
+    rotary = draw(st.sampled_from([r for r in (2, 4, 8) if r <= dim]))
+    return replace(layout, dim=dim, rotary=rotary, interleaved=draw(st.integers(0, 1)))
 
 
 @given(layout=layouts(), batch=st.integers(1, 3), tokens=st.integers(0, 5), seed=st.integers(0, 99))
@@ -56,6 +67,37 @@ def test_decoding_agrees_with_decoding_number_by_number(
     torch.testing.assert_close(
         layout.decode(payload, code.params, torch.float64), expected, rtol=0, atol=1e-10
     )
+
+
+@given(
+    layout=positional_layouts(), tokens=st.integers(0, 5), repeats=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+@few
+def test_scores_of_keys_coded_before_their_rotation(
+    layout: TransformLayout, tokens: int, repeats: int, seed: int
+) -> None:
+    code = hand_code(layout, seed)
+    unrotated = replace(layout, rotary=0, interleaved=0)
+    positions = torch.randint(0, 5000, (2, tokens))
+    payload = random_payload(layout, 2, tokens, torch.float32)
+    plain = unrotated.decode(payload, code.params, torch.float64)
+    x = rotate(plain, positions, code.params[-1], bool(layout.interleaved))
+    # float64 rounding; numbers are up to some 1e4
+    close = {"rtol": 1e-10, "atol": 1e-8}
+    torch.testing.assert_close(
+        layout.decode(payload, code.params, torch.float64, positions), x, **close
+    )
+    q = torch.randn(2, layout.heads * repeats, 3, layout.dim, dtype=torch.float64)
+    torch.testing.assert_close(
+        layout.scores(q, payload, code.params, positions),
+        q @ x.repeat_interleave(repeats, 1).mT,
+        **close,
+    )
+    again = layout.encode(x, code.params, positions)
+    before = unrotated.encode(plain, code.params)
+    for mine, theirs in zip(again, before, strict=True):
+        assert int((mine != theirs).sum()) <= 1  # a number on the border of two codes
 
 
 @given(

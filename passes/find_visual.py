@@ -101,11 +101,15 @@ def find_visual(graph: fx.Graph, keys: fx.Node) -> Kinds | str:
         graph: a Dynamo graph of a prefill.
         keys: new keys of its first attention site, ``[B, H, S, D]``.
     """
-    hidden = projected_from(as_networkx(graph), keys, 1)
-    kinds = TokenFlow(graph).of(hidden)
+    kinds = TokenFlow(graph).of(hidden_states(graph, keys))
     if not kinds:
         return "the tokens' embeddings are not found in this graph"
     return NO_IMAGE if kinds == TEXT else kinds
+
+
+def hidden_states(graph: fx.Graph, keys: fx.Node) -> frozenset[fx.Node]:
+    """The tensors ``[B, S, C]`` that ``keys`` are projected from."""
+    return projected_from(as_networkx(graph), keys, 1)
 
 
 class TokenFlow:

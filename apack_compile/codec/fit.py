@@ -22,6 +22,7 @@ from torch import Tensor
 from .bits import CLASSES
 from .budget import share_budget
 from .code import Code
+from .kinds import balance, kind_error, rest
 from .moments import Moments
 from .quantiser import tailed_quantiser
 from .recipe import Recipe
@@ -132,28 +133,32 @@ class Evidence:
         moments: sums over the tokens to fit on.
         rotation: of its keys by position; the moments are then without it. None: not known.
         sensitivity: None: the weights are second moments of the queries.
+        visual: sums over the visual ones of the tokens; None: kinds of tokens are not known.
     """
 
     moments: Moments
     rotation: Rotation | None = None
     sensitivity: Sensitivity | None = None
+    visual: Moments | None = None
 
     def as_seen(self, reach: int) -> Evidence:
         """The same of keys as attention sees them, at all positions below ``reach``."""
         if self.rotation is None:
             return self
         metric = self.sensitivity and self.sensitivity.spread(self.rotation, reach)
-        return Evidence(self.moments.spread(self.rotation, reach), None, metric)
+        visual = self.visual and self.visual.spread(self.rotation, reach)
+        return Evidence(self.moments.spread(self.rotation, reach), None, metric, visual)
 
     def unrotated(self, reach: int) -> Evidence:
         """The same of keys before their rotation: only queries come from all distances."""
         assert self.rotation is not None
-        q_gram = self.rotation.gram(self.moments.q_gram.double(), reach)
+        q_gram = self.rotation.gram(self.moments.q_gram, reach)
         return replace(self, moments=replace(self.moments, q_gram=q_gram))
 
     def spectra(self, dims: tuple[int, int], recipe: Recipe) -> tuple[Spectrum, Spectrum]:
         """Components of keys and values."""
-        count, k_sum, k_gram, v_sum, v_gram, q_gram = (t.double() for t in self.moments.tensors())
+        sums = balance(self.moments, self.visual).tensors()
+        count, k_sum, k_gram, v_sum, v_gram, q_gram = sums
         turned = recipe.v_basis == "hadamard"
         metric = self.sensitivity
         if metric is None:
@@ -166,6 +171,20 @@ class Evidence:
             spectrum(k_sum, k_gram, count, metric.k, dims[0], RIDGE),
             spectrum(v_sum, v_gram, count, metric.v, dims[1], RIDGE, turned),
         )
+
+    def judged(self, k: Code, v: Code, keys: Spectrum, values: Spectrum) -> tuple[Code, Code]:
+        """Codes made of these components, with their errors on text and on visual tokens."""
+        if self.visual is None:
+            return k, v
+        kinds = rest(self.moments, self.visual), self.visual
+        text, image = (
+            (
+                kind_error(keys, k.layout, m.k_sum, m.k_gram, m.count),
+                kind_error(values, v.layout, m.v_sum, m.v_gram, m.count),
+            )
+            for m in kinds
+        )
+        return replace(k, kinds=(text[0], image[0])), replace(v, kinds=(text[1], image[1]))
 
 
 def fit_transform(
@@ -190,8 +209,12 @@ def fit_transform(
     """
     rotations = [layer.rotation for layer in layers]
     before = recipe.k_code == "pre-rope" and None not in rotations
-    layers = [x.unrotated(reach) if before else x.as_seen(reach) for x in layers]
-    keys, values = zip(*(layer.spectra(dims, recipe) for layer in layers), strict=True)
+
+    def coded(layer: Evidence) -> Evidence:
+        return layer.unrotated(reach) if before else layer.as_seen(reach)
+
+    # Layer by layer: the moments of all layers at once, spread, would take gigabytes.
+    keys, values = zip(*(coded(layer).spectra(dims, recipe) for layer in layers), strict=True)
     k_budget, v_budget = (
         side_budget(side[0].mean.numel(), recipe.ratio) for side in (keys, values)
     )
@@ -208,8 +231,10 @@ def fit_transform(
                 if turn is not None
             ]
     return [
-        (quantise(k, k_layout, rotation), quantise(v, v_layout))
-        for k, v, (k_layout, v_layout), rotation in zip(
-            keys, values, layouts, rotations, strict=True
+        (coded(layer) if layer.visual else layer).judged(
+            quantise(k, k_layout, rotation), quantise(v, v_layout), k, v
+        )
+        for layer, k, v, (k_layout, v_layout), rotation in zip(
+            layers, keys, values, layouts, rotations, strict=True
         )
     ]

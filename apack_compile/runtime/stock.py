@@ -9,6 +9,7 @@ from torch import fx
 
 from ..cache import PackedKV
 from .stats import GraphRecord
+from .visual import TokenKinds
 
 
 class StockGraph:
@@ -22,6 +23,7 @@ class StockGraph:
         self.record = record
         self.handles = [i for i, e in enumerate(example_inputs) if isinstance(e, PackedKV)]
         fakes = [e.unpack() if isinstance(e, PackedKV) else e for e in example_inputs]
+        self._tokens = TokenKinds.of_copy(gm)
         self._call = compiler(gm, fakes)
         record.compiles += 1
 
@@ -32,4 +34,4 @@ class StockGraph:
         self.record.ran("stock")
         if self.handles:
             args = tuple(a.unpack() if isinstance(a, PackedKV) else a for a in args)
-        return self._call(*args)
+        return self._tokens.run(self._call, args)

@@ -8,8 +8,9 @@ the user) are of unknown kind.
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import or_
 from typing import Any, TypeAlias
@@ -19,9 +20,25 @@ from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..passes.base import output_of, shape_of, value_of
-from ..passes.find_visual import TEXT, Chosen, Given, Image, Joined, Kinds, Put, Text, TokenFlow
+from ..passes.find_visual import (
+    NO_IMAGE,
+    TEXT,
+    Chosen,
+    Given,
+    Image,
+    Joined,
+    Kinds,
+    Put,
+    Text,
+    TokenFlow,
+    find_visual,
+    hidden_states,
+)
 from ..passes.find_writes import is_written
+from ..passes.plan import PlannedSite
 from .arguments import Sizes
+
+log = logging.getLogger(__name__)
 
 Mask: TypeAlias = "Tensor | bool | None"
 """Which tokens are visual: bool, broadcastable to ``[B, S]``; None: not known."""
@@ -36,22 +53,35 @@ class Memory:
 
     def note(self, embeddings: Tensor, visual: Mask) -> None:
         """Remember which tokens of ``embeddings [B, S, C]`` are visual."""
+        if embeddings.is_inference() and not isinstance(visual, Tensor):
+            return  # images may be written into it unseen: it counts no writes
         with self._lock:
-            self._known[embeddings] = visual
+            self._known[embeddings] = _writes(embeddings), visual
 
-    def of(self, embeddings: Any) -> Mask:
-        """Which tokens are visual."""
+    def of(self, embeddings: Tensor) -> Mask:
+        """Which tokens are visual; not known any more once the tensor is written to."""
         with self._lock:
-            return self._known.get(embeddings)
+            writes, visual = self._known.get(embeddings, (-1, None))
+        return visual if writes == _writes(embeddings) else None
+
+
+def _writes(tensor: Tensor) -> int:
+    """How often a tensor was written to."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 MEMORY = Memory()
 
 
 class TokenKinds:
-    """The kinds of tokens of one Dynamo graph, evaluated for the arguments of a call."""
+    """The kinds of tokens of one Dynamo graph, evaluated for the arguments of a call.
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    Args:
+        gm: the graph.
+        width: channels C of results ``[B, S, C]`` that are worth a word; None: any.
+    """
+
+    def __init__(self, gm: fx.GraphModule, width: int | None = None) -> None:
         self._gm = gm
         self._sizes = Sizes(gm.graph)
         inputs = (n for n in gm.graph.nodes if n.op == "placeholder")
@@ -62,14 +92,31 @@ class TokenKinds:
             (index, flow.kinds[node])
             for index, node in enumerate(results)
             if node in flow.kinds and not (flow.kinds[node] <= TEXT and node in flow.computed)
+            if width in (None, (shape_of(node) or (None,))[-1])
+        ]
+        self._written = [
+            (index, flow.kinds[node])
+            for node, index in self._position.items()
+            if flow.kinds.get(node, {Given(index)}) != {Given(index)}
         ]
 
-    def note_results(self, args: Sequence[Any], results: Sequence[Any]) -> None:
-        """Leave a word about every result that carries tokens."""
-        for index, kinds in self._returned:
-            visual = self.visual(kinds, args)
+    @classmethod
+    def of_copy(cls, gm: fx.GraphModule) -> TokenKinds:
+        """Of a graph that a compiler takes over, and changes."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(gm.graph, {}))
+        return cls(fx.GraphModule(gm, graph))
+
+    def run(self, call: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """``call(*args)``, the graph, with a word about every result that carries tokens."""
+        # Before the call: it may write to its arguments.
+        told = [self.visual(kinds, args) for _, kinds in (*self._returned, *self._written)]
+        results = call(*args)
+        carriers = [results[i] for i, _ in self._returned] + [args[i] for i, _ in self._written]
+        for embeddings, visual in zip(carriers, told, strict=True):
             if visual is not None:
-                MEMORY.note(results[index], visual)
+                MEMORY.note(embeddings, visual)
+        return results
 
     def may_be_visual(self, kinds: Kinds, args: Sequence[Any]) -> bool:
         """Whether any token could be visual, without computing which."""
@@ -82,7 +129,52 @@ class TokenKinds:
 
     def visual(self, kinds: Kinds, args: Sequence[Any]) -> Mask:
         """Which tokens are visual in the call with ``args``."""
-        return _Call(self._gm, self._sizes, self._position, args).any_of(kinds)
+        try:
+            return _Call(self._gm, self._sizes, self._position, args).any_of(kinds)
+        except Exception:  # no kind of tokens is worth a model that does not run
+            log.info("visual tokens could not be told apart", exc_info=True)
+            return None
+
+
+class Prompts:
+    """The visual tokens in the prompts of a graph whose caches are packed.
+
+    Args:
+        gm: the Dynamo graph.
+        sites: whose caches are packed.
+        sinks: first tokens, which are not coded.
+    """
+
+    def __init__(self, gm: fx.GraphModule, sites: Sequence[PlannedSite], sinks: int) -> None:
+        self._sinks = sinks
+        self._kinds: Kinds | str = "no first prefill"
+        width = None
+        prefills = [s.cached.k for s in sites if s.cached.k.past is None]
+        if prefills:
+            self._kinds = find_visual(gm.graph, prefills[0].new)
+            shapes = map(shape_of, hidden_states(gm.graph, prefills[0].new))
+            width = next((shape[-1] for shape in shapes if shape), None)
+        self._reader = TokenKinds(gm, width)
+
+    def visual(self, args: Sequence[Any], batch: int, length: int) -> Mask:
+        """Which of the tokens are visual, ``[B, S]``; False: none; None: not known."""
+        if isinstance(self._kinds, str):
+            return False if self._kinds == NO_IMAGE else None
+        mask = self._reader.visual(self._kinds, args)
+        if isinstance(mask, Tensor):
+            return mask.expand(batch, length) if bool(mask.any()) else False
+        return mask
+
+    def have_visual(self, args: Sequence[Any]) -> bool:
+        """Whether visual tokens will be coded."""
+        if isinstance(self._kinds, str) or not self._reader.may_be_visual(self._kinds, args):
+            return False
+        mask = self._reader.visual(self._kinds, args)
+        return isinstance(mask, Tensor) and bool((mask.sum(-1) > self._sinks).any())
+
+    def run(self, call: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """See :meth:`TokenKinds.run`."""
+        return self._reader.run(call, args)
 
 
 class _Unclear(Exception):

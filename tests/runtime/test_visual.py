@@ -28,11 +28,9 @@ def told(case: zoo.Case, **how: Any) -> list[Any]:
         reader = TokenKinds(gm)
 
         def run(*args: Any) -> Any:
-            results = gm(*args)
             if sites:
                 found.append(kinds if isinstance(kinds, str) else reader.visual(kinds, args))
-            reader.note_results(args, results)
-            return results
+            return reader.run(gm, args)
 
         return run
 
@@ -99,6 +97,41 @@ def test_what_is_noted_is_known_while_the_embeddings_live() -> None:
     del embeddings
     gc.collect()
     assert len(memory._known) == 0
+
+
+def test_embeddings_that_were_written_to_are_of_unknown_kind() -> None:
+    """Images written into text by eager code between two graphs."""
+    memory, embeddings = Memory(), torch.zeros(1, 3, 2)
+    memory.note(embeddings, False)
+    embeddings[:, 1] = 5.0
+    assert memory.of(embeddings) is None
+
+
+def test_inference_tensors_count_no_writes_and_are_never_sure_to_be_text() -> None:
+    memory, mask = Memory(), torch.ones(1, 3) > 0
+    with torch.inference_mode():
+        embeddings = torch.zeros(1, 3, 2)
+        memory.note(embeddings, False)
+        assert memory.of(embeddings) is None
+        memory.note(embeddings, mask)
+        assert memory.of(embeddings) is mask
+
+
+def test_a_graph_that_writes_images_into_its_input_leaves_a_word_about_it() -> None:
+    def backend(gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        return lambda *args: TokenKinds(gm).run(gm, args)
+
+    def write(text: Tensor, mask: Tensor, features: Tensor) -> None:
+        text[mask] = features
+
+    mask = torch.tensor([[False, True, True]])
+    text, features = torch.zeros(1, 3, 4), torch.randn(2, 4)
+    first = torch.tensor([[True, False, False]])
+    MEMORY.note(text, first)
+    torch.compile(write, backend=backend)(text, mask, features)
+    known = MEMORY.of(text)
+    assert isinstance(known, Tensor)
+    assert torch.equal(known, mask | first)
 
 
 def layer(width: int = 4) -> Callable[..., Any]:

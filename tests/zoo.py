@@ -140,7 +140,8 @@ def aria(batch: int = 1, padded: bool = False, text: int = 90) -> Case:
     return Case(make("AriaForConditionalGeneration", config), inputs)
 
 
-def qwen2_vl(batch: int = 1, padded: bool = False, text: int = 90) -> Case:
+def qwen2_vl(batch: int = 1, padded: bool = False, text: int = 90, grid: int = 4) -> Case:
+    """Four of the ``grid x grid`` patches make a token."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     config = transformers.Qwen2VLConfig(
         text_config=text_config(rope_parameters=rope),
@@ -150,10 +151,10 @@ def qwen2_vl(batch: int = 1, padded: bool = False, text: int = 90) -> Case:
         image_token_id=IMAGE, video_token_id=IMAGE + 1, vision_start_token_id=IMAGE + 2,
         vision_end_token_id=IMAGE + 3,
     )  # fmt: skip
-    inputs = prompt(4, text, batch, padded, start=(1, IMAGE + 2))
+    inputs = prompt(grid**2 // 4, text, batch, padded, start=(1, IMAGE + 2))
     generator = torch.Generator().manual_seed(1)
-    inputs["pixel_values"] = torch.randn(16 * batch, 3 * 2 * 14 * 14, generator=generator)
-    inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]] * batch)
+    inputs["pixel_values"] = torch.randn(grid**2 * batch, 3 * 2 * 14 * 14, generator=generator)
+    inputs["image_grid_thw"] = torch.tensor([[1, grid, grid]] * batch)
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
     return Case(make("Qwen2VLForConditionalGeneration", config), inputs)
 

@@ -69,6 +69,7 @@ class SavedProfile:
         weights: digests of all weights that the layers depend on.
         layers: in the order of the graph.
         tokens: that the codes were fitted on.
+        visual: how many of them are visual; None: not known.
         made: versions and time of the fit.
     """
 
@@ -76,6 +77,7 @@ class SavedProfile:
     weights: tuple[str, ...]
     layers: tuple[SavedLayer, ...]
     tokens: int
+    visual: int | None
     made: Mapping[str, str]
 
     @property
@@ -101,7 +103,7 @@ def write_profile(profile: SavedProfile, path: Path) -> None:
         {
             "options": profile.options, "fingerprint": profile.fingerprint,
             "weights": profile.weights, "layers": layers, "tokens": profile.tokens,
-            "made": dict(profile.made),
+            "visual": profile.visual, "made": dict(profile.made),
         }
     )  # fmt: skip
     metadata = {
@@ -167,7 +169,7 @@ def _layer_header(layer: SavedLayer, prefix: str, tensors: dict[str, Tensor]) ->
         "reason": layer.reason, "rotation": None,
     }  # fmt: skip
     for side, code in zip("kv", layer.codes, strict=True):
-        header[side] = {"layout": code.layout.spec, "error": code.error}
+        header[side] = {"layout": code.layout.spec, "error": code.error, "kinds": code.kinds}
         for i, parameter in enumerate(code.params):
             tensors[f"{prefix}.{side}.{i}"] = _on_host(parameter)
     if layer.rotation is not None:
@@ -191,9 +193,11 @@ def _profile_of(header: Any, tensors: Mapping[str, Tensor]) -> SavedProfile:
     layers = tuple(
         _layer_of(layer, f"layers.{i}.", tensors) for i, layer in enumerate(header["layers"])
     )
+    visual = header["visual"]
     profile = SavedProfile(
         str(header["options"]), tuple(map(str, header["weights"])), layers,
-        int(header["tokens"]), {str(k): str(v) for k, v in header["made"].items()},
+        int(header["tokens"]), None if visual is None else int(visual),
+        {str(k): str(v) for k, v in header["made"].items()},
     )  # fmt: skip
     if profile.fingerprint != header["fingerprint"]:
         raise ValueError("the fingerprint is not that of the weights")
@@ -206,7 +210,10 @@ def _layer_of(header: Any, prefix: str, tensors: Mapping[str, Tensor]) -> SavedL
         layout = parse_layout(header[side]["layout"])
         params = tuple(tensors[f"{prefix}{side}.{i}"] for i in range(layout.param_count))
         _check_shapes(layout, params)
-        codes.append(Code(layout, params, float(header[side]["error"])))
+        kinds = header[side]["kinds"]
+        if kinds is not None:
+            kinds = float(kinds[0]), float(kinds[1])
+        codes.append(Code(layout, params, float(header[side]["error"]), kinds))
     rotation = None
     if header["rotation"] is not None:
         start = f"{prefix}rotation."

@@ -147,18 +147,17 @@ class Prompts:
 
     def __init__(self, gm: fx.GraphModule, sites: Sequence[PlannedSite], sinks: int) -> None:
         self._sinks = sinks
-        self._kinds: Kinds | str = "no first prefill"
-        width = None
+        self._kinds: Kinds | str = "not a first prefill"
+        self._reader: TokenKinds | None = None
         prefills = [s.cached.k for s in sites if s.cached.k.past is None]
         if prefills:
             self._kinds = find_visual(gm.graph, prefills[0].new)
             shapes = map(shape_of, hidden_states(gm.graph, prefills[0].new))
-            width = next((shape[-1] for shape in shapes if shape), None)
-        self._reader = TokenKinds(gm, width)
+            self._reader = TokenKinds(gm, next((shape[-1] for shape in shapes if shape), None))
 
     def visual(self, args: Sequence[Any], batch: int, length: int) -> Mask:
         """Which of the tokens are visual, ``[B, S]``; False: none; None: not known."""
-        if isinstance(self._kinds, str):
+        if isinstance(self._kinds, str) or self._reader is None:
             return False if self._kinds == NO_IMAGE else None
         mask = self._reader.visual(self._kinds, args)
         if isinstance(mask, Tensor):
@@ -167,14 +166,16 @@ class Prompts:
 
     def have_visual(self, args: Sequence[Any]) -> bool:
         """Whether visual tokens will be coded."""
-        if isinstance(self._kinds, str) or not self._reader.may_be_visual(self._kinds, args):
+        if isinstance(self._kinds, str) or self._reader is None:
+            return False
+        if not self._reader.may_be_visual(self._kinds, args):
             return False
         mask = self._reader.visual(self._kinds, args)
         return isinstance(mask, Tensor) and bool((mask.sum(-1) > self._sinks).any())
 
     def run(self, call: Callable[..., Any], args: Sequence[Any]) -> Any:
-        """See :meth:`TokenKinds.run`."""
-        return self._reader.run(call, args)
+        """``call(*args)``, the graph; see :meth:`TokenKinds.run`."""
+        return call(*args) if self._reader is None else self._reader.run(call, args)
 
 
 class _Unclear(Exception):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from apack_compile.codec.rotation import Rotation
@@ -18,11 +20,12 @@ def saved(layers: int = 2, options: str = OPTIONS) -> SavedProfile:
     weights = digests([torch.full((4,), float(i)) for i in range(layers + 3)])
     made = {"attentionpack": "0", "torch": "0", "time": "then"}
     each = tuple(saved_layer(i, weights[i]) for i in range(layers))
-    return SavedProfile(options, tuple(weights), each, 200, made)
+    return SavedProfile(options, tuple(weights), each, 200, 60, made)
 
 
 def saved_layer(number: int, weight: str) -> SavedLayer:
-    codes = fitted_ref(gain=False).code, fitted_ref(gain=True).code
+    k, v = fitted_ref(gain=False).code, fitted_ref(gain=True).code
+    codes = replace(k, kinds=(0.25, 0.5)), v
     waves = torch.rand(2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
     rotation = Rotation(waves[0], 8, False, waves[1], 0.25) if number % 2 else None
     return SavedLayer(weight, (4,), f"layer.{number}", codes, rotation, 4096, "a reason")

@@ -7,6 +7,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
 MADE := $(VENV)/made
 LINT := $(VENV)/made-lint
+BENCH := $(VENV)/made-bench
 
 # Inductor compiles with $$CXX, or g++ if it is unset: name the compiler that there is.
 ifeq ($(origin CXX),default)
@@ -14,7 +15,7 @@ CXX := $(firstword $(shell for c in g++ c++ clang++; do command -v $$c; done; tr
 endif
 export CXX
 
-.PHONY: help demo test lint format bench bench-cpu env clean check-python check-compiler
+.PHONY: help demo test lint format bench bench-cpu bench-quality env clean check-python check-compiler
 
 help:  ## this list
 	@echo 'Usage: make TARGET [PYTHON=python3.12] [ARGS=...]'
@@ -43,6 +44,9 @@ bench: $(MADE) check-compiler  ## packed attention beside dense attention, on th
 bench-cpu: $(MADE) check-compiler  ## decode speed on this machine's processor
 	$(PY) benchmarks/decode_cpu.py $(ARGS)
 
+bench-quality: $(BENCH) check-compiler  ## quality at equal bytes, beside other codes of the cache; ARGS=--full
+	$(PY) -m benchmarks.quality $(ARGS)
+
 env: $(MADE)  ## only the virtual environment
 
 clean:  ## remove the virtual environment
@@ -60,6 +64,10 @@ $(MADE): pyproject.toml constraints.txt | check-python check-compiler
 
 $(LINT): $(MADE)
 	$(PIP) ruff mypy
+	touch $@
+
+$(BENCH): $(MADE)
+	$(PIP) --no-build-isolation -e '.[bench]'
 	touch $@
 
 check-python:

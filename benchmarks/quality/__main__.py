@@ -12,14 +12,15 @@ import gc
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from .documents import documents, windows
-from .evaluate import GREEDY, NEXT, Reference, evaluate
+from .evaluate import NEXT, Reference, evaluate
 from .methods import METHODS, Method, Setting
+from .packed import sources
 from .plot import plot
 from .results import FOLDER, Results, environment
 from .runner import Runner, Unavailable
@@ -35,17 +36,19 @@ class Run:
         name: of the result file.
         contexts: tokens that are prefilled.
         windows: test windows, one a document.
+        greedy: tokens of greedy decoding that are compared.
         part: of which methods' ``runs``.
     """
 
     name: str
     contexts: tuple[int, ...]
     windows: int
+    greedy: int
     part: str
 
 
-SHORT = Run("quality", (2048,), 6, "short")
-FULL = Run("quality-full", (2048, 4096, LIMIT - NEXT), 24, "full")
+SHORT = Run("quality", (2048,), 6, 64, "short")
+FULL = Run("quality-full", (2048, 4096, LIMIT - NEXT), 24, 128, "full")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -79,8 +82,8 @@ def chosen(args: argparse.Namespace) -> Run:
     """What the command line asks for."""
     run = FULL if args.full else SHORT
     if args.context is not None:
-        run = Run(f"quality-{args.context}", (args.context,), 5, "target")
-    return Run(run.name, run.contexts, args.windows or run.windows, run.part)
+        run = Run(f"quality-{args.context}", (args.context,), 5, 64, "target")
+    return replace(run, windows=args.windows or run.windows)
 
 
 def methods_of(run: Run, words: list[str] | None) -> list[Method]:
@@ -130,7 +133,7 @@ def measure(
                 break
             if context not in references:
                 ids = texts[:, : context + NEXT]
-                references[context] = Reference(subject, ids, context, GREEDY)
+                references[context] = Reference(subject, ids, context, run.greedy)
             scores, cache = evaluate(runner, references[context])
             seconds = time.monotonic() - started
             cell = {
@@ -194,12 +197,13 @@ def main() -> None:
         "contexts": list(run.contexts),
         "windows": run.windows,
         "next": NEXT,
-        "greedy": GREEDY,
+        "greedy": run.greedy,
         "calibration": list(calibration.shape),
         "inner": args.inner,
     }
     command = " ".join(["python -m benchmarks.quality", *sys.argv[1:]])
     results = Results.resume(path, settings, environment(subject.device), command)
+    results.drop_outdated(sources())
     with torch.no_grad():
         complete = measure(run, methods_of(run, args.methods), setting, results, clock)
     if not complete:

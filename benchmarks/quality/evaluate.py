@@ -18,9 +18,6 @@ from .subject import Prompts, Subject
 NEXT = 512
 """Tokens behind the context that are teacher-forced."""
 
-GREEDY = 128
-"""Tokens of the stock model's own continuation that are compared."""
-
 
 class Reference:
     """What the stock model makes of the prompts of one length.

@@ -129,7 +129,7 @@ VARIANTS = (
     Variant(", pre-RoPE K", {"target": TARGETS, "full": (8,)}, {"k_code": "pre-rope"}),
     Variant(", Hadamard V", {"target": TARGETS, "full": (8,)}, {"v_basis": "hadamard"}),
     Variant(", as decoded", {"full": (4, 8)}, coded_once=False),
-    Variant(", paper mode", {"full": (8,)}, {"mode": "paper"}),
+    Variant(", paper mode", {"full": (8,)}, {"codec": "svd"}),
 )  # fmt: skip
 
 

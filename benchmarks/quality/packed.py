@@ -21,6 +21,7 @@ from transformers import DynamicCache
 
 import apack_compile
 from apack_compile.options import OptionError, Options
+from apack_compile.source_hash import source_hash
 
 from .rivals.base import RECENT, SINKS
 from .runner import Sizes, Unavailable
@@ -67,7 +68,11 @@ class PackedRunner:
         self.subject = subject
         self.fitting = fitting
         # Codes kept on disk would make a method depend on what ran before it.
-        own = {"sinks": SINKS, "window": RECENT, **({"profile_cache": False} if hasattr(Options, "profile_cache") else {})}
+        own = {
+            "sinks": SINKS,
+            "window": RECENT,
+            **({"profile_cache": False} if hasattr(Options, "profile_cache") else {}),
+        }
         self.options = {"inner": inner, **options, **own}
         self.block = Options().block
         if coded_once:
@@ -92,7 +97,8 @@ class PackedRunner:
         Raises:
             RuntimeError: a layer came out without a code.
         """
-        if not self.fitting.beforehand and self.fitted_for < prompts.length:
+        learns = self.options.get("codec", Options.codec) == "transform"
+        if learns and not self.fitting.beforehand and self.fitted_for < prompts.length:
             self._prefill(self.fitting.prompts[:1, : prompts.length])
             self.fitted_for = prompts.length
         cache = self._prefill(prompts.ids)
@@ -124,19 +130,19 @@ class PackedRunner:
     def sizes(self, cache: DynamicCache) -> Sizes:
         """Counted on the cache: codes by layout, everything else by storage.
 
+        Bases of single sequences and exact tokens beyond the sinks are shared by coded tokens.
         Exact tokens count as 16-bit numbers, as in a 16-bit model; the ring of recent tokens
         with the default block, not the one that :class:`PackedRunner` was given.
         """
         sides = [s for layer in cache.layers for s in (layer.keys, layer.values)]
         width = self.subject.heads * self.subject.dim
-        token_bytes = residual = 0.0
+        token_bytes = beside = 0.0
         for side in sides:
             store = side.store
             token_bytes += _layout(side).token_bytes(side.dtype)
-            used = int((store.side.pool_positions >= 0).sum()) / len(store.side.pool_positions)
-            residual += (used - SINKS) * 2 * width
-        coded = sides[0].store.coded - SINKS
-        token_bytes += residual / coded
+            used = int((store.side.pool_positions >= 0).sum()) / side.shape[0]
+            beside += (used - SINKS) * 2 * width + store.ref.cache_bytes / side.shape[0]
+        token_bytes += beside / (sides[0].store.coded - SINKS)
         count = apack_compile.cache_bytes(cache)
         to_16_bit = 2 / sides[0].dtype.itemsize
         slots = RECENT + self.options.get("block", self.block)
@@ -157,7 +163,13 @@ class PackedRunner:
             "fitted": "beforehand" if self.fitting.beforehand else "first prefill",
             "packed_attention_calls": report.attends,
             "of": self.follows * self.subject.layers,
+            "sources": sources(),
         }
+
+
+def sources() -> str:
+    """Which attentionpack this is: its version says less while it is being made."""
+    return source_hash()[:12]
 
 
 def _layout(side: Any) -> Any:

@@ -16,7 +16,9 @@ from torch import Tensor
 from .rivals.base import RECENT, SINKS
 
 TASK = "There is a pass key hidden in the text below. Find it and remember it.\n\n"
-NEEDLE = " The pass key is {key}. Remember it. {key} is the pass key."
+NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
+"""A paragraph of its own: amid a paragraph the model itself finds two of six at 2,048 tokens."""
+
 QUESTION = "\n\nWhat is the pass key?"
 START = "The pass key is"
 

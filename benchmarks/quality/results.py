@@ -49,6 +49,13 @@ class Results:
                 print(f"{path.name} was measured with other settings or versions: made anew")
         return made
 
+    def drop_outdated(self, sources: str) -> None:
+        """Forget cells that other sources of attentionpack made."""
+        kept = [c for c in self.cells if c.get("sources", sources) == sources]
+        if len(kept) < len(self.cells):
+            print(f"{len(self.cells) - len(kept)} cells are of other sources: measured anew")
+        self.cells = kept
+
     def has(self, method: str, context: int) -> bool:
         """Whether there is such a cell."""
         return any((c["method"], c["context"]) == (method, context) for c in self.cells)

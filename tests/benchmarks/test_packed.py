@@ -92,6 +92,18 @@ def test_tokens_kept_exact_beyond_the_sinks_are_counted(subject: Subject) -> Non
     assert after.ratio < before.ratio
 
 
+def test_bases_of_single_sequences_are_counted(subject: Subject) -> None:
+    packed = runner(subject, codec="svd")
+    cache = packed.prefill(prompts(subject))
+    sizes = packed.sizes(cache)
+    rank, coded = 32 // 4, CONTEXT - RECENT - SINKS
+    bases = sum(s.store.ref.cache_bytes for y in cache.layers for s in (y.keys, y.values))
+    assert bases >= 2 * 2 * subject.layers * 32 * rank * 2  # of two sequences
+    assert sizes.token_bytes == pytest.approx(2 * subject.layers * rank * 2 + bases / 2 / coded)
+    assert sizes.ratio < 4
+    assert packed.fitted_for == 0
+
+
 def test_codes_that_lose_nothing_are_not_taken_for_codes(subject: Subject) -> None:
     packed = PackedRunner(
         subject, {"codec": "exact"}, Fitting(False, tiny.texts(1, CONTEXT)), True, NEXT, "aot_eager"

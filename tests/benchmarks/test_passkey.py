@@ -31,7 +31,7 @@ def test_the_needle_is_coded_and_the_question_comes_behind_the_context(tokenizer
             "What is the pass key?<|im_end|>\n<|im_start|>assistant\nThe pass key is"
         )
         start = tokenizer.decode(row[: round(depth * context)])
-        assert tokenizer.decode(row).removeprefix(start).startswith(" The pass key is")
+        assert tokenizer.decode(row).removeprefix(start).startswith("\n\nThe pass key is")
     assert len(set(keys)) == 7
     assert sorted(made.depths[:6]) == list(made.depths[:6])
     assert made.depths[0] < 0.25 and made.depths[5] > 0.6

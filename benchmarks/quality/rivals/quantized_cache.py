@@ -7,6 +7,8 @@ here, as for every method, sinks and recent tokens stay exact.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from transformers.cache_utils import QuantoQuantizedLayer
 
@@ -30,7 +32,7 @@ class QuantizedCache(Rival):
         """Through a cache layer of its own, and back."""
         store = QuantoQuantizedLayer(nbits=self.bits, q_group_size=GROUP)
 
-        def through(axis: int) -> object:
+        def through(axis: int) -> Callable[[Tensor], Tensor]:
             def code(x: Tensor) -> Tensor:
                 return store._dequantize(store._quantize(x.contiguous(), axis=axis))
 

@@ -39,34 +39,67 @@ def encode(
 
     Returns:
         Payload tensors ``[B, C, width]``, pool ``[B, H, E, D]``, its positions ``[B, E]``, ring
-        ``[B, H, ring, D]``. Tokens ``0 .. max(S - window, 0)`` count as coded; those in the ring
+        ``[B, H, ring, D]``, and the :func:`tally` of the coded tokens. Tokens ``0 .. max(S - window, 0)`` count as coded; those in the ring
         are coded too, and coded again when they leave it.
     """
-    length = x.shape[2]
-    pool, positions = torch.ops.apack.make_pool(x, visible, sinks, extra)
+    length, code = x.shape[2], parse_layout(layout)
+    first = None
+    if code.positional:
+        _, first = torch.ops.apack.make_pool(x, visible, None, 1, 0)
+    parts, judged = encode_tokens(x, params, code, first, 0)
+    strain = None if judged is None else judged[0]
+    pool, positions = torch.ops.apack.make_pool(x, visible, strain, sinks, extra)
     capacity = (length + chunk - 1) // chunk * chunk
     payload = [
-        torch.nn.functional.pad(part, (0, 0, 0, capacity - length)).contiguous()
-        for part in encode_tokens(x, params, parse_layout(layout), positions, 0)
+        torch.nn.functional.pad(part, (0, 0, 0, capacity - length)).contiguous() for part in parts
     ]
     coded = torch.sym_max(length - window, 0)
     slots = coded + torch.arange(ring, device=x.device)
     recent = x.index_select(2, slots.clamp(max=length - 1))  # slots past the end: stale
-    return [*payload, pool, positions, recent]
+    here = torch.arange(length, device=x.device)
+    seen = here < coded if visible is None else visible & (here < coded)
+    return [*payload, pool, positions, recent, tally(judged, seen, positions, 0)]
 
 
 def encode_tokens(
-    x: Tensor, params: Sequence[Tensor], layout: Layout, pool_positions: Tensor, start: int
-) -> list[Tensor]:
-    """Payload of tokens ``x [B, H, T, D]``; numbers that are not finite are coded as 0.
+    x: Tensor, params: Sequence[Tensor], layout: Layout, pool_positions: Tensor | None, start: int
+) -> tuple[list[Tensor], tuple[Tensor, Tensor] | None]:
+    """Payload, error and size (:meth:`Layout.encode_and_judge`) of tokens ``x [B, H, T, D]``.
+
+    Numbers that are not finite are coded as 0.
 
     Args:
         x: tokens ``start .. start + T``.
         params: of the code.
         layout: of the code.
-        pool_positions: of the cache, ``[B, E]``: says where each sequence begins.
+        pool_positions: of the cache, ``[B, E]``: says where each sequence begins; not read if the
+            code does not ask for positions.
         start: of the first token.
     """
     if layout.kind != "exact":
         x = torch.where(x.isfinite(), x, 0.0)
-    return layout.encode(x, params, positions_of(layout, pool_positions, start, x.shape[2]))
+    positions = None
+    if pool_positions is not None:
+        positions = positions_of(layout, pool_positions, start, x.shape[2])
+    return layout.encode_and_judge(x, params, positions)
+
+
+def tally(
+    judged: tuple[Tensor, Tensor] | None, seen: Tensor, pool_positions: Tensor, start: int
+) -> Tensor:
+    """Error, size and number of the tokens that are read from codes: ``[3]`` float32.
+
+    Args:
+        judged: error and size of each token ``[B, T]``; None: all three are 0.
+        seen: ``[B|1, T]`` or ``[T]`` bool: tokens that count.
+        pool_positions: ``[B, E]``: tokens that are read from the pool.
+        start: position of the first token.
+    """
+    if judged is None:
+        return torch.zeros(3, device=pool_positions.device)
+    error, size = judged
+    here = start + torch.arange(error.shape[1], device=error.device)
+    pooled = (pool_positions[:, :, None] == here).any(1)  # [B, T]
+    counted = seen & ~pooled
+    sums = [torch.where(counted, t, 0.0).sum() for t in (error, size)]
+    return torch.stack([*sums, counted.sum().to(error.dtype)]).float()

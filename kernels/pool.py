@@ -1,14 +1,22 @@
 """The pool: a few tokens of each sequence that stay exact whatever the code does.
 
-Slots are reserved by position (attention sinks: the first visible tokens) or taken on demand by
-tokens that no code can hold (NaN, infinity). A reserved position may lie in the future; its value
-is filled in when that token is coded.
+Slots are reserved by position (attention sinks: the first visible tokens) or taken on demand, by
+tokens that no code can hold (NaN, infinity) and by those that this code holds far worse than it was
+made to (:data:`STRAINED`), the worst first. A reserved position may lie in the future; its value is
+filled in when that token is coded.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+STRAINED = 16.0
+"""A token whose error is so many times the expected one stays exact, while there is a slot."""
+
+SPARE = 4
+"""Slots that only tokens that are not finite may take."""
 
 
 def reserve_sinks(visible: Tensor | None, like: Tensor, sinks: int, extra: int) -> Tensor:
@@ -30,14 +38,16 @@ def reserve_sinks(visible: Tensor | None, like: Tensor, sinks: int, extra: int) 
 
 
 def fill_pool(
-    pool: Tensor, positions: Tensor, x: Tensor, start: int, visible: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    pool: Tensor, positions: Tensor, x: Tensor, start: int, visible: Tensor | None,
+    strain: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Take what the pool wants from tokens that are being coded.
 
     Args:
         pool: ``[B, H, E, D]``; positions: ``[B, E]``.
         x: tokens ``[B, H, T, D]`` at positions ``start .. start + T``.
-        visible: ``[B, T]``; tokens that no query sees need no slot when they are not finite.
+        visible: ``[B, T]``; tokens that no query sees need no slot on demand.
+        strain: ``[B, T]``: error of each token over the expected one; None: nothing is expected.
 
     Returns:
         The new pool and positions. Non-finite tokens that find no free slot turn slot 0 of their
@@ -47,36 +57,45 @@ def fill_pool(
     here = start + torch.arange(x.shape[2], device=x.device)
     known = positions[:, :, None] == here  # [B, E, T]
     broken = ~x.isfinite().all(-1).all(1)  # [B, T]
-    if visible is not None:
-        broken = broken & visible
-    broken = broken & ~known.any(1)
     free = positions < 0  # [B, E]
+    demand = torch.where(broken, float("inf"), 0.0 if strain is None else strain)  # [B, T]
+    eligible = ~known.any(1) if visible is None else visible & ~known.any(1)
+    broken = broken & eligible
+    worst, which = torch.where(eligible, demand, 0.0).sort(dim=1, descending=True, stable=True)
+    rank = torch.arange(1, x.shape[2] + 1, device=x.device)
+    room = free.sum(1, keepdim=True)  # [B, 1]
+    wanted = (worst == float("inf")) | (worst > STRAINED) & (rank <= room - SPARE)
+    turn = torch.zeros_like(which).scatter(1, which, torch.where(wanted, rank, -2))  # [B, T]
     order_free = torch.where(free, free.cumsum(1), -1)
-    order_broken = torch.where(broken, broken.cumsum(1), -2)
-    taken = order_free[:, :, None] == order_broken[:, None, :]  # [B, E, T]
+    taken = order_free[:, :, None] == turn[:, None, :]  # [B, E, T]
     source = known | taken
     hit = source.any(-1)  # [B, E]
     index = source.to(torch.int8).argmax(-1)  # [B, E]
     picked = x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
     pool = torch.where(hit[:, None, :, None], picked, pool)
     positions = torch.where(taken.any(-1), index + start, positions)
-    overflow = broken.sum(1) > free.sum(1)  # [B]
+    overflow = broken.sum(1) > room[:, 0]  # [B]
     slot0 = torch.arange(pool.shape[2], device=x.device) == 0
     poison = overflow[:, None, None, None] & slot0[:, None]
     return torch.where(poison, float("nan"), pool), positions
 
 
-def make_pool(x: Tensor, visible: Tensor | None, sinks: int, extra: int) -> tuple[Tensor, Tensor]:
+def make_pool(
+    x: Tensor, visible: Tensor | None, strain: Tensor | None, sinks: int, extra: int
+) -> tuple[Tensor, Tensor]:
     """The pool of a whole prefill ``x [B, H, S, D]``, and its positions: ``apack::make_pool``.
 
     Args:
         x: all tokens.
         visible: ``[B, S]`` bool, False for padding; None: all are seen.
+        strain: ``[B, S]``, see :func:`fill_pool`.
         sinks, extra: slots for the first visible tokens, and on demand.
     """
     pool = x.new_zeros(x.shape[0], x.shape[1], sinks + extra, x.shape[3])
     positions = reserve_sinks(visible, x, sinks, extra)
-    return fill_pool(pool, positions, x, 0, visible) if sinks + extra else (pool, positions)
+    if not sinks + extra:
+        return pool, positions
+    return fill_pool(pool, positions, x, 0, visible, strain)
 
 
 def override(dense: Tensor, positions: Tensor, values: Tensor, dim: int) -> Tensor:

@@ -61,7 +61,7 @@ def rewrite_encode(
                 (x, visible, draft.code(number, layout), layout, policy.sinks, policy.extra,
                  policy.window, policy.ring, policy.chunk),
             )  # fmt: skip
-        count = len(parse_layout(layout).payload_fields(torch.float32)) + 3
+        count = len(parse_layout(layout).payload_fields(torch.float32)) + 4
         pieces = []
         last = call
         for i in range(count):

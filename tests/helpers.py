@@ -33,6 +33,8 @@ def hand_code(layout: Layout, seed: int = 0) -> Code:
     params = [torch.randn(shape, generator=generator) for shape in shapes]
     if layout.gain:
         params.append(torch.rand(layout.groups, rank, generator=generator) + 0.5)
+    params.append(torch.zeros(layout.heads, layout.dim, layout.dim))
+    params.append(torch.zeros(layout.groups, rank))
     if layout.positional:
         params.append(torch.rand(2, 1, generator=generator).expand(2, layout.rotary))
     return Code(layout, tuple(params))
@@ -53,7 +55,7 @@ def encoded(
     x: Tensor, code: Code, policy: Policy, visible: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor]:
     """One side, flat, as ops take it, and its lengths."""
-    tensors = torch.ops.apack.encode(
+    *tensors, _ = torch.ops.apack.encode(
         x, visible, list(code.params), code.layout.spec, policy.sinks, policy.extra,
         policy.window, policy.ring, policy.chunk,
     )  # fmt: skip

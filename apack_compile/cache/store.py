@@ -19,7 +19,7 @@ from torch import Tensor
 from ..codec import Code, CodeRef, ExactLayout
 from ..codec.lowrank import REFACTOR
 from ..compat import full_precision
-from ..kernels.encode import encode_tokens
+from ..kernels.encode import encode_tokens, tally
 from ..kernels.factor import refactored
 from ..kernels.pool import fill_pool
 from ..kernels.side import Side
@@ -31,14 +31,14 @@ class Policy:
 
     Attributes:
         sinks: first visible tokens of each row, kept exact for good.
-        extra: further exact slots, for tokens that no code can hold.
+        extra: further exact slots, for tokens that the code holds badly or not at all.
         window: recent tokens that are never coded.
         block: tokens that gather behind the window before they are coded together.
         chunk: the payload grows by this many tokens.
     """
 
     sinks: int = 4
-    extra: int = 4
+    extra: int = 8
     window: int = 64
     block: int = 32
     chunk: int = 64
@@ -72,6 +72,9 @@ class SideStore:
         side: the physical tensors; ``side.params`` is empty, parameters belong to the code.
         coded: tokens in the payload that count.
         length: tokens held in all.
+        tally: error, size and number of the tokens coded, in what the fit expected
+            (``kernels.encode.tally``).
+        name: of the site and side that the store was made for.
     """
 
     def __init__(self, ref: CodeRef, policy: Policy, side: Side, coded: int, length: int) -> None:
@@ -80,6 +83,8 @@ class SideStore:
         self.side = side
         self.coded = coded
         self.length = length
+        self.name = ""
+        self.tally = torch.zeros(3)
         self.factored = coded  # with a basis of its own: tokens that the basis was made from
         self._leases: WeakSet[Lease] = WeakSet()
 
@@ -97,8 +102,12 @@ class SideStore:
         cls, tensors: list[Tensor], ref: CodeRef, policy: Policy, length: int
     ) -> SideStore:
         """Adopt what ``apack::encode`` returned for ``length`` tokens."""
-        side = Side.of(tensors, ref.layout)
-        return cls(ref, policy, side, max(length - policy.window, 0), length)
+        *tensors, tally = tensors
+        store = cls(
+            ref, policy, Side.of(tensors, ref.layout), max(length - policy.window, 0), length
+        )
+        store.tally = tally
+        return store
 
     @property
     def recent(self) -> int:
@@ -212,18 +221,22 @@ class SideStore:
         start, end = self.coded, self.coded + x.shape[2]
         code = self.ref.code
         pool, positions, ref = self.side.pool, self.side.pool_positions, self.ref
-        if pool.shape[2]:
-            pool, positions = fill_pool(pool, positions, x, start, None)
         payload = self._with_room(end)
         if code.layout.per_sequence and end - self.factored >= REFACTOR:
             x, start = torch.cat([self.dense(start), x], 2), 0
             ref = refactored(ref, x, positions)
             code = ref.code
-        parts = encode_tokens(x, code.on(self.device), code.layout, positions, start)
+        parts, judged = encode_tokens(x, code.on(self.device), code.layout, positions, start)
+        if pool.shape[2]:
+            strain = None if judged is None else judged[0]
+            pool, positions = fill_pool(pool, positions, x, start, None, strain)
+        seen = torch.ones(x.shape[2], dtype=torch.bool, device=x.device)
+        counted = tally(judged, seen, positions, start)
         for whole, part in zip(payload, parts, strict=True):
             whole[:, start:end] = part
         self.side = self.side._replace(payload=payload, pool=pool, pool_positions=positions)
         self.coded = end
+        self.tally = self.tally.to(counted.device) + counted
         if ref is not self.ref:
             self.ref, self.factored = ref, end
 
@@ -251,7 +264,7 @@ class SideStore:
             (),
         )
         mapped = SideStore(self.ref, self.policy, side, self.coded, self.length)
-        mapped.factored = self.factored
+        mapped.factored, mapped.tally, mapped.name = self.factored, self.tally, self.name
         return mapped
 
     def select(self, rows: Tensor, length: int) -> SideStore:
@@ -282,6 +295,7 @@ class SideStore:
             (),
         )
         moved = SideStore(self.ref, self.policy, side, self.coded, self.length)
+        moved.factored, moved.tally, moved.name = self.factored, self.tally, self.name
         moved._truncate(length)
         return moved
 

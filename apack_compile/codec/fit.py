@@ -80,8 +80,8 @@ def choose_layout(spectra: Sequence[Spectrum], budget: int, gain: bool) -> Trans
         ValueError: no code is that small.
     """
     heads, dim, groups = spectra[0].shape
-    relative = [s.variances / s.variances.sum().clamp_min(1e-30) for s in spectra]
-    variances = torch.stack(relative).mean((0, 1)).cpu()
+    relative = [(s.variances / s.variances.sum().clamp_min(1e-30)).cpu() for s in spectra]
+    variances = torch.stack(relative).mean((0, 1))
     code_bytes = budget // groups - (GAIN_DTYPE.itemsize if gain else 0)
     if gain and code_bytes < RUN // 4:
         code_bytes, gain = budget // groups, False
@@ -107,15 +107,17 @@ def quantise(side: Spectrum, layout: TransformLayout, rotation: Rotation | None 
     ]
     if layout.gain:
         params.append(steps.expand(layout.groups, rank))
-    if layout.positional:
-        assert rotation is not None
-        params.append(rotation.waves)
     distortion = side.variances[:, rank:].sum()
     start = 0
     for bits, count in layout.runs:
         energy = side.variances[:, start : start + count].sum()
         distortion = distortion + tailed_quantiser(bits)[1] * energy
         start += count
+    expected = distortion.clamp_min(1e-30).sqrt()
+    params += [side.metric / expected, step / expected]
+    if layout.positional:
+        assert rotation is not None
+        params.append(rotation.waves)
     error = float(distortion / side.variances.sum().clamp_min(1e-30))
     return Code(layout, tuple(p.float().contiguous() for p in params), error)
 

@@ -28,8 +28,9 @@ def fixed_code(name: str, heads: int, dim: int) -> Code:
     layout = TransformLayout(heads, dim, heads, *counts, gain=2)
     plain = torch.eye(dim).expand(heads, -1, -1).contiguous()
     # The largest magnitude is half a step beyond the centre of the outermost level.
+    nothing = torch.zeros(heads, dim, dim), torch.zeros(heads, dim)  # expected: no strain
     whiten = torch.full((heads, dim), 2.0 ** (1 - bits))
-    return Code(layout, (torch.zeros(heads, dim), plain, plain, whiten))
+    return Code(layout, (torch.zeros(heads, dim), plain, plain, whiten, *nothing))
 
 
 @cache

@@ -86,6 +86,16 @@ class Layout(ABC):
     ) -> Tensor:  # fmt: skip
         """Payload tensors back to ``[B, H, T, D]`` in ``dtype``."""
 
+    def encode_and_judge(
+        self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None = None
+    ) -> tuple[list[Tensor], tuple[Tensor, Tensor] | None]:
+        """:meth:`encode`, and the squared error and size of each token ``[B, T]``.
+
+        Both in the metric that the code is best in, over the mean error on the tokens that it was
+        fitted on: an error of 1 is as expected. None if nothing is to be expected of the code.
+        """
+        return self.encode(x, params, positions), None
+
     @abstractmethod
     def scores(
         self, q: Tensor, payload: Sequence[Tensor], params: Sequence[Tensor],

@@ -48,6 +48,7 @@ class Spectrum:
         variances: ``[G, n]`` float64, descending.
         forward: ``[G, n, n]`` float32, from centred tokens to components (columns).
         backward: ``[G, n, n]`` float32, from components (rows) to tokens.
+        metric: ``[H, D, D]`` float64, the root of the weight.
     """
 
     dim: int
@@ -55,6 +56,7 @@ class Spectrum:
     variances: Tensor
     forward: Tensor
     backward: Tensor
+    metric: Tensor
 
     @property
     def heads(self) -> int:
@@ -99,18 +101,23 @@ def spectrum(
         order = variances.argsort(-1, descending=True)  # [G, n]
         forward = forward.gather(2, order[:, None].expand_as(forward))
         backward = forward.mT / size[:, None, None].square()
-        return Spectrum(dim, mean, variances.gather(1, order), forward.float(), backward.float())
+        metric = torch.eye(dim, dtype=cov.dtype, device=cov.device) * size[:, None, None]
+        variances = variances.gather(1, order)
+        return Spectrum(dim, mean, variances, forward.float(), backward.float(), metric)
     if weight is None:
+        metric = torch.eye(dim, dtype=cov.dtype, device=cov.device).expand(heads, dim, dim)
         root = inverse = torch.eye(n, dtype=cov.dtype, device=cov.device).expand(groups, n, n)
     else:
         floor = weight.diagonal(dim1=-2, dim2=-1).mean() * ridge + 1e-30
         weight = weight + floor * torch.eye(dim, device=weight.device)
         blocks = [_root(part) for part in weight.view(groups, -1, dim, dim)]
+        metric = torch.cat([r for r, _ in blocks])
         root = torch.stack([torch.block_diag(*r) for r, _ in blocks])
         inverse = torch.stack([torch.block_diag(*i) for _, i in blocks])
     variances, basis = torch.linalg.eigh(root @ cov @ root)
     variances, basis = variances.flip(-1).clamp_min(0), basis.flip(-1)  # descending
-    return Spectrum(dim, mean, variances, (root @ basis).float(), (basis.mT @ inverse).float())
+    forward, backward = (root @ basis).float(), (basis.mT @ inverse).float()
+    return Spectrum(dim, mean, variances, forward, backward, metric)
 
 
 @cache

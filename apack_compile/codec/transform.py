@@ -54,7 +54,9 @@ class TransformLayout(Layout):
         interleaved: 1 if rotated pairs are neighbours, 0 if they are halves.
 
     Params: ``mean [G, n]``, ``analysis [G, n, R]``, ``synthesis [G, R, n]``, with a gain also
-    ``whiten [G, R]``, with ``rotary`` also ``waves [2, rotary]``, last (``rotation.py``).
+    ``whiten [G, R]``, then ``metric [H, D, D]`` and ``scales [G, R]``: sizes are those of
+    ``metric (x - mean)``, whose components in the basis are ``scales y``; with ``rotary`` also
+    ``waves [2, rotary]`` (``rotation.py``).
     """
 
     groups: int
@@ -69,8 +71,8 @@ class TransformLayout(Layout):
 
     @property
     def param_count(self) -> int:
-        """Mean, analysis, synthesis, and what gain and rotation need."""
-        return 3 + (self.gain > 0) + self.positional
+        """Mean, analysis, synthesis, metric, scales, and what gain and rotation need."""
+        return 5 + (self.gain > 0) + self.positional
 
     @property
     def positional(self) -> bool:
@@ -131,24 +133,49 @@ class TransformLayout(Layout):
         self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None = None
     ) -> list[Tensor]:
         """Turn back, project, divide by the gain, round, clamp, pack."""
+        return self._encode(x, params, positions)[0]
+
+    def encode_and_judge(
+        self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None = None
+    ) -> tuple[list[Tensor], tuple[Tensor, Tensor] | None]:
+        """What is not in the stored components is size minus theirs: nothing is decoded."""
+        payload, centred, y, left = self._encode(x, params, positions)
+        metric, scales = (p.to(y.dtype) for p in params[3 + (self.gain > 0) :][:2])
+        scales = scales[:, None]
+        per_head = centred.unflatten(-1, (-1, self.dim)).transpose(2, 3).flatten(1, 2)
+        size = (per_head @ metric).square().sum((1, 3))  # [B, T]
+        stored = (y * scales).square().sum((1, 3))
+        wrong = (left * scales).square().sum((1, 3))
+        return payload, ((size - stored).clamp_min(0) + wrong, size)
+
+    def _encode(
+        self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+        """Payload, centred tokens ``[B, G, T, n]``, components and their errors ``[B, G, T, R]``."""
         x = self._turned(x.to(working_dtype(x.dtype)), params, positions, -1)
         mean, analysis = params[0].to(x.dtype), params[1].to(x.dtype)
-        y = (self._grouped(x) - mean[:, None]) @ analysis  # [B, G, T, R]
+        centred = self._grouped(x) - mean[:, None]
+        y = centred @ analysis
         payload = []
+        gains = None
         if self.gain:
             white = y * params[3].to(y.dtype)[:, None]
             size = white.square().mean(-1).sqrt() if self.gain == 1 else white.abs().amax(-1)
-            gains = size.clamp(LEAST_GAIN, 6e4).to(GAIN_DTYPE)  # [B, G, T]
-            y = y / gains.to(y.dtype)[..., None]
-            payload.append(gains.transpose(1, 2))
-        parts = []
+            rounded = size.clamp(LEAST_GAIN, 6e4).to(GAIN_DTYPE)  # [B, G, T]
+            payload.append(rounded.transpose(1, 2))
+            gains = rounded.to(y.dtype)[..., None]
+        parts, levels = [], []
+        counts = [count for _, count in self.runs]
         for (bits, _), part in zip(
-            self.runs, y.split([count for _, count in self.runs], -1), strict=True
+            self.runs, (y if gains is None else y / gains).split(counts, -1), strict=True
         ):
             half = 2 ** (bits - 1)
-            parts.append(pack((part.floor() + half).clamp(0, 2 * half - 1), bits))
-        codes = torch.cat(parts, -1).transpose(1, 2).flatten(2)  # [B, T, G * bytes]
-        return [codes, *payload]
+            codes = (part.floor() + half).clamp(0, 2 * half - 1)
+            parts.append(pack(codes, bits))
+            levels.append(codes + (0.5 - half))
+        back = torch.cat(levels, -1)
+        packed = torch.cat(parts, -1).transpose(1, 2).flatten(2)  # [B, T, G * bytes]
+        return [packed, *payload], centred, y, y - (back if gains is None else back * gains)
 
     def decode(
         self, payload: Sequence[Tensor], params: Sequence[Tensor], dtype: torch.dtype,

@@ -124,7 +124,7 @@ def _encode_grows(
 def _encode_results(
     x: Tensor, visible: Tensor | None, params: Sequence[Tensor], layout: str, *settings: Any
 ) -> int:
-    return len(parse_layout(layout).payload_fields(x.dtype)) + 3
+    return len(parse_layout(layout).payload_fields(x.dtype)) + 4
 
 
 def _score_bias_fake(
@@ -149,11 +149,12 @@ def _encode_fake(
         x.new_empty(batch, heads, sinks + extra, dim),
         x.new_empty(batch, sinks + extra, dtype=torch.int64),
         x.new_empty(batch, heads, ring, dim),
+        x.new_empty(3, dtype=torch.float32),
     ]
 
 
 def _make_pool_fake(
-    x: Tensor, visible: Tensor | None, sinks: int, extra: int
+    x: Tensor, visible: Tensor | None, strain: Tensor | None, sinks: int, extra: int
 ) -> tuple[Tensor, Tensor]:
     batch, heads, _, dim = x.shape
     slots = sinks + extra
@@ -224,7 +225,8 @@ _define(
     _score_bias_fake,
 )
 _define(
-    "make_pool(Tensor x, Tensor? visible, int sinks, int extra) -> (Tensor, Tensor)",
+    "make_pool(Tensor x, Tensor? visible, Tensor? strain, int sinks, int extra) "
+    "-> (Tensor, Tensor)",
     _make_pool,
     _make_pool_fake,
 )

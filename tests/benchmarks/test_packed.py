@@ -71,9 +71,9 @@ def test_sizes_count_everything(subject: Subject) -> None:
     per_token = sum(side.store.ref.layout.token_bytes(torch.float32) for side in sides)
     assert sizes.token_bytes == per_token
     assert sizes.ratio == 2 * 32 * len(sides) / per_token >= 4
-    # one sequence, 16-bit: codes of all slots, 8 pool slots with positions, 64 + 32 ring slots
+    # one sequence, 16-bit: codes of all slots, 12 pool slots with positions, 64 + 32 ring slots
     slots = sides[0].store.side.capacity
-    exact = len(sides) * 2 * 32 * (8 + RECENT + 32) + len(sides) * 8 * 8 / 2
+    exact = len(sides) * 2 * 32 * (12 + RECENT + 32) + len(sides) * 12 * 8 / 2
     dense = len(sides) * 2 * 32 * CONTEXT
     assert sizes.whole_ratio == pytest.approx(dense / (slots * per_token + exact))
     assert 1 < sizes.whole_ratio < sizes.ratio

@@ -15,7 +15,8 @@ def side(scale: float, decay: float, heads: int = 2, dim: int = 32, groups: int 
     n = heads // groups * dim
     variances = scale * torch.exp(-decay * torch.arange(n, dtype=torch.float64))
     eye = torch.eye(n, dtype=torch.float64).expand(groups, n, n)
-    return Spectrum(dim, torch.zeros(groups, n), variances.expand(groups, n), eye, eye)
+    metric = torch.eye(dim, dtype=torch.float64).expand(heads, dim, dim)
+    return Spectrum(dim, torch.zeros(groups, n), variances.expand(groups, n), eye, eye, metric)
 
 
 def nbytes(pairs: list[tuple[TransformLayout, TransformLayout]]) -> int:

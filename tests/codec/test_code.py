@@ -17,7 +17,8 @@ LAYOUT = TransformLayout(2, 4, 1, 2, 2, 4, 1)
 
 def test_bytes_of_a_code_are_those_of_its_parameters() -> None:
     code = hand_code(LAYOUT)
-    assert code.nbytes == 4 * (8 + 2 * 8 * 8 + 8)  # mean, analysis and synthesis, whiten
+    # mean, analysis and synthesis, whiten, metric, scales
+    assert code.nbytes == 4 * (8 + 2 * 8 * 8 + 8 + 2 * 4 * 4 + 8)
     assert Code(ExactLayout(2, 4)).nbytes == 0
 
 

@@ -124,7 +124,8 @@ def identity(runs: tuple[int, int, int], gain: int = 0) -> tuple[TransformLayout
     """One head whose components are its channels, in steps of 1."""
     n = sum(runs)
     params = [torch.zeros(1, n), torch.eye(n)[None], torch.eye(n)[None]]
-    return TransformLayout(1, n, 1, *runs, gain), params + [torch.ones(1, n)] * gain
+    params += [torch.ones(1, n)] * gain
+    return TransformLayout(1, n, 1, *runs, gain), [*params, torch.eye(n)[None], torch.ones(1, n)]
 
 
 def test_components_are_rounded_to_the_middle_of_their_step() -> None:
@@ -197,3 +198,34 @@ def test_empty_runs_are_not_stored() -> None:
     assert layout.runs == ((4, 6),)
     assert layout.rank == 6
     assert layout.token_bytes(torch.float32) == 3
+
+
+@pytest.mark.parametrize("gain", [0, 1])
+@pytest.mark.parametrize("pre_rope", [False, True])
+def test_errors_are_judged_in_the_metric(gain: int, pre_rope: bool) -> None:
+    """With a basis that is orthonormal in the metric, as fits make them."""
+    heads, dim, rank = 2, 8, 12
+    generator = torch.Generator().manual_seed(gain)
+    root = torch.randn(heads, dim, dim, generator=generator, dtype=torch.float64)
+    root = root @ root.mT + torch.eye(dim)
+    wide = torch.block_diag(*root)
+    basis, _ = torch.linalg.qr(torch.randn(16, 16, generator=generator, dtype=torch.float64))
+    steps = torch.rand(1, rank, generator=generator, dtype=torch.float64) + 0.1
+    mean = torch.randn(1, 16, generator=generator, dtype=torch.float64)
+    layout = TransformLayout(heads, dim, 1, 4, 4, 4, gain, dim * pre_rope)
+    params = [
+        mean, (wide @ basis)[None, :, :rank] / steps[:, None],
+        (basis.mT @ wide.inverse())[None, :rank] * steps[..., None],
+        *[torch.ones(1, rank)] * gain, root, steps, *[torch.full((2, dim), 0.3)] * pre_rope,
+    ]  # fmt: skip
+    x = torch.randn(2, heads, 5, dim, generator=generator, dtype=torch.float64)
+    positions = torch.arange(5)[None]
+    payload, judged = layout.encode_and_judge(x, params, positions)
+    assert judged is not None
+    back = layout.decode(payload, params, torch.float64, positions)
+    if pre_rope:
+        x, back = (rotate(t, positions, -params[-1], False) for t in (x, back))
+    for found, d in zip(judged, (x - back, x - mean.view(heads, 1, dim)), strict=True):
+        torch.testing.assert_close(found, (d @ root).square().sum((1, 3)))
+    for mine, theirs in zip(payload, layout.encode(x, params, positions), strict=True):
+        assert torch.equal(mine, theirs) or pre_rope

@@ -86,7 +86,8 @@ def test_make_pool(masked: bool, sinks: int, extra: int) -> None:
     x = by_token(2, 3, 6, 4)
     x[0, 1, 4, 2] = float("inf")  # not NaN: the check compares outputs
     visible = torch.rand(2, 6) < 0.8 if masked else None
-    check(torch.ops.apack.make_pool, x, visible, sinks, extra)
+    strain = 100 * torch.rand(2, 6) if masked else None
+    check(torch.ops.apack.make_pool, x, visible, strain, sinks, extra)
 
 
 def test_append_and_visible_are_seen_through_by_tracing() -> None:

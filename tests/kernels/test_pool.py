@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from apack_compile.kernels.pool import fill_pool, in_reach, override, pooled_mass, reserve_sinks
+from apack_compile.kernels.pool import (
+    SPARE,
+    fill_pool,
+    in_reach,
+    override,
+    pooled_mass,
+    reserve_sinks,
+)
 
 from ..helpers import few
 
@@ -88,6 +95,31 @@ def test_too_many_broken_tokens_spoil_slot_0_of_their_row_only() -> None:
     assert torch.equal(pool[0, :, 1], x[0, :, 1])
     assert torch.equal(pool[1:, :, :2], x[1:, :, :2])
     assert positions.tolist() == [[0, 1, 2], [0, 1, -1], [0, 1, 4]]
+
+
+def test_strained_tokens_take_slots_the_worst_first_and_leave_some_spare() -> None:
+    x = torch.randn(2, 2, 6, 3)
+    strain = torch.tensor([[1.0, 20, 90, 15, 50, 70], [0, 0, 0, 0, 0, 17]])
+    slots = [[0, *[-1] * (SPARE + 2)]] * 2
+    pool, positions = fill_pool(*empty(slots), x, 0, None, strain)
+    assert positions.tolist() == [[0, 2, 5, *[-1] * SPARE], [0, 5, -1, *[-1] * SPARE]]
+    assert torch.equal(pool[0, :, 1:3], x[0][:, [2, 5]])
+    assert not pool[0, :, 3:].any()
+
+
+def test_broken_tokens_come_before_strained_ones_and_may_take_the_spare() -> None:
+    x = torch.randn(1, 2, 8, 3)
+    x[0, 0, 4:] = NAN
+    strain = torch.tensor([[99.0, 99, 0, 0, 0, 0, 0, 0]])
+    _, positions = fill_pool(*empty([[-1] * (SPARE + 1)]), x, 0, None, strain)
+    assert positions.tolist() == [[4, 5, 6, 7, -1]]
+
+
+def test_strained_tokens_that_are_hidden_or_sinks_take_no_slot() -> None:
+    x, strain = torch.randn(1, 2, 4, 3), torch.full((1, 4), 99.0)
+    visible = torch.tensor([[False, True, True, True]])
+    _, positions = fill_pool(*empty([[1, 2, *[-1] * (SPARE + 2)]]), x, 0, visible, strain)
+    assert positions.tolist() == [[1, 2, 3, *[-1] * (SPARE + 1)]]
 
 
 @given(st.data())

@@ -4,6 +4,7 @@
     partner(k) = cat([-k[..., D/2:], k[..., :D/2]], -1)        halves
                = stack([-k[..., 1::2], k[..., ::2]], -1)       neighbours: interleaved
     new = turned, or cat([turned, rest], -1)                   partial rotation
+    new = new.transpose(1, 2)                                  if heads come later
 
 Nothing is rewritten: fitting needs the cosines and sines to see keys as they were before, and the
 angle that a position adds (:mod:`apack_compile.codec.rotation`).
@@ -45,7 +46,7 @@ class FoundRotation:
 
 def find_rotation(flow: nx.DiGraph, new: fx.Node) -> FoundRotation | None:
     """The rotation that made ``new``, or None if it is of no known form."""
-    node = _through(new)
+    node = _before_heads(_through(new))
     if calls(node, *_CAT):
         parts = argument(node, 0, "tensors")
         node = _through(parts[0]) if isinstance(parts[0], fx.Node) else node
@@ -74,6 +75,19 @@ def _through(node: fx.Node) -> fx.Node:
     """Past casts and ``contiguous``."""
     while calls(node, "to", "float", "half", "bfloat16", "type_as", "contiguous"):
         node = node.args[0]
+    return node
+
+
+def _before_heads(node: fx.Node) -> fx.Node:
+    """Past a transposition of heads and tokens, for rotations of ``[B, S, H, D]``."""
+    if calls(node, "transpose", "swapaxes", torch.transpose):
+        dims = argument(node, 1, "dim0"), argument(node, 2, "dim1")
+        if {d % 4 for d in dims} == {1, 2}:
+            return _through(node.args[0])
+    if calls(node, "permute", torch.permute):
+        order = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+        if [d % 4 for d in order] == [0, 2, 1, 3]:
+            return _through(node.args[0])
     return node
 
 

@@ -38,6 +38,20 @@ def a_bias_and_a_scale(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return k * cos + k * sin
 
 
+def before_heads(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    tables = cos.transpose(1, 2), sin.transpose(1, 2)  # [B, S, 1, R]
+    return halves(k.transpose(1, 2).contiguous(), *tables).transpose(1, 2)
+
+
+def before_heads_permuted(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    tables = cos.transpose(1, 2), sin.transpose(1, 2)
+    return halves(k.permute(0, 2, 1, 3).contiguous(), *tables).permute(0, 2, 1, 3)
+
+
+def transposed_otherwise(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return halves(k.transpose(2, 3), cos.transpose(2, 3), sin.transpose(2, 3)).transpose(2, 3)
+
+
 def prefill(rotate: Rotate) -> Callable[..., tuple[Tensor, ...]]:
     def run(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         past = torch.tensor([])
@@ -72,6 +86,13 @@ def test_a_rotation_of_the_first_components_is_found() -> None:
     assert found is not None and found[2] is False
 
 
-@pytest.mark.parametrize("rotate", [nothing, a_bias_and_a_scale])
+@pytest.mark.parametrize("rotate", [before_heads, before_heads_permuted])
+def test_a_rotation_before_heads_and_tokens_change_places_is_found(rotate: Rotate) -> None:
+    """Bug: such keys were fitted as if they had no rotation, for a short reach."""
+    found = found_in(rotate)
+    assert found is not None and found[2] is False
+
+
+@pytest.mark.parametrize("rotate", [nothing, a_bias_and_a_scale, transposed_otherwise])
 def test_other_keys_have_no_rotation(rotate: Rotate) -> None:
     assert found_in(rotate) is None

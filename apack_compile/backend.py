@@ -13,9 +13,9 @@ from torch import fx
 from . import hooks, ops  # noqa: F401  (registers the operators)
 from .cache import PackedKV
 from .compat import compile_inner
+from .fitting.layer import PROFILES
 from .options import Options, inductor_config
 from .passes.plan import make_plan
-from .profile import PROFILES
 from .runtime.graph import PackedGraph
 from .runtime.stats import REGISTRY
 from .runtime.stock import StockGraph
@@ -36,7 +36,7 @@ def attentionpack(
     Args:
         gm: the graph.
         example_inputs: fake inputs.
-        mode: as Inductor's.
+        mode: as Inductor's, or ``"paper"``: the paper's code.
         options: see :class:`~apack_compile.options.Options`.
 
     Returns:
@@ -46,14 +46,14 @@ def attentionpack(
     Raises:
         OptionError: an option or the mode is not accepted.
     """
-    parsed = Options.parse(options)
+    parsed = Options.parse(options, mode)
     config = inductor_config(mode, parsed)
     hooks.raise_recompile_limit()
     stock = partial(compile_inner, parsed.inner, config=config)
     record = REGISTRY.new()
     packed = any(isinstance(e, PackedKV) for e in example_inputs)
     if not packed and not _may_have_sites(gm.graph):
-        record.reason = _why_no_attention(gm.graph)
+        record.reason = why_no_attention(gm.graph)
         return StockGraph(gm, example_inputs, stock, record)
     if torch.is_grad_enabled() and any(
         isinstance(e, torch.Tensor) and e.requires_grad for e in example_inputs
@@ -71,7 +71,7 @@ def attentionpack(
     return PackedGraph(gm, plan, parsed, keyed(config), record)
 
 
-def _why_no_attention(graph: fx.Graph) -> str:
+def why_no_attention(graph: fx.Graph) -> str:
     """The reason of a graph without scaled_dot_product_attention."""
     names = {getattr(n.target, "__name__", str(n.target)) for n in graph.nodes}
     if names & {"softmax", "_softmax", "flex_attention"}:

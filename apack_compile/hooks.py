@@ -96,7 +96,7 @@ def adopt(compiled: Any, model: nn.Module, context: Any) -> None:
     transformers = sys.modules.get("transformers")
     if transformers is None:
         return
-    _install_capturing_hooks(model)
+    install_capturing_hooks(model)
     generating = [m for m in model.modules() if isinstance(m, transformers.GenerationMixin)]
     original = getattr(model, "generate", None)
     if not generating or not callable(original):
@@ -117,7 +117,7 @@ def adopt(compiled: Any, model: nn.Module, context: Any) -> None:
     object.__setattr__(compiled, "generate", generate)
 
 
-def _install_capturing_hooks(model: nn.Module) -> None:
+def install_capturing_hooks(model: nn.Module) -> None:
     """Install them as transformers would: once, from the outermost model down.
 
     Installed twice, a layer's output is collected twice, and a model that asks for "the last

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .cache.store import SideStore
 from .codec.code import total_bytes
 from .passes.base import Skip
 from .runtime.stats import REGISTRY, GraphRecord
@@ -24,6 +25,7 @@ class GraphReport:
             the codes), ``encode`` (prefill), ``decode``.
         compiles: Inductor compilations.
         notes: of single sites, such as why a layer has no fitted code yet.
+        profile: where the codes come from: fitted here or loaded, and on how many tokens.
     """
 
     packed: tuple[str, ...]
@@ -32,6 +34,7 @@ class GraphReport:
     runs: tuple[tuple[str, int], ...]
     compiles: int
     notes: tuple[tuple[str, str], ...]
+    profile: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,10 @@ class Report:
         basis_bytes: of the codes' parameters, which belong to the model.
         errors: relative squared coding error of each site's keys and values, as predicted from
             the tokens the codes were fitted on.
+        measured: of each site's keys and values in the caches that are alive, the relative squared
+            error of the coded tokens, and the error over the predicted one (drift: 1 is as
+            predicted).
+        kinds: the same on text and on visual tokens alone, where both were seen.
     """
 
     graph_reports: tuple[GraphReport, ...]
@@ -53,6 +60,8 @@ class Report:
     packed_bytes: int
     basis_bytes: int
     errors: tuple[tuple[str, float], ...]
+    kinds: tuple[tuple[str, tuple[float, float]], ...] = ()
+    measured: tuple[tuple[str, tuple[float, float]], ...] = ()
 
     @property
     def graphs(self) -> int:
@@ -92,18 +101,57 @@ class Report:
             if errors:
                 mean = sum(errors) / len(errors)
                 lines.append(
-                    f"  coding error of {title}, relative, by layer: mean {mean:.4f}, "
+                    f"  coding error of {title} predicted, relative, by layer: mean {mean:.4f}, "
                     f"largest {max(errors):.4f}"
+                )
+            measured = [pair for name, pair in self.measured if name.endswith(f".{side}")]
+            if measured:
+                found, drifts = zip(*measured, strict=True)
+                lines.append(
+                    f"  coding error of {title} measured: mean {sum(found) / len(found):.4f}, "
+                    f"largest {max(found):.4f}; over the predicted error: mean "
+                    f"{sum(drifts) / len(drifts):.2f}, largest {max(drifts):.2f}"
+                    + _drift_hint(max(drifts))
+                )
+            kinds = [pair for name, pair in self.kinds if name.endswith(f".{side}")]
+            if kinds:
+                text, visual = (sum(column) / len(kinds) for column in zip(*kinds, strict=True))
+                lines.append(
+                    f"  coding error of {title} by kind of token, mean: text {text:.4f}, "
+                    f"visual {visual:.4f}"
                 )
         for number, graph in enumerate(self.graph_reports):
             lines.extend(_graph_lines(number, graph))
         return "\n".join(lines)
 
 
+DRIFT = 4.0
+"""Times the predicted error from which the report advises to fit anew."""
+
+
+def _drift_hint(drift: float) -> str:
+    if drift < DRIFT:
+        return ""
+    return " (the codes were fitted on other content: apack_compile.fit on samples like this)"
+
+
+def _measured(stores: Iterable[SideStore]) -> dict[str, tuple[float, float]]:
+    """Relative error and drift of coded tokens, by site and side."""
+    sums: dict[str, list[float]] = {}
+    for store in stores:
+        error, size, count = store.tally.tolist()
+        if count and size:
+            mine = sums.setdefault(store.name, [0.0, 0.0, 0.0])
+            sums[store.name] = [a + b for a, b in zip(mine, (error, size, count), strict=True)]
+    return {name: (error / size, error / count) for name, (error, size, count) in sums.items()}
+
+
 def _graph_lines(number: int, graph: GraphReport) -> Iterable[str]:
     runs = ", ".join(f"{what} {count}" for what, count in graph.runs) or "not run"
     what = f"{len(graph.packed)} sites packed" if not graph.reason else f"stock: {graph.reason}"
     yield f"  graph {number}: {what}; compiled {graph.compiles}x; runs: {runs}"
+    if graph.profile:
+        yield f"    codes: {graph.profile}"
     for reason, names in _by_reason((s.where, s.reason) for s in graph.skipped):
         yield f"    left alone: {names}: {reason}"
     for reason, names in _by_reason(graph.notes):
@@ -139,6 +187,7 @@ def report(model: nn.Module | None = None) -> Report:
         * s.dtype.itemsize for s in stores
     )  # fmt: skip
     errors = {name: error for r in records for name, error in r.errors.items()}
+    kinds = {name: pair for r in records for name, pair in r.kinds.items()}
     return Report(
         tuple(_graph_report(r) for r in records),
         sum(r.attends for r in records),
@@ -146,11 +195,13 @@ def report(model: nn.Module | None = None) -> Report:
         sum(s.nbytes for s in stores),
         total_bytes([s.ref for s in stores]),
         tuple(sorted(errors.items())),
+        tuple(sorted(kinds.items())),
+        tuple(sorted(_measured(stores).items())),
     )
 
 
 def _graph_report(record: GraphRecord) -> GraphReport:
     return GraphReport(
         record.names, record.skipped, record.reason, tuple(record.runs.items()), record.compiles,
-        tuple(record.notes.items()),
+        tuple(record.notes.items()), record.profile,
     )  # fmt: skip

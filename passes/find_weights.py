@@ -1,14 +1,19 @@
 """Find the weights that the packed caches of a graph depend on: those of its decoder.
 
     hidden = embedding(ids, table)     or an input, or with image features scattered into it
-    ... = linear(norm(hidden, w0), w1) ...              ->  w0, w1, ..., and nothing above hidden
+    ... = linear(norm(hidden, w0), w1) ...
+    last = norm(..., w9)                                ->  w0, w1, ..., w9, neither table nor head
+    logits = linear(last, head)
 
-What lies behind the first hidden state is the same whether the graph embeds tokens, takes
-embeddings as they come, or merges images into them. Frequencies of a rotary embedding, an input
-that is no weight, change the keys as well and are among what is found.
+What lies between the first hidden state and the last is the same whether a graph embeds tokens,
+takes embeddings as they come, or merges images into them, and whether it goes on to logits or
+leaves them to another graph. Frequencies of a rotary embedding, an input that is no weight, change
+the keys as well and are among what is found.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import networkx as nx
 import torch
@@ -27,13 +32,13 @@ def find_weights(graph: fx.Graph, sites: tuple[CachedSite, ...]) -> tuple[fx.Nod
         In the order of the graph. Nothing if no linear layer makes the keys of the first site.
     """
     flow = as_networkx(graph)
-    start = _first_hidden_state(graph, flow, sites[0])
-    if start is None:
+    hidden = hidden_states(graph, flow, sites[0])
+    if not hidden:
         return ()
-    behind = nx.descendants(flow, start) | {start}
+    behind = nx.descendants(flow, hidden[0]) & _above(flow, hidden[-1])
     varying = _varying(graph)
     found: set[fx.Node] = set()
-    for node in behind - {start}:
+    for node in behind:
         for source in node.all_input_nodes:
             if source not in behind and source not in varying:
                 found |= {n for n in _above(flow, source) if _is_weight(n)}
@@ -43,23 +48,29 @@ def find_weights(graph: fx.Graph, sites: tuple[CachedSite, ...]) -> tuple[fx.Nod
     return tuple(n for n in graph.nodes if n in found)
 
 
-def _first_hidden_state(graph: fx.Graph, flow: nx.DiGraph, site: CachedSite) -> fx.Node | None:
-    """The first ``[B, S, C]`` above the key projection, with the sizes of what that projects."""
+def hidden_states(graph: fx.Graph, flow: nx.DiGraph, site: CachedSite) -> list[fx.Node]:
+    """Hidden states on the way to, through and from ``site``, in the order of the graph.
+
+    They are ``[B, S, C]``, with the sizes of what the key projection of ``site`` takes. Nothing
+    if there is no such projection.
+    """
     projected = projected_from(flow, site.k.new, levels=1)
-    if not projected:
-        return None
-    hidden = next(n for n in graph.nodes if n in projected)
-    batch, _, tokens, _ = shape_of(site.k.new) or (None,) * 4
-    channels = (shape_of(hidden) or (None,))[-1]
-    above = _above(flow, hidden)
-    for node in graph.nodes:
-        value, shape = value_of(node), shape_of(node)
-        if node not in above or shape is None or len(shape) != 3 or _is_weight(node):
-            continue
-        alike = zip(shape, (batch, tokens, channels), strict=True)
-        if value.is_floating_point() and all(same_size(a, b) for a, b in alike):
-            return node
-    return hidden
+    shape = shape_of(site.k.new)
+    if not projected or shape is None:
+        return []
+    source = next(n for n in graph.nodes if n in projected)
+    channels = (shape_of(source) or (None,))[-1]
+    sizes = shape[0], shape[2], channels
+    related = _above(flow, source) | nx.descendants(flow, source)
+    return [n for n in graph.nodes if n in related and _is_hidden(n, sizes)] or [source]
+
+
+def _is_hidden(node: fx.Node, sizes: tuple[Any, ...]) -> bool:
+    shape = shape_of(node)
+    if shape is None or len(shape) != 3 or _is_weight(node):
+        return False
+    alike = all(same_size(a, b) for a, b in zip(shape, sizes, strict=True))
+    return alike and value_of(node).is_floating_point()
 
 
 def _above(flow: nx.DiGraph, node: fx.Node) -> set[fx.Node]:

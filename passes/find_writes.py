@@ -35,6 +35,16 @@ def is_written(node: fx.Node) -> bool:
     return False
 
 
+def writers(graph: fx.Graph) -> set[fx.Node]:
+    """The in-place operations of a graph."""
+    return {
+        user
+        for node in graph.nodes
+        for user in node.users
+        if user.kwargs.get("out") is node or _writes(user, node)
+    }
+
+
 def _writes(user: fx.Node, node: fx.Node) -> bool:
     if not user.args or user.args[0] is not node:
         return False

@@ -2,9 +2,9 @@
 
 Each call takes the packed inputs apart, runs the rewritten graph on plain tensors, and makes new
 handles of what comes out. Rewritten graphs are made when they are first needed, one for each
-combination of codes: a prefill whose layers have no codes yet runs once, uncompiled, to learn
-them (``fit``); from then on the compiled graph encodes (``encode``); a graph with packed inputs
-attends to them (``decode``).
+combination of codes: a prefill whose layers have no codes yet, in memory or on disk, runs once,
+uncompiled, to learn them (``fit``); from then on the compiled graph encodes (``encode``); a graph
+with packed inputs attends to them (``decode``).
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ..cache import PackedKV, SideStore
 from ..codec import CodeRef
-from ..codec.rotation import Turn
+from ..codec.fixed import FIXED, fixed_ref
 from ..codec.sensitivity import Sensitivity
 from ..compat import compile_inner
+from ..fitting.file import ProfileError
+from ..fitting.keep import Identity, identify, recall, remember
+from ..fitting.layer import LEARNING, PROFILES, LayerProfile, Profiles
+from ..fitting.learn import learn
+from ..fitting.progress import Progress
 from ..ops.region import INDUCTOR_CONFIG
 from ..options import Options
 from ..passes.base import shape_of, value_of
@@ -38,13 +43,13 @@ from ..passes.draft import (
 )
 from ..passes.plan import Plan
 from ..passes.rewrite_attend import appended_tokens, rewrite_attend
-from ..passes.rewrite_encode import TOLD, collect, encoded_updates, rewrite_encode
+from ..passes.rewrite_encode import encoded_updates, rewrite_encode
 from ..passes.rewrite_unpack import rewrite_unpack
-from ..profile import PROFILES, LayerProfile, Lesson, learn
-from .arguments import Dynamics, Sizes, in_step, lengths_of
-from .sense import Unmeasured, measure
+from .arguments import Dynamics, in_step, lengths_of
+from .paper import paper_code, paper_sites
 from .specialise import Specialised
 from .stats import GraphRecord
+from .study import Studies, Study
 
 log = logging.getLogger(__name__)
 
@@ -82,48 +87,77 @@ class PackedGraph:
         self.compiler = partial(compile_inner, options.inner, config=config)
         self.record = record
         self._dynamics = Dynamics(gm.graph, plan.handles)
-        self._sizes = Sizes(gm.graph)
+        self.studies = Studies(gm, plan, options, partial(self._inputs, refs=[]))
         self._lowered: dict[Any, Lowered] = {}
         arguments = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self._handles = [arguments.index(h) for h in plan.handles]
         self._positions = {n: i for i, n in enumerate(arguments)}
         self._encode_sites = plan.having("encode")
         self._updates = encoded_updates(self._encode_sites)
+        self._names: dict[fx.Node, str] = {}
+        for site in (s.cached for s in self._encode_sites):
+            self._names.setdefault(site.k.node, f"{site.site.node.name}.k")
+            self._names.setdefault(site.v.node, f"{site.site.node.name}.v")
         self._appends = appended_tokens(plan)
+        self._told: tuple[Any, ...] = ()
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         """The results of the Dynamo graph, caches packed."""
         if not self.record.runs:
             self.record.belongs_to((*args, *self.gm.parameters()))
-        profiles = self._profiles(args)
-        if profiles and not all(p.serves(self._length(args)) for p in profiles):
-            return self._fit(args, profiles)
+        return self.studies.prompts.run(self._call, args)
+
+    def _call(self, *args: Any) -> tuple[Any, ...]:
+        if self.options.codec == "svd" and self._encode_sites:
+            return self._factor(args)
+        profiles = self.profiles(args, PROFILES)
+        if not self._served(profiles, args):
+            with LEARNING:  # another thread may be fitting the same layers
+                if not self._served(profiles, args):
+                    identity = self.identity(args)
+                    recall(profiles, identity, self.options, self.studies.length(args))
+                    if not self._served(profiles, args):
+                        return self._fit(args, profiles, identity)
+        self._tell(profiles)
         return self._run(args, self._refs(profiles))
 
     # Layers --------------------------------------------------------------------------------------
 
-    def _profiles(self, args: tuple[Any, ...]) -> list[LayerProfile]:
-        """The profile of each ``encode`` site."""
-        if self.options.codec == "exact":
+    def profiles(self, args: Sequence[Any], known: Profiles) -> list[LayerProfile]:
+        """The profile of each ``encode`` site; none if there is nothing to fit."""
+        if self.options.codec != "transform":
             return []
-        found = []
-        for index, planned in enumerate(self._encode_sites):
-            node = planned.cached.k.weight
-            weight = None
-            if node is not None:
-                weight = (args[self._positions[node]] if node.op == "placeholder"
-                          else _get_attr(self.gm, str(node.target)))  # fmt: skip
-            found.append(PROFILES.layer(weight, self, index, self.options))
-        return found
+        weights = self.weights(args)
+        return [known.layer(w, self, i, self.options) for i, w in enumerate(weights)]
 
-    def _dims(self) -> list[tuple[int, int]]:
-        return [
-            (shape_of(s.cached.k.node)[3], shape_of(s.cached.v.node)[3])  # type: ignore[index]
-            for s in self._encode_sites
-        ]
+    def weights(self, args: Sequence[Any]) -> list[Tensor | None]:
+        """The weight that names the layer of each ``encode`` site, if the graph shows one."""
+        nodes = [s.cached.k.weight for s in self._encode_sites]
+        return [None if node is None else self._value(node, args) for node in nodes]
+
+    def identity(self, args: Sequence[Any]) -> Identity | str:
+        """By what the layers are known in other processes, or why they are not."""
+        sites = [s.cached for s in self._encode_sites]
+        return identify(self.gm.graph, sites, partial(self._value, args=args))
+
+    def _value(self, node: fx.Node, args: Sequence[Any]) -> Any:
+        """What an input or attribute of the Dynamo graph is."""
+        if node.op == "placeholder":
+            return args[self._positions[node]]
+        return _get_attr(self.gm, str(node.target))
+
+    def _served(self, profiles: Sequence[LayerProfile], args: tuple[Any, ...]) -> bool:
+        visual = self._meets_blind_codes(profiles, args)
+        return not profiles or all(p.serves(self.studies.length(args), visual) for p in profiles)
+
+    def _meets_blind_codes(self, profiles: Sequence[LayerProfile], args: tuple[Any, ...]) -> bool:
+        """Whether visual tokens come to layers whose codes were fitted on text alone."""
+        blind = any(p.fit is not None and p.fit.is_blind for p in profiles)
+        return blind and self.studies.prompts.have_visual(args)
 
     def _refs(self, profiles: Sequence[LayerProfile]) -> list[CodeRef]:
-        """The code of each update that is encoded; exact ones where there is no fit."""
+        """The code of each update that is encoded; exact ones where there is no fit yet."""
+        codec = self.options.codec if self.options.codec in FIXED else "exact"
         fitted: dict[fx.Node, CodeRef] = {}
         for planned, profile in zip(self._encode_sites, profiles, strict=False):
             if profile.codes is not None:
@@ -135,78 +169,75 @@ class PackedGraph:
         for update in self._updates:
             shape = shape_of(update.node)
             assert shape is not None
-            refs.append(fitted.get(update.node) or _exact(shape[1], shape[3]))
+            refs.append(fitted.get(update.node) or fixed_ref(codec, shape[1], shape[3]))
         return refs
 
     # Running -------------------------------------------------------------------------------------
 
-    def _fit(self, args: tuple[Any, ...], profiles: Sequence[LayerProfile]) -> tuple[Any, ...]:
+    def _fit(
+        self, args: tuple[Any, ...], profiles: Sequence[LayerProfile], identity: Identity | str
+    ) -> tuple[Any, ...]:
         """Run once without Inductor, gather moments, fit, and pack what came out."""
-        draft = Draft(self.gm, self.plan, self._layouts(args))
-        rewrite_unpack(draft)
-        collect(draft, self.options.sinks)
-        gm, interface = draft.finish()
-        inputs = self._inputs(args, interface, [])
-        with torch.no_grad():
-            results = gm(*inputs)
-        count = len(self._encode_sites)
-        length = self._length(args)
-        told = results[interface.extra : interface.extra + TOLD * count]
-        sums, seen = told[::TOLD], told[1::TOLD]
-        turns = [
-            Turn.of(cos, sin, interleaved, length)
-            for cos, sin, interleaved in zip(
-                told[2::TOLD], told[3::TOLD], told[4::TOLD], strict=True
-            )
-        ]
-        lessons = [
-            Lesson(s, turn, visible, dims, length)
-            for s, turn, visible, dims in zip(sums, turns, seen, self._dims(), strict=True)
-        ]
-        learn(profiles, lessons, self.options, partial(self._sense, args, turns, seen))
-        for index, profile in enumerate(profiles):
-            self._note(index, profile)
-        refs = self._refs(profiles)
+        with Progress("learning codes from this prompt") as progress:
+            progress.step("prefill")
+            study = self.studies.run(args, self._layouts(args))
+
+            def sense() -> list[Sensitivity] | str:
+                progress.step("measuring sensitivity")
+                measured = self.studies.sense(args, study)
+                progress.step("fitting")
+                return measured
+
+            with torch.inference_mode(False), torch.no_grad():  # codes outlive the call
+                if learn(profiles, study.lessons, self.options, sense):
+                    remember(profiles, identity, self.options)
+        self._tell(profiles)
+        self.record.ran("fit")
+        return self.pack(args, study, self._refs(profiles))
+
+    def pack(self, args: tuple[Any, ...], study: Study, refs: Sequence[CodeRef]) -> tuple[Any, ...]:
+        """The results of the Dynamo graph, made of those of an uncompiled prefill."""
         visible: dict[fx.Node, Any] = {}
-        for planned, tokens in zip(self._encode_sites, seen, strict=True):
+        for planned, tokens in zip(self._encode_sites, study.visible, strict=True):
             visible.setdefault(planned.cached.k.node, tokens)
             visible.setdefault(planned.cached.v.node, tokens)
-        self.record.ran("fit")
-        return self._outputs(args, interface, list(results), refs, visible)
+        return self._outputs(args, study.interface, study.results, refs, visible)
 
-    def _sense(
-        self, args: tuple[Any, ...], turns: Sequence[Turn | None], seen: Sequence[Any]
-    ) -> list[Sensitivity] | str:
-        """The sensitivity of each ``encode`` site, or why it is not known."""
-        if self._handles:
-            return "some caches are packed already"
-        k = self._encode_sites[0].cached.k
-        if k.past is not None:
-            return "not a prefill"
-        batch = self._sizes.value(value_of(k.node).shape[0], args)
-        device = value_of(k.node).device
-        coded = seen[0]
-        if coded is None:
-            coded = torch.ones(batch, self._length(args), dtype=torch.bool, device=device)
-        coded = coded & (coded.cumsum(1) > self.options.sinks)
-        try:
-            return measure(self.gm, args, self._encode_sites, turns, coded, self.options.window)
-        except Unmeasured as error:
-            return str(error).partition("\n")[0]  # what follows names a node of the graph
+    def _factor(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Run without Inductor, and give every sequence a basis of its own."""
+        study = self.studies.run(args, self._layouts(args))
+        dense = {
+            recipe.code: study.results[recipe.value]
+            for recipe in study.interface.outputs if isinstance(recipe, DenseOutput)
+        }  # fmt: skip
+        sites = paper_sites(self._encode_sites, study.turns, study.visible)
+        refs = [
+            paper_code(dense[number], sites[update.node], self.options)
+            for number, update in enumerate(self._updates)
+        ]
+        self.record.ran("factor")
+        return self.pack(args, study, refs)
 
-    def _length(self, args: tuple[Any, ...]) -> int:
-        """Tokens of the cache that the first ``encode`` site makes."""
-        return self._sizes.value(value_of(self._encode_sites[0].cached.k.node).shape[2], args)
-
-    def _note(self, index: int, profile: LayerProfile) -> None:
-        name = self._encode_sites[index].cached.site.node.name
-        if profile.reason:
-            self.record.notes[name] = profile.reason
-        else:
-            self.record.notes.pop(name, None)
-        if profile.codes is not None:
-            for side, ref in zip("kv", profile.codes, strict=True):
+    def _tell(self, profiles: Sequence[LayerProfile]) -> None:
+        """Tell the report what is new of the layers."""
+        state = tuple((p.fit, p.origin, p.reason) for p in profiles)
+        if state == self._told:
+            return
+        self._told = state
+        for planned, profile in zip(self._encode_sites, profiles, strict=True):
+            name = planned.cached.site.node.name
+            if profile.reason:
+                self.record.notes[name] = profile.reason
+            else:
+                self.record.notes.pop(name, None)
+            updates = planned.cached.k, planned.cached.v
+            for side, update, ref in zip("kv", updates, profile.codes or (), strict=False):
+                _check_shape(update.node, ref)
                 self.record.errors[f"{name}.{side}"] = ref.code.error
+                if ref.code.kinds is not None:
+                    self.record.kinds[f"{name}.{side}"] = ref.code.kinds
+        origins = dict.fromkeys(p.origin.text for p in profiles if p.origin is not None)
+        self.record.profile = "; ".join(origins)
 
     def _run(self, args: tuple[Any, ...], refs: list[CodeRef]) -> tuple[Any, ...]:
         """Run the compiled graph."""
@@ -342,8 +373,24 @@ class PackedGraph:
             store = SideStore.encode(
                 dense, ref, policy, visible.get(self._updates[recipe.code].node)
             )
+        store.name = self._names[self._updates[recipe.code].node]
         self.record.stores.add(store)
         return PackedKV.of(store)
+
+
+def _check_shape(node: fx.Node, ref: CodeRef) -> None:
+    """Codes that were loaded may be those of another model.
+
+    Raises:
+        ProfileError: they are.
+    """
+    shape = shape_of(node)
+    assert shape is not None
+    if (ref.layout.heads, ref.layout.dim) != (shape[1], shape[3]):
+        raise ProfileError(
+            f"codes for {ref.layout.heads} heads of {ref.layout.dim} were loaded for a layer with "
+            f"{shape[1]} heads of {shape[3]}"
+        )
 
 
 def _get_attr(gm: fx.GraphModule, target: str) -> Any:
@@ -351,14 +398,3 @@ def _get_attr(gm: fx.GraphModule, target: str) -> Any:
     for name in target.split("."):
         value = getattr(value, name)
     return value
-
-
-_EXACT: dict[tuple[int, int], CodeRef] = {}
-
-
-def _exact(heads: int, dim: int) -> CodeRef:
-    from ..cache.store import exact_ref
-
-    if (heads, dim) not in _EXACT:
-        _EXACT[heads, dim] = exact_ref(heads, dim)
-    return _EXACT[heads, dim]

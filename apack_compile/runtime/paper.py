@@ -48,7 +48,7 @@ def paper_code(x: Tensor, side: PaperSide, options: Options) -> CodeRef:
     heads, dim = x.shape[1], x.shape[3]
     rank = options.k_rank if side.keys else options.v_rank
     rank = min(rank or max(int(heads * dim / options.ratio), 1), heads * dim)
-    rotation = side.turn and side.turn.rotation(dim, side.visible)
+    rotation = None if side.turn is None else side.turn.rotation(dim, side.visible)
     if rotation is None or rotation.strays > MOST_STRAYS:
         return factor_prompt(x, LowRankLayout(heads, dim, rank), None, side.visible)
     layout = LowRankLayout(heads, dim, rank, rotation.width, int(rotation.interleaved))

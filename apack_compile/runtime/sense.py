@@ -1,9 +1,7 @@
 """Measure the sensitivity of every layer: run a prefill again, with gradients.
 
-The Dynamo graph is interpreted node by node. Of each cache tensor all but the last tokens become a
-leaf, so that gradients stop there: what is differentiated is the work of the last tokens on a
-given cache, which is what decode does. Where the graph computes logits of the last token only
-(``logits_to_keep=1``), it is made to compute them for all of the last tokens.
+Of each cache tensor all but the last tokens become a leaf, so that gradients stop there: what is
+differentiated is the work of the last tokens on a given cache, which is what decode does.
 """
 
 from __future__ import annotations
@@ -21,19 +19,10 @@ from ..codec.rotation import Turn
 from ..codec.sensitivity import Sensitivity
 from ..passes.find_writes import is_written
 from ..passes.plan import PlannedSite
-
-QUERIES = 256
-"""Tokens at the end of a prefill whose predictions are differentiated."""
+from .replay import Outcome, Replay, Split, Unmeasured, updates_of
 
 DRAWS = 4
 """Tokens drawn for each prediction."""
-
-FEWEST = 32
-"""Fewer queries than this say too little."""
-
-
-class Unmeasured(Exception):
-    """The sensitivity could not be measured; says why."""
 
 
 def measure(
@@ -55,33 +44,30 @@ def measure(
     """
     if any(n.op == "placeholder" and is_written(n) for n in gm.graph.nodes):
         raise Unmeasured("the graph writes to its inputs")
-    batch, length = coded.shape
-    tail = min(max(QUERIES // batch, FEWEST), length // 4)
-    if tail < FEWEST:
-        raise Unmeasured(f"a prompt of {length} tokens is too short")
-    past = length - tail
-    coded = coded[:, :past].clone()
-    coded[:, max(past - window, 0) :] = False
-    turns = [t and Turn(t.cos[:, :past], t.sin[:, :past], t.interleaved) for t in turns]
-    updates = [u.node for s in sites for u in (s.cached.k, s.cached.v)]
-    probe = _Probe(gm, updates, tail)
+    split, outcome = Split.of(coded, window), Outcome.of(gm.graph, sites)
+    past_turns = [split.turn(t) for t in turns]
+    updates = updates_of(sites)
+    probe = _Probe(gm, updates, split.tail, outcome.node)
     budget = _Budget(coded.device)
     draws = []
     with torch.inference_mode(False), torch.enable_grad():
-        plain = [_detached(a) for a in args]
+        plain = detached(args)
         try:
             with torch.autograd.graph.saved_tensors_hooks(budget.spend, _same):
-                predictions = _predictions(probe.run(*plain), tail)
+                probe.run(*plain)
+                assert probe.seen is not None
+                values = split.of_asked(probe.seen).float()
             leaves = [probe.leaves[u] for u in updates]
+            queries = DRAWS * len(values)
             own = torch.Generator(coded.device).manual_seed(0)  # the user's stays as it is
             for last in [False] * (DRAWS - 1) + [True]:
                 grads = torch.autograd.grad(
-                    _surprise(predictions, own), leaves, retain_graph=not last
+                    outcome.surprise(values, own), leaves, retain_graph=not last
                 )
                 draws.append(
                     [
-                        Sensitivity.of(k, v, coded, DRAWS * batch * tail, turn)
-                        for k, v, turn in zip(grads[::2], grads[1::2], turns, strict=True)
+                        Sensitivity.of(k, v, split.coded, queries, turn)
+                        for k, v, turn in zip(grads[::2], grads[1::2], past_turns, strict=True)
                     ]
                 )
         except torch.OutOfMemoryError as error:
@@ -94,62 +80,19 @@ def measure(
     return found
 
 
-class _Probe(fx.Interpreter):
-    """Runs a graph with leaves in the place of all but the last ``tail`` cached tokens."""
+class _Probe(Replay):
+    """Has leaves in the place of all but the last tokens of the cache."""
 
-    def __init__(self, gm: fx.GraphModule, updates: Sequence[fx.Node], tail: int) -> None:
-        super().__init__(gm)
-        self.updates = set(updates)
-        self.tail = tail
+    def __init__(
+        self, gm: fx.GraphModule, updates: Sequence[fx.Node], tail: int, watched: fx.Node
+    ) -> None:
+        super().__init__(gm, updates, tail, watched)
         self.leaves: dict[fx.Node, Tensor] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
-        """As the graph says, but for cache tensors and for the choice of the last token."""
-        if _takes_last_token(n):
-            args, _ = self.fetch_args_kwargs_from_env(n)
-            return args[0][:, -self.tail :]
-        value = super().run_node(n)
-        if n in self.updates:
-            past = value[:, :, : -self.tail].detach().requires_grad_()
-            self.leaves[n] = past
-            value = torch.cat([past, value[:, :, -self.tail :]], 2)
-        return value
-
-
-def _takes_last_token(n: fx.Node) -> bool:
-    """``hidden[:, -1:, :]`` of ``[B, S, C]``."""
-    if n.op != "call_function" or getattr(n.target, "__name__", "") != "getitem":
-        return False
-    index = n.args[1]
-    if not isinstance(index, tuple) or len(index) < 2 or not isinstance(n.args[0], fx.Node):
-        return False
-    value = n.args[0].meta.get("example_value")
-    everything = slice(None, None, None)
-    return (
-        isinstance(value, Tensor)
-        and value.dim() == 3
-        and index[1] == slice(-1, None, None)
-        and all(i == everything for i in (index[0], *index[2:]))
-    )
-
-
-def _predictions(results: Any, tail: int) -> Tensor:
-    """Log-probabilities that the graph gives for its last tokens: ``[B * tail, vocabulary]``."""
-    candidates = [
-        r for r in torch.utils._pytree.tree_leaves(results)
-        if isinstance(r, Tensor) and r.is_floating_point() and r.dim() == 3 and r.requires_grad
-    ]  # fmt: skip
-    candidates = [r for r in candidates if r.shape[1] >= tail]
-    if not candidates:
-        raise Unmeasured("the graph gives no logits of its last tokens")
-    logits = max(candidates, key=lambda r: r.shape[2])
-    return logits[:, -tail:].float().log_softmax(-1).flatten(0, 1)
-
-
-def _surprise(predictions: Tensor, generator: torch.Generator) -> Tensor:
-    """Sum of log-probabilities of tokens drawn from the model's own predictions."""
-    drawn = torch.multinomial(predictions.detach().exp(), 1, generator=generator)
-    return predictions.gather(1, drawn).sum()
+    def cached(self, n: fx.Node, value: Tensor) -> Tensor:
+        """A leaf and the last tokens."""
+        self.leaves[n] = value[:, :, : -self.tail].detach().requires_grad_()
+        return self.with_past(value, self.leaves[n])
 
 
 class _Budget:
@@ -179,6 +122,11 @@ def _free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def detached(args: Sequence[Any]) -> list[Any]:
+    """Arguments that autograd may record and that need no gradient."""
+    return [_detached(a) for a in args]
 
 
 def _detached(value: Any) -> Any:

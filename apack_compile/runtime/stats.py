@@ -30,6 +30,8 @@ class GraphRecord:
         notes: of single sites, such as why there is no fit yet.
         stores: caches that this graph made and that are alive.
         errors: coding error predicted at the fit, by site and side.
+        kinds: the same on text and on visual tokens alone, where both were seen.
+        profile: where the codes come from.
         weights: the model's parameters among the inputs.
     """
 
@@ -43,6 +45,8 @@ class GraphRecord:
     notes: dict[str, str] = field(default_factory=dict)
     stores: weakref.WeakSet[SideStore] = field(default_factory=weakref.WeakSet)
     errors: dict[str, float] = field(default_factory=dict)
+    kinds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    profile: str = ""
     weights: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
     def ran(self, what: str) -> None:

@@ -21,11 +21,12 @@ from .profiles import saved
 
 def flat(profile: SavedProfile) -> list[Any]:
     """Everything that a profile holds, its tensors apart from one another."""
-    found: list[Any] = [profile.options, profile.weights, profile.tokens, dict(profile.made)]
+    found: list[Any] = [getattr(profile, f.name) for f in dataclasses.fields(SavedProfile)]
+    found.remove(profile.layers)
     for layer in profile.layers:
         found += [layer.weight, layer.shape, layer.name, layer.reach, layer.reason]
         for code in layer.codes:
-            found += [code.layout, code.error, *code.params]
+            found += [code.layout, code.error, code.kinds, *code.params]
         if layer.rotation is not None:
             found += [getattr(layer.rotation, f.name) for f in dataclasses.fields(Rotation)]
     return found
@@ -52,7 +53,8 @@ def test_a_profile_comes_back_bit_for_bit(path: Path) -> None:
     profile = saved()
     write_profile(profile, path)
     mine, back = flat(profile), flat(read_profile(path))
-    assert len(mine) == len(back) == 4 + 2 * 5 + 2 * (2 + 3) + 2 * (2 + 4) + 5
+    params = sum(code.layout.param_count for layer in profile.layers for code in layer.codes)
+    assert len(mine) == len(back) == 5 + 2 * 5 + 4 * 3 + params + 5
     for a, b in zip(mine, back, strict=True):
         if isinstance(a, torch.Tensor):
             assert (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(a, b)
@@ -84,7 +86,8 @@ def test_half_precision_parameters_stay_half(path: Path) -> None:
 def test_it_is_a_safetensors_file_that_others_can_read(path: Path) -> None:
     write_profile(saved(), path)
     tensors = safetensors.torch.load_file(path)
-    assert len(tensors) == 2 * (3 + 4) + 2
+    codes = [code for layer in saved().layers for code in layer.codes]
+    assert len(tensors) == sum(code.layout.param_count for code in codes) + 2
     assert {"layers.0.k.0", "layers.1.v.3", "layers.1.rotation.frequencies"} <= set(tensors)
     header = json.loads(metadata_of(path)["header"])
     assert [layer["name"] for layer in header["layers"]] == ["layer.0", "layer.1"]

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import apack_compile
-from apack_compile import profile
+from apack_compile.fitting import learn
 from apack_compile.runtime import sense
 
 from .. import zoo
@@ -64,7 +64,7 @@ def test_a_prompt_beyond_the_reach_is_fitted_anew_with_the_same_layouts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Bug: codes fitted on a short prompt were used at any length."""
-    monkeypatch.setattr(profile, "LEAST_REACH", 300)
+    monkeypatch.setattr(learn, "LEAST_REACH", 300)
     case = zoo.llama(text=1400)
     compiled = torch.compile(case.model, backend="attentionpack", options=OPTIONS)
     first = prefill(compiled, case, 300)  # reaches to 600

@@ -1,0 +1,196 @@
+r"""Check the predicted sensitivity of every layer by measurement: code one side, look what it does.
+
+The Fisher information predicts what errors d of the coded tokens cost (``codec/sensitivity.py``):
+
+    cost  ~  1/2 sum_h tr(M_h C_h),    C_h = mean of d d^T over the coded tokens of KV head h
+
+which leaves out that errors of tokens and heads add up, and higher orders. So keys, then values, of
+one layer at a time are coded with a trial code, and what the last tokens predict is compared
+(:class:`~apack_compile.runtime.replay.Outcome`). The caches of all layers above stay as they were:
+only the last tokens see the coded one.
+
+The graph is run up to the layer once for all trials, and resumed from there for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..codec import Code
+from ..codec.rotation import Turn
+from ..codec.sensitivity import Sensitivity
+from ..passes.find_writes import writers
+from ..passes.plan import PlannedSite
+from .replay import Outcome, Replay, Split, Unmeasured, updates_of
+from .sense import detached
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The cost of coding one side of one layer alone.
+
+    The KL of the predictions in nats; half the squared change of the last hidden state in graphs
+    that give no logits.
+
+    Attributes:
+        predicted: by the Fisher information.
+        measured: by running the model on the coded cache.
+    """
+
+    predicted: float
+    measured: float
+
+
+def calibrate(
+    gm: fx.GraphModule, args: Sequence[Any], sites: Sequence[PlannedSite],
+    turns: Sequence[Turn | None], coded: Tensor, window: int,
+    sensitivities: Sequence[Sensitivity], codes: Sequence[tuple[Code, Code]],
+    step: Callable[[int, int], None],
+) -> list[tuple[Trial, Trial]]:  # fmt: skip
+    """A trial for the keys and one for the values of each site.
+
+    Args:
+        gm, args, sites, turns, coded, window: as for :func:`~apack_compile.runtime.sense.measure`.
+        sensitivities: what that measured, on the same arguments.
+        codes: trial codes of keys and values of each site.
+        step: called with the number of trials done and their number in all.
+
+    Raises:
+        Unmeasured: and why.
+    """
+    split, outcome = Split.of(coded, window), Outcome.of(gm.graph, sites)
+    updates = updates_of(sites)
+    sides = dict(zip(updates, (code for pair in codes for code in pair), strict=False))
+    with torch.inference_mode(False), torch.no_grad():
+        plain = detached(args)
+        try:
+            base = _Recording(gm, updates, split.tail, outcome.node)
+            base.run(*plain)
+            assert base.seen is not None
+            trials = _Trials(gm, base.past, split, sides, outcome, base.seen, step)
+            trials.run(*plain)
+        except torch.OutOfMemoryError as error:
+            raise Unmeasured("out of memory") from error
+    found = []
+    for site, turn, metric in zip(sites, turns, sensitivities, strict=True):
+        k, v = site.cached.k.node, site.cached.v.node
+        k_cost = _predicted(metric.k, trials.errors[k], split, split.turn(turn))
+        v_cost = _predicted(metric.v, trials.errors[v], split, None)
+        found.append((Trial(k_cost, trials.costs[k]), Trial(v_cost, trials.costs[v])))
+    return found
+
+
+class _Recording(Replay):
+    """Remembers the cache before the last tokens."""
+
+    def __init__(
+        self, gm: fx.GraphModule, updates: Sequence[fx.Node], tail: int, watched: fx.Node
+    ) -> None:
+        super().__init__(gm, updates, tail, watched)
+        self.past: dict[fx.Node, Tensor] = {}
+
+    def cached(self, n: fx.Node, value: Tensor) -> Tensor:
+        """As it is."""
+        self.past[n] = value[:, :, : -self.tail]
+        return value
+
+
+class _Resumed(Replay):
+    """The rest of a graph, after one of its cache tensors was coded."""
+
+    env: dict[fx.Node, Any]
+
+    def __init__(
+        self, gm: fx.GraphModule, past: dict[fx.Node, Tensor], tail: int, watched: fx.Node
+    ) -> None:
+        super().__init__(gm, list(past), tail, watched)
+        self.past = past
+        self.writers = writers(gm.graph)
+        self.lent: set[int] = set()
+
+    def cached(self, n: fx.Node, value: Tensor) -> Tensor:
+        """What it was before anything was coded, and the last tokens."""
+        return self.with_past(value, self.past[n])
+
+    def run_node(self, n: fx.Node) -> Any:
+        """As the graph says; storage that it writes to is copied first, for the other trials."""
+        if n in self.writers:
+            target = n.kwargs.get("out", n.args[0] if n.args else None)
+            for tensor in tree_leaves(self.env.get(target)):
+                if isinstance(tensor, Tensor):
+                    self._own(tensor.untyped_storage())
+        return super().run_node(n)
+
+    def _own(self, storage: torch.UntypedStorage) -> None:
+        """Give all tensors in this storage another one, if other trials need it as it is."""
+        if storage.data_ptr() not in self.lent:
+            return
+        copy = storage.clone()
+
+        def moved(x: Tensor) -> Tensor:
+            if x.untyped_storage().data_ptr() != storage.data_ptr():
+                return x
+            return x.new_empty(0).set_(copy, x.storage_offset(), x.shape, x.stride())
+
+        self.env = {node: tree_map_only(Tensor, moved, value) for node, value in self.env.items()}
+
+    def resume(self, env: dict[fx.Node, Any], after: fx.Node) -> Tensor:
+        """The value of the node watched, given the values of all nodes that are still needed."""
+        self.env = env
+        values = tree_leaves(list(env.values()))
+        self.lent = {v.untyped_storage().data_ptr() for v in values if isinstance(v, Tensor)}
+        nodes = iter(self.module.graph.nodes)
+        for node in nodes:
+            if node is after:
+                break
+        for node in nodes:
+            self.env[node] = self.run_node(node)
+            for dead in self.user_to_last_uses.get(node, ()):
+                self.env.pop(dead, None)
+            if self.seen is not None:
+                return self.seen
+        raise AssertionError(f"{self.watched} does not depend on {after}")
+
+
+class _Trials(Replay):
+    """Codes one cache tensor after the other, and each time runs the rest of the graph."""
+
+    def __init__(
+        self, gm: fx.GraphModule, past: dict[fx.Node, Tensor], split: Split,
+        sides: dict[fx.Node, Code], outcome: Outcome, base: Tensor,
+        step: Callable[[int, int], None],
+    ) -> None:  # fmt: skip
+        super().__init__(gm, list(past), split.tail, outcome.node)
+        self.past, self.split, self.sides = past, split, sides
+        self.outcome, self.step = outcome, step
+        self.values = split.of_asked(base)
+        self.errors: dict[fx.Node, Tensor] = {}
+        self.costs: dict[fx.Node, float] = {}
+
+    def cached(self, n: fx.Node, value: Tensor) -> Tensor:
+        """As it is; on the way, the trial."""
+        past, code = self.past[n], self.sides[n]
+        params = code.on(past.device)
+        payload = code.layout.encode(past, params)
+        decoded = code.layout.decode(payload, params, past.dtype)
+        changed = torch.where(self.split.coded[:, None, :, None], decoded, past)
+        self.errors[n] = changed - past
+        rest = _Resumed(self.module, self.past, self.tail, self.watched)
+        result = rest.resume({**self.env, n: self.with_past(value, changed)}, n)
+        self.costs[n] = self.outcome.cost(self.values, self.split.of_asked(result))
+        self.step(len(self.costs), len(self.sides))
+        return value
+
+
+def _predicted(metric: Tensor, errors: Tensor, split: Split, turn: Turn | None) -> float:
+    """The cost that the Fisher information expects of ``errors [B, H, S, D]``."""
+    errors = errors.float() if turn is None else turn.undo(errors.float())
+    flat = errors.transpose(0, 1).flatten(1, 2)  # [H, B * S, D]; zero where nothing is coded
+    cov = (flat.mT @ flat).double() / split.coded.sum()
+    return 0.5 * float((metric * cov).sum())

@@ -1,0 +1,145 @@
+"""Prefills that teach: run uncompiled, with moments of every layer; then again, with gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..codec import Code
+from ..codec.moments import Moments
+from ..codec.rotation import Turn
+from ..codec.sensitivity import Sensitivity
+from ..fitting.layer import Lesson
+from ..options import Options
+from ..passes.base import shape_of, value_of
+from ..passes.draft import Draft, Interface
+from ..passes.plan import Plan
+from ..passes.rewrite_encode import TOLD, collect
+from ..passes.rewrite_unpack import rewrite_unpack
+from .arguments import Sizes
+from .calibrate import Trial, calibrate
+from .replay import Unmeasured
+from .sense import measure
+from .visual import Prompts
+
+
+@dataclass(frozen=True)
+class Study:
+    """What came out of one prefill.
+
+    Attributes:
+        interface: what the results are.
+        results: of the graph.
+        lessons: what it tells of each ``encode`` site.
+    """
+
+    interface: Interface
+    results: list[Any]
+    lessons: tuple[Lesson, ...]
+
+    @property
+    def turns(self) -> list[Turn | None]:
+        """The rotation of the keys of each site."""
+        return [lesson.turn for lesson in self.lessons]
+
+    @property
+    def visible(self) -> list[Tensor | None]:
+        """The visible tokens of each site."""
+        return [lesson.visible for lesson in self.lessons]
+
+
+class Studies:
+    """Runs the prefills of one graph that teach.
+
+    Args:
+        gm: the Dynamo graph.
+        plan: what to do with it.
+        options: the user's.
+        inputs: those of a rewritten graph, for arguments of the Dynamo graph and an interface.
+    """
+
+    def __init__(
+        self, gm: fx.GraphModule, plan: Plan, options: Options,
+        inputs: Callable[[tuple[Any, ...], Interface], Sequence[Any]],
+    ) -> None:  # fmt: skip
+        self.gm = gm
+        self.plan = plan
+        self.options = options
+        self.sites = plan.having("encode")
+        self._inputs = inputs
+        self._sizes = Sizes(gm.graph)
+        self.prompts = Prompts(gm, self.sites, options.sinks)
+
+    def length(self, args: Sequence[Any]) -> int:
+        """Tokens of the cache that the first ``encode`` site makes."""
+        return self._sizes.value(value_of(self.sites[0].cached.k.node).shape[2], args)
+
+    def run(self, args: tuple[Any, ...], layouts: tuple[str, ...] = ()) -> Study:
+        """Run once without Inductor and without codes.
+
+        Args:
+            args: of the Dynamo graph.
+            layouts: specs of its packed inputs.
+        """
+        draft = Draft(self.gm, self.plan, layouts)
+        rewrite_unpack(draft)
+        length = self.length(args)
+        visual = self.prompts.visual(args, self._batch(args), length)
+        images = (visual,) if isinstance(visual, Tensor) else ()
+        collect(draft, self.options.sinks, bool(images))
+        gm, interface = draft.finish()
+        with torch.no_grad():
+            results = list(gm(*self._inputs((*args, *images), interface)))
+        told = results[interface.extra : interface.extra + TOLD * len(self.sites)]
+        lessons = []
+        for site, start in zip(self.sites, range(0, len(told), TOLD), strict=True):
+            sums, visible, cos, sin, interleaved = told[start : start + TOLD]
+            turn = Turn.of(cos, sin, interleaved, length)
+            k_shape, v_shape = shape_of(site.cached.k.node), shape_of(site.cached.v.node)
+            assert k_shape is not None and v_shape is not None
+            dims, count = (k_shape[3], v_shape[3]), len(fields(Moments))
+            of_images = sums[count:] or (() if visual is False else None)
+            lessons.append(Lesson(sums[:count], turn, visible, dims, length, of_images))
+        return Study(interface, results, tuple(lessons))
+
+    def sense(self, args: tuple[Any, ...], study: Study) -> list[Sensitivity] | str:
+        """The sensitivity of each ``encode`` site, or why it is not known."""
+        if self.plan.handles:
+            return "some caches are packed already"
+        if self.sites[0].cached.k.past is not None:
+            return "not a prefill"
+        coded, window = self._coded(args, study), self.options.window
+        try:
+            return measure(self.gm, args, self.sites, study.turns, coded, window)
+        except Unmeasured as error:
+            return str(error).partition("\n")[0]  # what follows names a node of the graph
+
+    def calibrate(
+        self, args: tuple[Any, ...], study: Study, sensitivities: Sequence[Sensitivity],
+        codes: Sequence[tuple[Code, Code]], step: Callable[[int, int], None],
+    ) -> list[tuple[Trial, Trial]]:  # fmt: skip
+        """Predicted and measured cost of trial codes; see :func:`.calibrate.calibrate`.
+
+        Raises:
+            Unmeasured: and why.
+        """
+        coded, window = self._coded(args, study), self.options.window
+        return calibrate(
+            self.gm, args, self.sites, study.turns, coded, window, sensitivities, codes, step
+        )
+
+    def _batch(self, args: Sequence[Any]) -> int:
+        return self._sizes.value(value_of(self.sites[0].cached.k.node).shape[0], args)
+
+    def _coded(self, args: tuple[Any, ...], study: Study) -> Tensor:
+        """Tokens that codes would hold, were they far behind: ``[B, S]`` bool."""
+        visible = study.lessons[0].visible
+        if visible is None:
+            device = value_of(self.sites[0].cached.k.node).device
+            shape = self._batch(args), self.length(args)
+            visible = torch.ones(shape, dtype=torch.bool, device=device)
+        return visible & (visible.cumsum(1) > self.options.sinks)

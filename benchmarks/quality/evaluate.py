@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import passkey
 from .metrics import Figure, agreement, bootstrap, first_difference, kl_divergence, surprise
-from .runner import Runner
+from .runner import Runner, Sizes
 from .subject import Prompts, Subject
 
 NEXT = 512
@@ -20,37 +20,36 @@ NEXT = 512
 
 
 class Reference:
-    """What the stock model makes of the prompts of one length.
+    """What the stock model makes of prompts of one length.
 
     Args:
         subject: the model.
         windows: test windows, int64 ``[B, context + T]``.
         context: tokens that are prefilled; T follow, teacher-forced.
         greedy: tokens of the stock model's continuation that are compared.
+        first: number of the first window among all, which its pass key depends on.
     """
 
-    def __init__(self, subject: Subject, windows: Tensor, context: int, greedy: int) -> None:
+    def __init__(
+        self, subject: Subject, windows: Tensor, context: int, greedy: int, first: int = 0
+    ) -> None:
         self.subject = subject
-        self.context = context
-        self.steps = greedy
         self.prompts = Prompts(subject, windows[:, :context].clone())
         self.following = windows[:, context:]  # [B, T]
-        self.keys = passkey.make(subject.tokenizer, windows.cpu(), context)
+        self.keys = passkey.make(subject.tokenizer, windows.cpu(), context, first)
         ids = self.keys.ids.to(subject.device)
         self.key_prompts = Prompts(subject, ids[:, :context].clone())
         self.key_following = ids[:, context:]  # [B, passkey.FOLLOWING]
-
-    @cached_property
-    def log_probs(self) -> Tensor:
-        """Of the tokens that follow, by the stock model: ``[B, T, V]``."""
-        kv = [(layer.k, layer.v) for layer in self.prompts.layers]
-        return in_log_probs(self.subject.follow(kv, self.context, self.following))
-
-    @cached_property
-    def greedy(self) -> Tensor:
-        """The stock model's continuation ``[B, greedy + 1]``."""
         layers, logits = self.prompts.prefilled
-        return self.subject.continue_greedily(layers, logits, self.steps + 1)
+        kv = [(layer.k, layer.v) for layer in layers]
+        # On the host: the vocabulary is wide, and there are many windows.
+        self.log_probs = in_log_probs(subject.follow(kv, context, self.following)).cpu()
+        self.greedy = subject.continue_greedily(layers, logits, greedy + 1)  # [B, greedy + 1]
+
+    def release(self) -> None:
+        """Let go of the dense caches."""
+        self.prompts.release()
+        self.key_prompts.release()
 
 
 @dataclass(frozen=True)
@@ -87,16 +86,19 @@ def in_log_probs(logits: Tensor) -> Tensor:
     return logits
 
 
-def evaluate(runner: Runner, reference: Reference) -> tuple[Scores, Any]:
-    """All tasks; the cache of the windows comes back as well, for its bytes."""
-    cache = runner.prefill(reference.prompts)
-    values = _next_tokens(runner, reference, cache)
-    values["greedy"] = _greedy(runner, reference, cache)
-    key_cache = runner.prefill(reference.key_prompts)
-    logits = runner.follow(key_cache, reference.key_following)
-    hits = passkey.found(logits.argmax(-1), reference.key_following, reference.keys.answer)
-    values["passkeys"] = [float(hit) for hit in hits]
-    values["depths"] = list(reference.keys.depths)
+def evaluate(runner: Runner, references: Sequence[Reference]) -> tuple[Scores, Sizes]:
+    """All tasks on all windows, and the bytes of the cache."""
+    values: dict[str, list[float]] = {}
+    for reference in references:
+        cache = runner.prefill(reference.prompts)
+        found = _next_tokens(runner, reference, cache)
+        found["greedy"] = _greedy(runner, reference, cache)
+        sizes = runner.sizes(cache)
+        del cache
+        found["passkeys"] = _passkeys(runner, reference)
+        found["depths"] = list(reference.keys.depths)
+        for name, new in found.items():
+            values.setdefault(name, []).extend(new)
     figures = {name: bootstrap(torch.tensor(values[name])) for name in values if name != "depths"}
     scores = Scores(
         kl=figures["kl"],
@@ -107,7 +109,7 @@ def evaluate(runner: Runner, reference: Reference) -> tuple[Scores, Any]:
         passkeys=figures["passkeys"],
         by_window=values,
     )
-    return scores, cache
+    return scores, sizes
 
 
 def _next_tokens(runner: Runner, reference: Reference, cache: Any) -> dict[str, list[float]]:
@@ -115,6 +117,7 @@ def _next_tokens(runner: Runner, reference: Reference, cache: Any) -> dict[str, 
     coded = in_log_probs(runner.follow(cache, reference.following))
     values: dict[str, list[float]] = {"kl": [], "top1": [], "nll": [], "nll_full": []}
     for full, own, tokens in zip(reference.log_probs, coded, reference.following, strict=True):
+        full = full.to(own.device)
         values["kl"].append(float(kl_divergence(full, own).mean()))
         values["top1"].append(float(agreement(full, own).mean()))
         values["nll"].append(float(surprise(own, tokens).mean()))
@@ -135,6 +138,14 @@ def _greedy(runner: Runner, reference: Reference, cache: Any) -> list[float]:
         float(first_difference(row, wanted))
         for row, wanted in zip(predicted, tokens[:, 1:], strict=True)
     ]
+
+
+def _passkeys(runner: Runner, reference: Reference) -> list[float]:
+    """1 for each pass key that is found, else 0."""
+    cache = runner.prefill(reference.key_prompts)
+    predicted = runner.follow(cache, reference.key_following).argmax(-1)
+    hits = passkey.found(predicted, reference.key_following, reference.keys.answer)
+    return [float(hit) for hit in hits]
 
 
 def _exponential(figure: Figure) -> Figure:

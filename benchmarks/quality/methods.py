@@ -6,9 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
-from .packed import Fitting, PackedRunner
+from .packed import PackedRunner
 from .rivals.base import Rival
 from .rivals.dense import Dense
 from .rivals.kivi import Kivi
@@ -16,27 +14,9 @@ from .rivals.snapkv import SnapKv
 from .rivals.streaming import Streaming
 from .rivals.truncated_svd import TruncatedSvd
 from .rivals.turboquant import TurboQuant
-from .runner import RivalRunner, Runner, Unavailable
-from .subject import Subject
+from .runner import RivalRunner, Runner, Setting, Unavailable
 
 OURS = "attentionpack"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a method is started with.
-
-    Attributes:
-        subject: the model.
-        prompts: calibration prompts, int64 ``[C, S]`` with S the longest context.
-        following: the most tokens that follow a context.
-        inner: option ``inner`` of the backend.
-    """
-
-    subject: Subject
-    prompts: Tensor
-    following: int
-    inner: str
 
 
 @dataclass(frozen=True)
@@ -71,10 +51,7 @@ def _ours(
     coded_once: bool = True,
 ) -> Method:  # fmt: skip
     def start(setting: Setting) -> Runner:
-        return PackedRunner(
-            setting.subject, options, Fitting(beforehand, setting.prompts), coded_once,
-            setting.following, setting.inner,
-        )  # fmt: skip
+        return PackedRunner(setting, options, beforehand, coded_once)
 
     return Method(f"{OURS} {name}", f"{OURS}{family}", runs, start)
 
@@ -97,23 +74,27 @@ class Variant:
     beforehand: bool = False
     coded_once: bool = True
 
-    def methods(self) -> list[Method]:
-        """One for each ratio."""
-        return [
-            _ours(
-                f"{ratio:g}x{self.title}",
-                self.title,
-                frozenset(run for run, those in self.ratios.items() if ratio in those),
-                {"ratio": ratio, **self.options},
-                self.beforehand,
-                self.coded_once,
-            )
-            for ratio in sorted({r for those in self.ratios.values() for r in those})
-        ]
+    @property
+    def all(self) -> frozenset[float]:
+        """The ratios of any run."""
+        return frozenset(ratio for those in self.ratios.values() for ratio in those)
+
+    def method(self, ratio: float) -> Method:
+        """The variant at one ratio."""
+        return _ours(
+            f"{ratio:g}x{self.title}",
+            self.title,
+            frozenset(run for run, those in self.ratios.items() if ratio in those),
+            {"ratio": ratio, **self.options},
+            self.beforehand,
+            self.coded_once,
+        )
 
 
-ALL = (2, 3, 4, 6, 8, 12)
-TARGETS = (4, 6, 8)
+ALL = (8, 4, 6, 12, 3, 2)
+"""Ratios in the order in which they are measured, should time run out."""
+
+TARGETS = (8, 4, 6)
 BEST = {"k_code": "pre-rope", "v_basis": "hadamard"}
 
 VARIANTS = (
@@ -171,6 +152,6 @@ OTHERS = (
 
 METHODS: tuple[Method, ...] = (
     *RIVALS,
-    *(method for variant in VARIANTS for method in variant.methods()),
+    *(variant.method(ratio) for ratio in ALL for variant in VARIANTS if ratio in variant.all),
     *OTHERS,
 )

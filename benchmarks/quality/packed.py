@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,37 +23,22 @@ from apack_compile.options import OptionError, Options
 from apack_compile.source_hash import source_hash
 
 from .rivals.base import RECENT, SINKS
-from .runner import Sizes, Unavailable
-from .subject import Prompts, Subject
+from .runner import Setting, Sizes, Unavailable
+from .subject import Prompts
 
 PIECE = 16
 """Tokens of a piece: the most for which the decode graph attends to codes."""
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """How the codes come about.
-
-    Attributes:
-        beforehand: by ``apack_compile.fit`` on all calibration prompts; else from the first
-            prefill, which is that of one calibration prompt as long as the context.
-        prompts: calibration prompts, int64 ``[C, S]`` with S the longest context.
-    """
-
-    beforehand: bool
-    prompts: Tensor
 
 
 class PackedRunner:
     """The compiled model.
 
     Args:
-        subject: the model.
+        setting: the model, and prompts to fit on.
         options: of the backend.
-        fitting: where codes come from.
+        beforehand: codes are fitted by ``apack_compile.fit`` on all calibration prompts; else from
+            the first prefill, which is that of one calibration prompt as long as the context.
         coded_once: whether tokens that follow stay exact.
-        following: the most tokens that follow.
-        inner: option of the backend.
 
     Raises:
         Unavailable: the installed attentionpack does not accept these options, or cannot fit
@@ -62,32 +46,29 @@ class PackedRunner:
     """
 
     def __init__(
-        self, subject: Subject, options: Mapping[str, Any], fitting: Fitting, coded_once: bool,
-        following: int, inner: str,
-    ) -> None:  # fmt: skip
-        self.subject = subject
-        self.fitting = fitting
+        self, setting: Setting, options: Mapping[str, Any], beforehand: bool, coded_once: bool
+    ) -> None:
+        self.setting = setting
+        self.subject = setting.subject
+        self.beforehand = beforehand
         # Codes kept on disk would make a method depend on what ran before it.
-        own = {
-            "sinks": SINKS,
-            "window": RECENT,
-            **({"profile_cache": False} if hasattr(Options, "profile_cache") else {}),
-        }
-        self.options = {"inner": inner, **options, **own}
+        own = {"sinks": SINKS, "window": RECENT, "profile_cache": False}
+        self.options = {"inner": setting.inner, **options, **own}
         self.block = Options().block
         if coded_once:
-            self.options["block"] = following
+            self.options["block"] = setting.following
         try:
             Options.parse(self.options)
         except OptionError as error:
             raise Unavailable(str(error)) from error
-        if fitting.beforehand and not hasattr(apack_compile, "fit"):
+        if beforehand and not hasattr(apack_compile, "fit"):
             raise Unavailable("apack_compile.fit is not there")
         torch._dynamo.reset()
-        if fitting.beforehand:
-            batches = [{"input_ids": row[None]} for row in fitting.prompts]
-            apack_compile.fit(subject.model, batches, options=self.options)
-        self.compiled = torch.compile(subject.model, backend="attentionpack", options=self.options)
+        model = self.subject.model
+        if beforehand:
+            batches = [{"input_ids": row[None]} for row in setting.prompts]
+            apack_compile.fit(model, batches, options=self.options)
+        self.compiled = torch.compile(model, backend="attentionpack", options=self.options)
         self.fitted_for = 0
         self.follows = 0
 
@@ -98,8 +79,8 @@ class PackedRunner:
             RuntimeError: a layer came out without a code.
         """
         learns = self.options.get("codec", Options.codec) == "transform"
-        if learns and not self.fitting.beforehand and self.fitted_for < prompts.length:
-            self._prefill(self.fitting.prompts[:1, : prompts.length])
+        if learns and not self.beforehand and self.fitted_for < prompts.length:
+            self._prefill(self.setting.prompts[:1, : prompts.length])
             self.fitted_for = prompts.length
         cache = self._prefill(prompts.ids)
         for layer in cache.layers:
@@ -110,6 +91,9 @@ class PackedRunner:
 
     def _prefill(self, ids: Tensor) -> DynamicCache:
         cache = DynamicCache()
+        if self.setting.many_lengths:  # one graph for all of them from the start
+            ids = ids.clone()
+            torch._dynamo.mark_dynamic(ids, 1)
         self.compiled(ids, past_key_values=cache, logits_to_keep=1)
         return cache
 
@@ -160,7 +144,7 @@ class PackedRunner:
         report = apack_compile.report(self.subject.model)
         return {
             "options": self.options,
-            "fitted": "beforehand" if self.fitting.beforehand else "first prefill",
+            "fitted": "beforehand" if self.beforehand else "first prefill",
             "packed_attention_calls": report.attends,
             "of": self.follows * self.subject.layers,
             "sources": sources(),

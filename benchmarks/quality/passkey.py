@@ -44,22 +44,22 @@ class PassKeys:
     depths: tuple[float, ...]
 
 
-def make(tokenizer: Any, haystacks: Tensor, context: int, seed: int = 0) -> PassKeys:
+def make(tokenizer: Any, haystacks: Tensor, context: int, first: int = 0) -> PassKeys:
     """One prompt for each haystack.
 
     Args:
         tokenizer: of the model, with a chat template.
         haystacks: prose, int64 ``[B, at least context]``.
         context: tokens before the ones that follow.
-        seed: of the numbers.
+        first: number of the first prompt; number and depth of a pass key depend on it.
 
     Raises:
         ValueError: the context is too short to have the needle in its coded part.
     """
-    generator = torch.Generator().manual_seed(seed)
     head, tail = _template(tokenizer)
     rows, depths = [], []
-    for number, prose in enumerate(haystacks):
+    for number, prose in enumerate(haystacks, first):
+        generator = torch.Generator().manual_seed(number)
         key = str(int(torch.randint(10_000, 100_000, (), generator=generator)))
         needle = _tokens(tokenizer, NEEDLE.format(key=key))
         answer = _tokens(tokenizer, f" {key}")

@@ -16,6 +16,25 @@ class Unavailable(Exception):
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What a method is started with.
+
+    Attributes:
+        subject: the model.
+        prompts: calibration prompts, int64 ``[C, S]`` with S the longest context.
+        following: the most tokens that follow a context.
+        inner: option ``inner`` of the backend.
+        many_lengths: whether contexts have more than one length.
+    """
+
+    subject: Subject
+    prompts: Tensor
+    following: int
+    inner: str
+    many_lengths: bool
+
+
+@dataclass(frozen=True)
 class Sizes:
     """Bytes of a method's cache.
 

@@ -147,3 +147,7 @@ class Prompts:
     def layers(self) -> list[Layer]:
         """The dense cache."""
         return self.prefilled[0]
+
+    def release(self) -> None:
+        """Let go of the dense cache, until it is asked for again."""
+        self.__dict__.pop("prefilled", None)

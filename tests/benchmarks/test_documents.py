@@ -8,10 +8,12 @@ import torch
 from benchmarks.quality import subject
 from benchmarks.quality.documents import documents, read, spread, windows
 
+from . import tiny
+
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return subject.smollm2.load_tokenizer()
+    return tiny.tokenizer()
 
 
 def test_there_are_24_documents_to_test_and_6_others_to_calibrate() -> None:

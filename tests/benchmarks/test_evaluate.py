@@ -18,11 +18,12 @@ CONTEXT, NEXT, GREEDY = 288, 32, 16
 
 @pytest.fixture(scope="module")
 def reference() -> Reference:
-    return Reference(tiny.subject(), tiny.texts(3, CONTEXT + NEXT), CONTEXT, GREEDY)
+    with torch.no_grad():
+        return Reference(tiny.subject(), tiny.texts(3, CONTEXT + NEXT), CONTEXT, GREEDY)
 
 
 def test_the_dense_cache_differs_from_itself_by_rounding(reference: Reference) -> None:
-    scores, _ = evaluate(RivalRunner(reference.subject, Dense()), reference)
+    scores, _ = evaluate(RivalRunner(reference.subject, Dense()), [reference])
     assert abs(scores.kl.mean) < 1e-6
     assert scores.top1.mean == 1
     assert scores.greedy.mean == GREEDY
@@ -31,7 +32,7 @@ def test_the_dense_cache_differs_from_itself_by_rounding(reference: Reference) -
 
 def test_figures_of_a_lossy_code(reference: Reference) -> None:
     subject, runner = reference.subject, RivalRunner(reference.subject, TurboQuant(1))
-    scores, cache = evaluate(runner, reference)
+    scores, sizes = evaluate(runner, [reference])
     kv = [TurboQuant(1).code(layer) for layer in reference.prompts.layers]
     coded = subject.follow(kv, CONTEXT, reference.following).log_softmax(-1)
     dense = [(layer.k, layer.v) for layer in reference.prompts.layers]
@@ -42,13 +43,13 @@ def test_figures_of_a_lossy_code(reference: Reference) -> None:
     nll = torch.nn.functional.nll_loss(coded[:, :-1].mT, reference.following[:, 1:])
     assert scores.perplexity.mean == pytest.approx(math.exp(nll), rel=1e-4)
     assert len(scores.by_window["passkeys"]) == len(scores.by_window["depths"]) == 3
-    assert runner.sizes(cache).ratio == pytest.approx(16 / (1 + 16 / 16))
+    assert sizes.ratio == pytest.approx(16 / (1 + 16 / 16))
 
 
 def test_greedy_counts_what_free_running_decoding_shows(reference: Reference) -> None:
     """Teacher forcing on the stock continuation finds the same first difference."""
     subject, runner = reference.subject, RivalRunner(reference.subject, TurboQuant(1))
-    scores, _ = evaluate(runner, reference)
+    scores, _ = evaluate(runner, [reference])
     kv = [TurboQuant(1).code(layer) for layer in reference.prompts.layers]
     tokens = reference.greedy[:, :1]
     for _ in range(GREEDY):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from benchmarks.quality.packed import PIECE, Fitting, PackedRunner
+import apack_compile
+from benchmarks.quality.packed import PIECE, PackedRunner
 from benchmarks.quality.rivals.base import RECENT, SINKS
-from benchmarks.quality.runner import Unavailable
+from benchmarks.quality.runner import Setting, Unavailable
 from benchmarks.quality.subject import Prompts, Subject
 
 from . import tiny
@@ -21,9 +22,12 @@ def subject() -> Subject:
     return tiny.subject()
 
 
+def setting(subject: Subject, tokens: int = CONTEXT, many_lengths: bool = False) -> Setting:
+    return Setting(subject, tiny.texts(1, tokens), NEXT, "aot_eager", many_lengths)
+
+
 def runner(subject: Subject, coded_once: bool = True, **options: Any) -> PackedRunner:
-    fitting = Fitting(False, tiny.texts(1, CONTEXT))
-    return PackedRunner(subject, {"ratio": 4, **options}, fitting, coded_once, NEXT, "aot_eager")
+    return PackedRunner(setting(subject), {"ratio": 4, **options}, False, coded_once)
 
 
 def prompts(subject: Subject) -> Prompts:
@@ -104,10 +108,17 @@ def test_bases_of_single_sequences_are_counted(subject: Subject) -> None:
     assert packed.fitted_for == 0
 
 
+def test_prompts_of_several_lengths_share_their_graphs(subject: Subject) -> None:
+    packed = PackedRunner(setting(subject, 2 * CONTEXT, True), {"ratio": 4}, False, True)
+    for length in (CONTEXT, 300, 2 * CONTEXT):
+        cache = packed.prefill(Prompts(subject, tiny.texts(2, length)))
+        packed.follow(cache, tiny.texts(2, 32))
+    graphs = apack_compile.report(subject.model).graph_reports
+    assert len(graphs) == 3  # the calibration prompt, prompts in pairs, what follows
+
+
 def test_codes_that_lose_nothing_are_not_taken_for_codes(subject: Subject) -> None:
-    packed = PackedRunner(
-        subject, {"codec": "exact"}, Fitting(False, tiny.texts(1, CONTEXT)), True, NEXT, "aot_eager"
-    )
+    packed = PackedRunner(setting(subject), {"codec": "exact"}, False, True)
     with pytest.raises(RuntimeError, match="not coded: attentionpack"):
         packed.prefill(prompts(subject))
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers.utils import is_optimum_quanto_available
 
-from benchmarks.quality.methods import METHODS, Setting
+from benchmarks.quality.methods import METHODS
 from benchmarks.quality.rivals.base import Size
-from benchmarks.quality.runner import Unavailable
+from benchmarks.quality.runner import Setting, Unavailable
 
 from .cases import assert_exact_outside, layer
 
@@ -44,4 +44,4 @@ def test_bytes() -> None:
 def test_without_its_backend_the_method_is_left_out() -> None:
     method = next(m for m in METHODS if m.name == "QuantizedCache 4 bit")
     with pytest.raises(Unavailable, match="optimum-quanto"):
-        method.start(Setting(None, torch.empty(0), 0, ""))  # type: ignore[arg-type]
+        method.start(Setting(None, torch.empty(0), 0, "", False))  # type: ignore[arg-type]

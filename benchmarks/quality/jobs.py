@@ -1,0 +1,72 @@
+"""Several processes on one device: most of a cell is compiling, which is a processor's work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .methods import OURS, Method
+
+
+def share(methods: Sequence[Method], number: int, count: int) -> list[Method]:
+    """The methods of process ``number`` of ``count``.
+
+    The first process has all rivals, so that the dense caches are held once; the others have
+    ours in turn.
+
+    Raises:
+        ValueError: there are fewer than two processes, or not so many.
+    """
+    if count < 2 or not 0 <= number < count:
+        raise ValueError(f"share {number} of {count}: accepted are 0 of 2 and more")
+    ours = [m for m in methods if m.family.startswith(OURS)]
+    rivals = [m for m in methods if not m.family.startswith(OURS)]
+    return rivals if number == 0 else ours[number - 1 :: count - 1]
+
+
+def part_of(path: Path, number: int) -> Path:
+    """The result file of one process."""
+    return path.with_suffix(f".{number}.json")
+
+
+def run_jobs(arguments: Sequence[str], count: int, path: Path) -> bool:
+    """Run the benchmark in ``count`` processes; each goes on from the common result file.
+
+    Args:
+        arguments: of the command line, for every process.
+        count: processes.
+        path: the common result file; what the processes measure is merged into it.
+
+    Returns:
+        Whether all of them measured everything.
+    """
+    processes = []
+    for number in range(count):
+        if path.exists():
+            shutil.copyfile(path, part_of(path, number))
+        words = [*arguments, "--share", str(number), str(count)]
+        words += ["--output", str(part_of(path, number))]
+        processes.append(subprocess.Popen([sys.executable, "-m", "benchmarks.quality", *words]))
+    codes = [process.wait() for process in processes]
+    merge([part_of(path, number) for number in range(count)], path, " ".join(arguments))
+    return not any(codes)
+
+
+def merge(parts: Sequence[Path], path: Path, command: str) -> None:
+    """Every cell of the part files once, in one file; the part files are gone afterwards."""
+    contents = [json.loads(p.read_text(encoding="utf-8")) for p in parts if p.exists()]
+    if not contents:
+        return
+    cells = {(c["method"], c["context"]): c for content in contents for c in content["cells"]}
+    merged = {
+        **contents[0],
+        "command": f"python -m benchmarks.quality {command}",
+        "cells": list(cells.values()),
+    }
+    path.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
+    for part in parts:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.quality import measure
+from benchmarks.quality.measure import Clock, Run
+from benchmarks.quality.methods import Method
+from benchmarks.quality.results import Results, environment
+from benchmarks.quality.rivals.dense import Dense
+from benchmarks.quality.rivals.kivi import Kivi
+from benchmarks.quality.runner import RivalRunner, Setting, Unavailable
+
+from . import tiny
+
+RUN = Run("tiny", (256, 288), 3, 4, "short", 2)
+
+
+def method(name: str, rival: Any) -> Method:
+    return Method(
+        name, name, frozenset({"short"}), lambda setting: RivalRunner(setting.subject, rival)
+    )
+
+
+def missing(setting: Setting) -> Any:
+    raise Unavailable("not here")
+
+
+class Broken(Dense):
+    def code(self, layer: Any) -> Any:
+        raise ZeroDivisionError("broken")
+
+
+@pytest.fixture(scope="module")
+def setting() -> Setting:
+    return Setting(tiny.subject(), tiny.texts(1, 300), 16, "aot_eager", True)
+
+
+@pytest.fixture(autouse=True)
+def _few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "NEXT", 16)
+
+
+def results(path: Path, setting: Setting) -> Results:
+    return Results.resume(path, {"windows": 3}, environment(setting.subject.device), "command")
+
+
+def test_every_cell_is_measured_once(
+    setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = [method("dense", Dense()), Method("none", "none", frozenset(), missing)]
+    made = results(tmp_path / "q.json", setting)
+    assert measure.measure(RUN, methods, setting, made, Clock(None))
+    cells = [(c["method"], c["context"]) for c in made.cells]
+    assert cells == [("dense", 256), ("dense", 288)]
+    assert capsys.readouterr().out.count("none: left out: not here") == 1
+    methods.append(method("kivi", Kivi(2)))
+    again = results(tmp_path / "q.json", setting)
+    assert measure.measure(RUN, methods, setting, again, Clock(None))
+    content = json.loads((tmp_path / "q.json").read_text())
+    assert [(c["method"], c["context"]) for c in content["cells"]] == [
+        *cells, ("kivi", 256), ("kivi", 288),
+    ]  # fmt: skip
+    for cell in content["cells"]:
+        assert cell["kl"]["low"] <= cell["kl"]["mean"] <= cell["kl"]["high"]
+        assert {len(values) for values in cell["by_window"].values()} == {3}
+    printed = capsys.readouterr().out
+    assert printed.count("3/3 kivi, 256 tokens: ratio ") == 1 and "dense" not in printed
+
+
+def test_batches_of_windows_give_what_one_batch_gives(setting: Setting, tmp_path: Path) -> None:
+    cells = []
+    for batch in (2, 3):
+        made = results(tmp_path / f"{batch}.json", setting)
+        run = Run("tiny", (288,), 3, 4, "short", batch)
+        assert measure.measure(run, [method("kivi", Kivi(2))], setting, made, Clock(None))
+        cells.append(made.cells[0]["by_window"])
+    assert cells[0]["kl"] == pytest.approx(cells[1]["kl"], rel=1e-3)
+    assert cells[0]["depths"] == cells[1]["depths"]
+
+
+def test_a_cell_that_fails_is_said_and_the_others_go_on(
+    setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = [method("broken", Broken()), method("dense", Dense())]
+    made = results(tmp_path / "q.json", setting)
+    assert not measure.measure(RUN, methods, setting, made, Clock(None))
+    assert [c["method"] for c in made.cells] == ["dense", "dense"]
+    out, err = capsys.readouterr()
+    assert "broken, 256 tokens: FAILED" in out and "ZeroDivisionError" in err
+
+
+def test_no_cell_is_started_without_time(
+    setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = results(tmp_path / "q.json", setting)
+    clock = Clock(1)
+    clock.longest = 61
+    assert not measure.measure(RUN, [method("dense", Dense())], setting, made, clock)
+    assert made.cells == []
+    assert "time is up" in capsys.readouterr().out
+
+
+def test_dense_caches_are_made_again_after_a_release(setting: Setting) -> None:
+    references = measure.References(RUN, setting)
+    reference, *more = references.at(256)
+    assert len(more) == 1 and references.at(256)[0] is reference
+    before = reference.prompts.layers
+    assert reference.prompts.layers is before
+    references.release()
+    after = reference.prompts.layers
+    assert after is not before and (after[0].k == before[0].k).all()

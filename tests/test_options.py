@@ -31,7 +31,7 @@ GOOD: list[dict[str, Any]] = [
     {"fit_tokens": 0}, {"fit_tokens": 1 << 20}, {"inductor": {"max_autotune": True}},
     {"inductor": {"max-autotune": True}}, {"k_code": "pre-rope"}, {"v_basis": "hadamard"},
     {"codec": "int8"}, {"codec": "int4"}, {"codec": "svd", "ratio": 8},
-    {"codec": "svd", "k_rank": 16, "v_rank": 32},
+    {"codec": "svd", "k_rank": 16, "v_rank": 32}, {"profile_cache": False},
 ]  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def test_options_that_do_not_go_together(given: dict[str, Any], words: str) -> N
 
 def test_codes_depend_on_codec_and_recipe_only() -> None:
     key = Options.parse({"ratio": 4}).key
-    assert key == Options.parse({"ratio": 4.0, "window": 10, "sinks": 1}).key
+    assert key == Options.parse({"ratio": 4.0, "window": 10, "profile_cache": False}).key
     assert key != Options.parse({"ratio": 5}).key
     assert key != Options.parse({"codec": "exact"}).key
     assert key != Options.parse({"ratio": 4, "k_code": "pre-rope"}).key
@@ -99,6 +99,13 @@ def test_a_number_out_of_range_is_refused_with_the_range(name: str, value: Any) 
     expected = f"option {name}={value!r}: accepted is {NUMBERS[name][0]}"
     with pytest.raises(OptionError, match=re.escape(expected)):
         Options.parse({name: value})
+
+
+@pytest.mark.parametrize("value", [None, 0, 1, "True", []])
+def test_a_flag_is_true_or_false(value: Any) -> None:
+    expected = f"option profile_cache={value!r}: accepted are True, False"
+    with pytest.raises(OptionError, match=re.escape(expected)):
+        Options.parse({"profile_cache": value})
 
 
 @pytest.mark.parametrize("value", ["int2", "Exact", "", None, 3, ["exact"]])

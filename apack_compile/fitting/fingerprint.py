@@ -1,9 +1,9 @@
 """Fingerprints of weights by their content: what a profile on disk was fitted for.
 
-A digest covers shape, dtype, sums over all numbers and a sample of them. Numbers are read as the
-integers that their bits are and added in 64-bit arithmetic, so that the order of additions, and
-with it the device, makes no difference. The second sum weighs rows by their number: exchanged
-rows (heads, say) are another weight.
+A digest covers shape, dtype, sums over all bytes and a sample of them. Bytes are read as the widest
+integers that fit a row and added in 64-bit arithmetic, so that the order of additions, and with it
+the device, makes no difference. The second sum weighs rows by their number: exchanged rows (heads,
+say) are another weight.
 """
 
 from __future__ import annotations
@@ -15,12 +15,9 @@ import torch
 from torch import Tensor
 
 SAMPLE = 256
-"""Numbers of each weight that are taken as they are, at equal distances."""
+"""Integers of each weight that are taken as they are, at equal distances."""
 
-CHUNK = 1 << 22
-"""Numbers that are widened to 64 bits at a time."""
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 def digests(weights: Sequence[Tensor]) -> list[str]:
@@ -56,12 +53,14 @@ def _facts(weight: Tensor) -> Tensor:
     """Sum, sum weighted by row, and sample of a weight: int64."""
     if type(weight) not in (Tensor, torch.nn.Parameter):
         raise RuntimeError(f"a weight is a {type(weight).__name__}")
-    bits = weight.detach().contiguous().view(_INTEGERS[weight.element_size()])
-    width = bits.shape[-1] if bits.dim() > 1 else 1
-    rows = bits.reshape(-1, max(width, 1))
-    sums = [part.sum(-1, dtype=torch.int64) for part in rows.split(max(CHUNK // max(width, 1), 1))]
-    total = torch.cat(sums)  # [rows]
-    order = torch.arange(1, len(total) + 1, device=total.device)
-    flat = bits.flatten()
-    sample = flat[:: max(len(flat) // SAMPLE, 1)][:SAMPLE].to(torch.int64)
-    return torch.cat([torch.stack([total.sum(), (total * order).sum()]), sample])
+    weight = weight.detach().contiguous()
+    row = weight.element_size() * (weight.shape[-1] if weight.dim() > 1 else 1)  # bytes
+    size = next(size for size in _INTEGERS if row % size == 0)
+    if weight.data_ptr() % size:
+        weight = weight.clone()  # a view into a storage, begun between two integers
+    integers = weight.flatten().view(_INTEGERS[min(size, weight.element_size())])
+    integers = integers.view(_INTEGERS[size])
+    rows = integers.view(-1, max(row // size, 1)).sum(-1, dtype=torch.int64)
+    order = torch.arange(1, len(rows) + 1, device=rows.device)
+    sample = integers[:: max(len(integers) // SAMPLE, 1)][:SAMPLE].to(torch.int64)
+    return torch.cat([torch.stack([rows.sum(), (rows * order).sum()]), sample])

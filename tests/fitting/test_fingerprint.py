@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from apack_compile.fitting import fingerprint as module
-from apack_compile.fitting.fingerprint import CHUNK, digests, fingerprint
+from apack_compile.fitting.fingerprint import digests, fingerprint
 
 from ..helpers import few
 
@@ -50,7 +49,7 @@ def test_any_changed_bit_changes_the_digest(
 
 
 def test_exchanged_rows_change_the_digest_even_between_the_samples() -> None:
-    w = weight((4096, 8))  # every 128th number is sampled: rows 0, 16, 32, ...
+    w = weight((4096, 8))  # every 64th pair of numbers is sampled: rows 0, 16, 32, ...
     swapped = w.clone()
     swapped[[3, 5]] = w[[5, 3]]
     assert digest(swapped) != digest(w)
@@ -67,15 +66,14 @@ def test_any_shape_has_a_digest(shape: tuple[int, ...]) -> None:
     assert digest(weight(shape)) == digest(weight(shape).clone())
 
 
-def test_the_chunks_in_which_numbers_are_read_make_no_difference(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    weights = [weight((70, 30)), weight((500,)), weight((3, 40, 20))]
-    whole = digests(weights)
-    for chunk in (1, 64, 1000):
-        monkeypatch.setattr(module, "CHUNK", chunk)
-        assert digests(weights) == whole
-    assert chunk < CHUNK
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_where_a_weight_lies_in_its_storage_makes_no_difference(dtype: torch.dtype) -> None:
+    w = weight((6, 16), dtype)
+    for offset in range(1, 9):
+        room = torch.zeros(6 * 16 + 8, dtype=dtype)
+        moved = room[offset : offset + 6 * 16].view(6, 16)
+        moved.copy_(w)
+        assert digest(moved) == digest(w)
 
 
 def test_several_weights_are_read_in_their_order() -> None:

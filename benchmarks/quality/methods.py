@@ -99,9 +99,7 @@ BEST = {"k_code": "pre-rope", "v_basis": "hadamard"}
 
 VARIANTS = (
     Variant("", {"short": (4, 8), "target": TARGETS, "full": ALL}),
-    Variant(
-        ", fitted beforehand", {"short": (8,), "target": TARGETS, "full": ALL}, beforehand=True
-    ),
+    Variant(", fitted beforehand", {"target": TARGETS, "full": ALL}, beforehand=True),
     Variant(
         ", pre-RoPE K, Hadamard V, fitted beforehand",
         {"short": (8,), "target": TARGETS, "full": ALL}, BEST, beforehand=True,

@@ -29,6 +29,9 @@ from .subject import Prompts
 PIECE = 16
 """Tokens of a piece: the most for which the decode graph attends to codes."""
 
+FIT_TOKENS = 2048
+"""Tokens of a calibration prompt, unless contexts are long."""
+
 
 class PackedRunner:
     """The compiled model.
@@ -66,7 +69,7 @@ class PackedRunner:
         torch._dynamo.reset()
         model = self.subject.model
         if beforehand:
-            batches = [{"input_ids": row[None]} for row in setting.prompts]
+            batches = [{"input_ids": row[None]} for row in fitted_on(setting)]
             apack_compile.fit(model, batches, options=self.options)
         self.compiled = torch.compile(model, backend="attentionpack", options=self.options)
         self.fitted_for = 0
@@ -149,6 +152,15 @@ class PackedRunner:
             "of": self.follows * self.subject.layers,
             "sources": sources(),
         }
+
+
+def fitted_on(setting: Setting) -> Tensor:
+    """The calibration prompts as ``fit`` gets them.
+
+    Codes reach twice as far as the prompts that they are fitted on: half the length will do.
+    """
+    longest = setting.prompts.shape[1] + setting.following
+    return setting.prompts[:, : max(FIT_TOKENS, longest // 2)]
 
 
 def sources() -> str:

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import apack_compile
-from benchmarks.quality.packed import PIECE, PackedRunner
+from benchmarks.quality.packed import PIECE, PackedRunner, fitted_on
 from benchmarks.quality.rivals.base import RECENT, SINKS
 from benchmarks.quality.runner import Setting, Unavailable
 from benchmarks.quality.subject import Prompts, Subject
@@ -115,6 +115,21 @@ def test_prompts_of_several_lengths_share_their_graphs(subject: Subject) -> None
         packed.follow(cache, tiny.texts(2, 32))
     graphs = apack_compile.report(subject.model).graph_reports
     assert len(graphs) == 3  # the calibration prompt, prompts in pairs, what follows
+
+
+def test_codes_fitted_beforehand_need_no_prefill_to_learn_from(subject: Subject) -> None:
+    packed = PackedRunner(setting(subject), {"ratio": 4}, beforehand=True, coded_once=True)
+    packed.follow(packed.prefill(prompts(subject)), tiny.texts(2, 32))
+    runs = [run for g in apack_compile.report(subject.model).graph_reports for run in g.runs]
+    assert runs == [("encode", 1), ("decode", 2)]
+    assert packed.notes()["fitted"] == "beforehand"
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(2048, 2048), (3072, 2048), (7680, 4096)])
+def test_codes_reach_as_far_as_is_wanted(tokens: int, expected: int) -> None:
+    made = Setting(None, torch.zeros(6, tokens), 512, "aot_eager", False)  # type: ignore[arg-type]
+    assert fitted_on(made).shape == (6, expected)
+    assert max(2 * expected, 4096) >= tokens + 512
 
 
 def test_codes_that_lose_nothing_are_not_taken_for_codes(subject: Subject) -> None:

@@ -22,6 +22,9 @@ from ..codec.rotation import Rotation, Turn
 from ..options import Options
 from .file import SavedProfile
 
+FEWEST = 64
+"""Codes of fewer tokens than this are worse than none, whatever ``fit_tokens`` says."""
+
 ANY_LENGTH = -1
 """The reach of codes that do not depend on positions, or lose nothing."""
 
@@ -138,7 +141,9 @@ class LayerProfile:
             return f"{self._waiting}: packed exactly" if self.moments else self._waiting
         if self.moments is None:
             return self.fit.reason
-        return f"the codes have not seen visual tokens; {self._waiting}"
+        if self.fit.is_blind and self.visual is not None:
+            return f"the codes have not seen visual tokens; {self._waiting}"
+        return f"the codes are for contexts of up to {self.fit.reach} tokens; {self._waiting}"
 
     def take(self, lesson: Lesson) -> None:
         """Add what a prefill tells."""
@@ -167,6 +172,7 @@ class LayerProfile:
         assert self.moments is not None
         count = self.count
         wanted = options.fit_tokens or min(4 * self.moments.k_sum.numel(), 1024)
+        wanted = max(wanted, FEWEST)
         self._waiting = f"{count} of {wanted} tokens seen that a fit wants"
         return count >= wanted
 

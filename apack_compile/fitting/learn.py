@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
 
+import torch
+
 from ..cache.store import exact_ref
 from ..codec import CodeRef, TransformLayout
 from ..codec.fit import Evidence, fit_transform
@@ -35,8 +37,8 @@ def learn(
 ) -> bool:
     """Learn from one prefill; layers that are ready are fitted.
 
-    Whatever goes wrong in a fit, the layers concerned have codes afterwards: exact ones, with the
-    reason.
+    If a fit fails, the layers concerned keep the codes that they have; without any they get exact
+    ones, with the reason, but where memory ran out: then the next prompt is another try.
 
     Args:
         profiles: of the layers of a graph.
@@ -55,8 +57,7 @@ def learn(
             continue
         seen.append(profile)
         profile.take(lesson)
-        too_long = profile.fit is not None and not profile.fit.serves(lesson.length)
-        if profile.is_ready(options) or too_long:
+        if profile.is_ready(options):
             ready.append(index)
     if not ready:
         return False
@@ -73,9 +74,12 @@ def learn(
             fits = fit_layers(group, found, options)
             fitted = True
         except Exception as error:
-            log.warning("attentionpack: %s; these layers are packed exactly", _first_line(error))
+            log.warning("attentionpack: %s; these layers are not fitted", _first_line(error))
             log.debug("the fit that failed", exc_info=True)
-            fits = [_exact_fit(p, f"{_first_line(error)}: packed exactly") for p in group]
+            if isinstance(error, torch.OutOfMemoryError):
+                continue
+            reason = f"{_first_line(error)}: packed exactly"
+            fits = [p.fit or _exact_fit(p, reason) for p in group]
         for profile, fit in zip(group, fits, strict=True):
             profile.use(fit)
     return fitted
@@ -117,6 +121,8 @@ def fit_layers(
     started = time.monotonic()
     layers = evidence(group, sensitivities)
     codes = fit_transform(layers, group[0].dims, recipe, reach, layouts)
+    if not all(p.isfinite().all() for pair in codes for code in pair for p in code.params):
+        raise ValueError("the fit gave numbers that are not finite")
     log.info("fitted %d layers in %.1f s", len(group), time.monotonic() - started)
     if codes[0][0].layout.positional:
         reach = ANY_LENGTH

@@ -44,7 +44,7 @@ class Dynamics:
             return None
         layout = parse_layout(layouts[number])
         payloads = len(layout.payload_fields(torch.float32))
-        if index > payloads + 3 or index == payloads + 3 and not layout.per_sequence:
+        if index > payloads + 3 or (index == payloads + 3 and not layout.per_sequence):
             return None  # parameters of the code that belong to the model
         rest = [STATIC] * (value.dim() - 1)
         if index < payloads:

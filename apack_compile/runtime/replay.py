@@ -68,6 +68,8 @@ class Split:
         past = length - tail
         behind = coded[:, :past].clone()
         behind[:, max(past - window, 0) :] = False
+        if int(behind.sum()) < FEWEST * batch:
+            raise Unmeasured(f"a prompt of {length} tokens leaves few behind a window of {window}")
         return cls(tail, behind, coded[:, past:])
 
     def turn(self, turn: Turn | None) -> Turn | None:

@@ -52,6 +52,7 @@ def measure(
     draws = []
     with torch.inference_mode(False), torch.enable_grad():
         plain = detached(args)
+        budget.ignore([*plain, *gm.parameters(), *gm.buffers()])
         try:
             with torch.autograd.graph.saved_tensors_hooks(budget.spend, _same):
                 probe.run(*plain)
@@ -95,12 +96,21 @@ class _Probe(Replay):
         return self.with_past(value, self.leaves[n])
 
 
+UNKNOWN_FREE = 8 << 30
+"""Bytes that are taken to be free where the system does not say."""
+
+
 class _Budget:
     """Lets autograd keep at most half of the memory that is free."""
 
     def __init__(self, device: torch.device) -> None:
         self.left = _free_bytes(device) // 2
         self.seen: set[int] = set()
+
+    def ignore(self, values: Sequence[Any]) -> None:
+        """What is there anyway costs nothing."""
+        tensors = (v for v in values if isinstance(v, Tensor))
+        self.seen.update(t.untyped_storage().data_ptr() for t in tensors)
 
     def spend(self, tensor: Tensor) -> Tensor:
         """Count a tensor that autograd keeps."""
@@ -121,7 +131,10 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # not every system says
+        return UNKNOWN_FREE
 
 
 def detached(args: Sequence[Any]) -> list[Any]:

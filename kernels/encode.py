@@ -39,8 +39,9 @@ def encode(
 
     Returns:
         Payload tensors ``[B, C, width]``, pool ``[B, H, E, D]``, its positions ``[B, E]``, ring
-        ``[B, H, ring, D]``, and the :func:`tally` of the coded tokens. Tokens ``0 .. max(S - window, 0)`` count as coded; those in the ring
-        are coded too, and coded again when they leave it.
+        ``[B, H, ring, D]``, and the :func:`tally` of the coded tokens. Tokens
+        ``0 .. max(S - window, 0)`` count as coded; those in the ring are coded too, and coded again
+        when they leave it.
     """
     length, code = x.shape[2], parse_layout(layout)
     first = None

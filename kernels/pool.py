@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 STRAINED = 16.0
 """A token whose error is so many times the expected one stays exact, while there is a slot."""
 

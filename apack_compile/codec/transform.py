@@ -151,7 +151,7 @@ class TransformLayout(Layout):
     def _encode(
         self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None
     ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-        """Payload, centred tokens ``[B, G, T, n]``, components and their errors ``[B, G, T, R]``."""
+        """Payload; tokens about the mean ``[B, G, T, n]``; components ``[B, G, T, R]``, errors."""
         x = self._turned(x.to(working_dtype(x.dtype)), params, positions, -1)
         mean, analysis = params[0].to(x.dtype), params[1].to(x.dtype)
         centred = self._grouped(x) - mean[:, None]

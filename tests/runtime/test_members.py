@@ -82,7 +82,7 @@ def step(model: Any, cache: Any, mask: Tensor, token: int = 11) -> tuple[Tensor,
 def test_compiled_steps_give_what_dense_attention_to_the_decoded_cache_gives(name: str) -> None:
     options, k_spec, v_spec = MEMBERS[name]
     case = padded_case()
-    compiled = torch.compile(case.model, backend="attentionpack", options=MEMBERS[name][0])
+    compiled = torch.compile(case.model, backend="attentionpack", options=options)
     cache = prefilled(compiled, case.inputs)
     layer = cache.layers[1]
     assert k_spec in layer.keys.store.ref.layout.spec

@@ -1,8 +1,8 @@
 """Measure how well codes of the KV cache keep the outputs of SmolLM2-135M-Instruct.
 
-python -m benchmarks.quality                                   minutes on two cores
-python -m benchmarks.quality --context 3072 --windows 5        our codes, for the targets
-python -m benchmarks.quality --full --device cuda --minutes 8  everything; go on by running again
+python -m benchmarks.quality                                              minutes on two cores
+python -m benchmarks.quality --context 3072 --windows 5                   our codes, for the targets
+python -m benchmarks.quality --full --device cuda --jobs 6 --minutes 8    everything; again: go on
 """
 
 from __future__ import annotations

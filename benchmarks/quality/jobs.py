@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .methods import OURS, Method
+from .methods import Method
 
 
 def share(methods: Sequence[Method], number: int, count: int) -> list[Method]:
@@ -23,9 +24,9 @@ def share(methods: Sequence[Method], number: int, count: int) -> list[Method]:
     """
     if count < 2 or not 0 <= number < count:
         raise ValueError(f"share {number} of {count}: accepted are 0 of 2 and more")
-    ours = [m for m in methods if m.family.startswith(OURS)]
-    rivals = [m for m in methods if not m.family.startswith(OURS)]
-    return rivals if number == 0 else ours[number - 1 :: count - 1]
+    if number == 0:
+        return [m for m in methods if not m.ours]
+    return [m for m in methods if m.ours][number - 1 :: count - 1]
 
 
 def part_of(path: Path, number: int) -> Path:
@@ -44,13 +45,19 @@ def run_jobs(arguments: Sequence[str], count: int, path: Path) -> bool:
     Returns:
         Whether all of them measured everything.
     """
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // count, 1)),
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # processes share the memory
+    }
     processes = []
     for number in range(count):
         if path.exists():
             shutil.copyfile(path, part_of(path, number))
         words = [*arguments, "--share", str(number), str(count)]
         words += ["--output", str(part_of(path, number))]
-        processes.append(subprocess.Popen([sys.executable, "-m", "benchmarks.quality", *words]))
+        program = [sys.executable, "-m", "benchmarks.quality", *words]
+        processes.append(subprocess.Popen(program, env=environment))
     codes = [process.wait() for process in processes]
     merge([part_of(path, number) for number in range(count)], path, " ".join(arguments))
     return not any(codes)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import gc
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .documents import windows
 from .evaluate import NEXT, Reference, evaluate
 from .methods import Method
 from .results import Results
-from .runner import RivalRunner, Runner, Setting, Unavailable
+from .runner import Runner, Setting, Unavailable
 
 
 @dataclass(frozen=True)
@@ -66,23 +68,45 @@ class References:
         self.texts: Tensor = texts.to(self.subject.device)  # [windows, length]
         self._made: dict[int, list[Reference]] = {}
 
-    def at(self, context: int) -> list[Reference]:
-        """One reference for each batch of windows."""
+    def at(self, context: int, dense: bool) -> list[Reference]:
+        """One reference for each batch of windows.
+
+        Args:
+            context: tokens that are prefilled.
+            dense: whether dense caches will be used. Those of other lengths are let go of, and
+                are made again when they are needed again.
+        """
+        batches = self.texts[:, : context + NEXT].split(self.run.batch)
+        for other, made in self._made.items():
+            if other != context or not dense:
+                _release(made)
         if context not in self._made:
-            self._made[context] = [
-                Reference(self.subject, ids, context, self.run.greedy, number * self.run.batch)
-                for number, ids in enumerate(self.texts[:, : context + NEXT].split(self.run.batch))
-            ]
+            self._made[context] = []
+            for number, ids in enumerate(batches):
+                first = number * self.run.batch
+                reference = Reference(self.subject, ids, context, self.run.greedy, first)
+                self._made[context].append(reference)
+                if not dense:
+                    reference.release()
         return self._made[context]
 
-    def release(self) -> None:
-        """Let go of the dense caches; they are made again when they are needed again."""
-        for reference in (r for made in self._made.values() for r in made):
-            reference.release()
+
+def _release(references: list[Reference]) -> None:
+    for reference in references:
+        reference.release()
+
+
+def cells(run: Run, methods: Sequence[Method]) -> list[tuple[Method, int]]:
+    """What is measured, in order.
+
+    Rivals come by context, whose dense caches they share; ours by method, which is compiled once.
+    """
+    rivals = [(m, context) for context in run.contexts for m in methods if not m.ours]
+    return rivals + [(m, context) for m in methods if m.ours for context in run.contexts]
 
 
 def measure(
-    run: Run, methods: list[Method], setting: Setting, results: Results, clock: Clock
+    run: Run, methods: Sequence[Method], setting: Setting, results: Results, clock: Clock
 ) -> bool:
     """Measure every cell that is not there yet, one line each.
 
@@ -90,36 +114,45 @@ def measure(
         False if time ran out first or a cell failed; both are said.
     """
     references = References(run, setting)
+    todo = [(m, context) for m, context in cells(run, methods) if not results.has(m.name, context)]
+    gone: set[str] = set()
     complete = True
-    for number, method in enumerate(methods):
-        runner: Runner | None = None
-        for context in run.contexts:
-            if results.has(method.name, context):
-                continue
-            if not clock.has_time():
-                print("time is up: the same command again goes on", flush=True)
-                return False
-            started = time.monotonic()
-            try:
-                runner = runner or method.start(setting)
-                if not isinstance(runner, RivalRunner):
-                    references.release()
-                cell = _cell(method, runner, references.at(context), context)
-            except Unavailable as reason:
-                print(f"{method.name}: left out: {reason}", flush=True)
-                break
-            except Exception:
-                print(f"{method.name}, {context} tokens: FAILED", flush=True)
-                traceback.print_exc()
-                complete = False
-                break
-            cell["seconds"] = time.monotonic() - started
-            clock.longest = max(clock.longest, cell["seconds"])
-            results.add(cell)
-            print(f"{number + 1}/{len(methods)} {line(cell)}", flush=True)
-        del runner
-        gc.collect()
+    runner: Runner | None = None
+    current = ""
+    for number, (method, context) in enumerate(todo, start=1):
+        if method.name in gone:
+            continue
+        if not clock.has_time():
+            print("time is up: the same command again goes on", flush=True)
+            return False
+        started = time.monotonic()
+        try:
+            if runner is None or method.name != current:
+                runner, current = None, ""
+                _clean()
+                runner, current = method.start(setting), method.name
+            cell = _cell(method, runner, references.at(context, not method.ours), context)
+        except Unavailable as reason:
+            print(f"{method.name}: left out: {reason}", flush=True)
+            gone.add(method.name)
+            continue
+        except Exception:
+            print(f"{method.name}, {context} tokens: FAILED", flush=True)
+            traceback.print_exc()
+            gone.add(method.name)
+            complete = False
+            continue
+        cell["seconds"] = time.monotonic() - started
+        clock.longest = max(clock.longest, cell["seconds"])
+        results.add(cell)
+        print(f"{number}/{len(todo)} {line(cell)}", flush=True)
     return complete
+
+
+def _clean() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _cell(

@@ -35,6 +35,11 @@ class Method:
     runs: frozenset[str]
     start: Callable[[Setting], Runner]
 
+    @property
+    def ours(self) -> bool:
+        """Whether it is attentionpack, and not a rival."""
+        return self.family.startswith(OURS)
+
 
 def _rival(name: str, family: str, make: Callable[[], Rival], short: bool = True) -> Method:
     def start(setting: Setting) -> Runner:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.quality import jobs
-from benchmarks.quality.methods import METHODS, OURS
+from benchmarks.quality.methods import METHODS
 
 
 def cell(method: str, context: int, kl: float) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def test_every_method_is_in_one_share(count: int) -> None:
     shares = [jobs.share(METHODS, number, count) for number in range(count)]
     names = [m.name for methods in shares for m in methods]
     assert sorted(names) == sorted(m.name for m in METHODS)
-    assert not any(m.family.startswith(OURS) for m in shares[0])
+    assert not any(m.ours for m in shares[0])
     sizes = [len(methods) for methods in shares[1:]]
     assert max(sizes) - min(sizes) <= 1
 
@@ -52,7 +52,8 @@ def test_processes_share_the_work_and_go_on_from_what_is_there(
     started: list[list[str]] = []
 
     class Process:
-        def __init__(self, words: list[str]) -> None:
+        def __init__(self, words: list[str], env: dict[str, str]) -> None:
+            assert int(env["OMP_NUM_THREADS"]) >= 1
             started.append(words)
             self.number = int(words[words.index("--share") + 1])
             part = Path(words[words.index("--output") + 1])

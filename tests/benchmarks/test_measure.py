@@ -68,7 +68,7 @@ def test_every_cell_is_measured_once(
         assert cell["kl"]["low"] <= cell["kl"]["mean"] <= cell["kl"]["high"]
         assert {len(values) for values in cell["by_window"].values()} == {3}
     printed = capsys.readouterr().out
-    assert printed.count("3/3 kivi, 256 tokens: ratio ") == 1 and "dense" not in printed
+    assert printed.count("2/4 kivi, 256 tokens: ratio ") == 1 and "dense" not in printed
 
 
 def test_batches_of_windows_give_what_one_batch_gives(setting: Setting, tmp_path: Path) -> None:
@@ -106,10 +106,26 @@ def test_no_cell_is_started_without_time(
 
 def test_dense_caches_are_made_again_after_a_release(setting: Setting) -> None:
     references = measure.References(RUN, setting)
-    reference, *more = references.at(256)
-    assert len(more) == 1 and references.at(256)[0] is reference
+    reference, *more = references.at(256, dense=True)
+    assert len(more) == 1 and references.at(256, dense=True)[0] is reference
     before = reference.prompts.layers
     assert reference.prompts.layers is before
-    references.release()
+    references.at(288, dense=True)
     after = reference.prompts.layers
     assert after is not before and (after[0].k == before[0].k).all()
+
+
+def test_our_own_methods_hold_no_dense_caches(setting: Setting) -> None:
+    references = measure.References(RUN, setting)
+    for reference in references.at(256, dense=True) + references.at(288, dense=False):
+        assert "prefilled" not in vars(reference.prompts)
+    assert "prefilled" not in vars(references.at(256, dense=False)[0].prompts)
+
+
+def test_rivals_come_by_context_and_ours_by_method() -> None:
+    methods = [Method(n, n, frozenset(), missing) for n in ("attentionpack", "A", "B")]
+    order = [(m.name, context) for m, context in measure.cells(RUN, methods)]
+    assert order == [
+        ("A", 256), ("B", 256), ("A", 288), ("B", 288),
+        ("attentionpack", 256), ("attentionpack", 288),
+    ]  # fmt: skip

@@ -11,8 +11,6 @@ import torch
 
 import apack_compile
 
-from .. import zoo
-
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import smollm2  # noqa: E402
@@ -42,15 +40,16 @@ def generate(model: Any, ids: torch.Tensor, padding: int) -> Any:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("batch", "padding", "inner"), [(1, 0, zoo.INNER), (3, 20, "aot_eager")])
+@pytest.mark.parametrize(("batch", "padding"), [(1, 0), (3, 20)])
 def test_exact_codes_give_the_tokens_of_eager_torch(
-    model: Any, words: torch.Tensor, batch: int, padding: int, inner: str
+    model: Any, words: torch.Tensor, batch: int, padding: int
 ) -> None:
     ids = words[0, : 180 * batch].view(batch, 180)
+    # Operator by operator: Inductor compiles 30 layers for minutes, and tiny models in seconds.
     # Not through backend="eager", which runs the same operators: tracing 30 layers takes a minute.
     expected = generate(model, ids, padding).sequences
     compiled = torch.compile(
-        model, backend="attentionpack", options={"codec": "exact", "inner": inner}
+        model, backend="attentionpack", options={"codec": "exact", "inner": "aot_eager"}
     )
     assert torch.equal(generate(compiled, ids, padding).sequences, expected)
     assert apack_compile.report(model).attends == 30 * 63

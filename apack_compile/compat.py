@@ -53,6 +53,20 @@ def compile_inner(
         from torch._dynamo.backends.debugging import aot_eager
 
         return aot_eager(gm, list(inputs))
+    return _inductor(gm, inputs, config)
+
+
+def _inductor(
+    gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]
+) -> Callable[..., Any]:
+    """Inductor, on graphs with our operators without padded strides.
+
+    A tensor that is read through a view and by an operator of ours as well, such as keys that are
+    repeated for attention and encoded, was written in one layout and read in another (torch 2.11,
+    CUDA: strides are padded when the view is made, and chosen anew when the graph is finished).
+    """
     from torch._inductor.compile_fx import compile_fx
 
+    if any(getattr(node.target, "namespace", "") == "apack" for node in gm.graph.nodes):
+        config = {**config, "comprehensive_padding": False}
     return compile_fx(gm, list(inputs), config_patches=config)

@@ -44,6 +44,20 @@ def test_exact_codes_give_the_tokens_of_torchs_eager_backend(family: str) -> Non
     assert apack_compile.report(case.model).attends == 2 * (STEPS - 1)
 
 
+@pytest.mark.parametrize("family", ["llama", "llava", "qwen2_vl", "smolvlm"])
+def test_a_prefill_that_encodes_gives_the_logits_of_an_eager_one(family: str) -> None:
+    """Bug: keys were read in a layout that they were not written in (``compat.py``)."""
+    case = on_device(getattr(zoo, family)(3, True))
+    seen = case.inputs["attention_mask"].bool()
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        expected = case.model(**case.inputs).logits[seen]
+        compiled = torch.compile(case.model, backend="attentionpack", options={"codec": "exact"})
+        for _ in range(2):
+            torch.testing.assert_close(
+                compiled(**case.inputs).logits[seen], expected, rtol=1e-4, atol=1e-4
+            )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_ratio_8_stays_packed_on_the_device_and_compiles_once(dtype: torch.dtype) -> None:
     case = on_device(zoo.llama(2, True, text=500), dtype)

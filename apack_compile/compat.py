@@ -42,13 +42,16 @@ def compile_inner(
     """Compile a graph of plain tensors.
 
     Args:
-        inner: ``inductor``, or ``aot_eager`` to run the traced operators one by one: for
-            debugging, and where Inductor's C++ code does not build (torch 2.11 with gcc 12 on
-            Hugging Face decoders).
+        inner: ``inductor``; ``aot_eager`` to run the operators that AOTAutograd traces one by one,
+            for debugging and where Inductor's C++ code does not build (torch 2.11 with gcc 12 on
+            Hugging Face decoders); ``eager`` to run the graph as it is, which takes no time to
+            compile.
         gm: the graph; the compiler takes it over.
         inputs: fake inputs.
         config: Inductor settings.
     """
+    if inner == "eager":
+        return gm
     if inner == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 

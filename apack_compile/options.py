@@ -22,7 +22,7 @@ ONLY_WITH = {
 }
 """Options that only some codecs have."""
 
-INNER = ("inductor", "aot_eager")
+INNER = ("inductor", "aot_eager", "eager")
 
 PAPER = "paper"
 """The mode that stands for codec='svd'; Inductor knows nothing of it."""
@@ -52,8 +52,8 @@ class Options:
         fit_tokens: tokens of prefill to see before a basis is fitted; until then caches are
             packed exactly. 0: four times the channels of a layer, at most 1024.
         profile_cache: fitted codes are kept in the user's cache folder and found there again.
-        inner: ``inductor``, or ``aot_eager`` to run rewritten graphs operator by operator, for
-            debugging.
+        inner: ``inductor``; or, for debugging, ``aot_eager`` or ``eager`` to run rewritten graphs
+            operator by operator, behind AOTAutograd or as they are.
         inductor: Inductor settings, as ``options`` of ``torch.compile`` with that backend.
     """
 

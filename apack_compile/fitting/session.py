@@ -200,7 +200,7 @@ class Session:
             self.reasons |= dict.fromkeys(reasons)
             kinds = TokenKinds(gm)
             return lambda *args: kinds.run(gm.forward, args)
-        options = replace(self.options, inner="aot_eager")
+        options = replace(self.options, inner="eager")
         graph = LearningGraph(gm, plan, options, {}, GraphRecord())
         graph.session = self
         return graph

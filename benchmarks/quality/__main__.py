@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from apack_compile.options import INNER
+
 from .documents import documents, windows
 from .evaluate import NEXT
 from .jobs import run_jobs, share
@@ -57,8 +59,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"--device {args.device}: accepted are cpu, cuda")
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: accepted is 1 or more")
-    if args.inner not in ("inductor", "aot_eager"):
-        parser.error(f"--inner {args.inner}: accepted are inductor, aot_eager")
+    if args.inner not in INNER:
+        parser.error(f"--inner {args.inner}: accepted are {', '.join(INNER)}")
     return args
 
 

@@ -16,7 +16,7 @@ from benchmarks.quality.methods import METHODS
         (["--context", "3072", "--full"], "--context 3072: accepted is 256 to 7680, without"),
         (["--device", "tpu"], "--device tpu: accepted are cpu, cuda"),
         (["--jobs", "0"], "--jobs 0: accepted is 1 or more"),
-        (["--inner", "eager"], "--inner eager: accepted are inductor, aot_eager"),
+        (["--inner", "gcc"], "--inner gcc: accepted are inductor, aot_eager, eager"),
     ],
 )
 def test_wrong_arguments_name_what_is_accepted(

@@ -36,7 +36,7 @@ class Broken(Dense):
 
 @pytest.fixture(scope="module")
 def setting() -> Setting:
-    return Setting(tiny.subject(), tiny.texts(1, 300), 16, "aot_eager", True)
+    return Setting(tiny.subject(), tiny.texts(1, 300), 16, "eager", True)
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ def subject() -> Subject:
 
 
 def setting(subject: Subject, tokens: int = CONTEXT, many_lengths: bool = False) -> Setting:
-    return Setting(subject, tiny.texts(1, tokens), NEXT, "aot_eager", many_lengths)
+    return Setting(subject, tiny.texts(1, tokens), NEXT, "eager", many_lengths)
 
 
 def runner(subject: Subject, coded_once: bool = True, **options: Any) -> PackedRunner:
@@ -127,7 +127,7 @@ def test_codes_fitted_beforehand_need_no_prefill_to_learn_from(subject: Subject)
 
 @pytest.mark.parametrize(("tokens", "expected"), [(2048, 2048), (3072, 2048), (7680, 4096)])
 def test_codes_reach_as_far_as_is_wanted(tokens: int, expected: int) -> None:
-    made = Setting(None, torch.zeros(6, tokens), 512, "aot_eager", False)  # type: ignore[arg-type]
+    made = Setting(None, torch.zeros(6, tokens), 512, "eager", False)  # type: ignore[arg-type]
     assert fitted_on(made).shape == (6, expected)
     assert max(2 * expected, 4096) >= tokens + 512
 

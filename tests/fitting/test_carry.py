@@ -17,7 +17,7 @@ from apack_compile.fitting.layer import PROFILES
 from .. import zoo
 from .profiles import saved
 
-OPTIONS = {"ratio": 8, "inner": "aot_eager", "profile_cache": False}
+OPTIONS = {"ratio": 8, "inner": "eager", "profile_cache": False}
 
 
 def fitted(**changes: Any) -> Any:

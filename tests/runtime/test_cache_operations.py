@@ -16,8 +16,8 @@ from apack_compile import PackedKV
 
 from .. import zoo
 
-EXACT = {"codec": "exact", "inner": "aot_eager"}
-RATIO = {"ratio": 4, "fit_tokens": 64, "inner": "aot_eager"}
+EXACT = {"codec": "exact", "inner": "eager"}
+RATIO = {"ratio": 4, "fit_tokens": 64, "inner": "eager"}
 
 
 def prefilled(model: Any, batch: int = 2) -> Any:

@@ -20,7 +20,7 @@ from apack_compile.runtime import study
 
 from .. import zoo
 
-OPTIONS = {"ratio": 8, "inner": "aot_eager"}
+OPTIONS = {"ratio": 8, "inner": "eager"}
 
 
 def runs(model: Any) -> dict[str, int]:

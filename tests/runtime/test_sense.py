@@ -14,7 +14,7 @@ from apack_compile.runtime import sense
 
 from .. import zoo
 
-OPTIONS = {"ratio": 8, "inner": "aot_eager"}
+OPTIONS = {"ratio": 8, "inner": "eager"}
 
 
 def prefill(compiled: Any, case: zoo.Case, tokens: int) -> transformers.DynamicCache:

@@ -15,7 +15,7 @@ from apack_compile.runtime.study import Studies
 
 from .. import zoo
 
-OPTIONS = {"ratio": 4, "inner": "aot_eager"}
+OPTIONS = {"ratio": 4, "inner": "eager"}
 
 
 def compiled(case: zoo.Case, **changes: Any) -> Any:

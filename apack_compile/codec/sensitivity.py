@@ -59,6 +59,15 @@ class Sensitivity:
     def __add__(self, other: Sensitivity) -> Sensitivity:
         return Sensitivity(self.k + other.k, self.v + other.v)
 
+    def scaled(self, factor: float) -> Sensitivity:
+        """Both metrics times a number."""
+        return Sensitivity(self.k * factor, self.v * factor)
+
+    @property
+    def trace(self) -> float:
+        """Of both metrics, over all heads."""
+        return float(sum(m.diagonal(dim1=-2, dim2=-1).sum() for m in (self.k, self.v)))
+
     def spread(self, rotation: Rotation, reach: int) -> Sensitivity:
         """The metric of rotated keys at all positions below ``reach``."""
         return replace(self, k=rotation.gram(self.k, reach))

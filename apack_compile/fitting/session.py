@@ -141,11 +141,8 @@ class Group:
 
 def _shares(layers: Sequence[Sensitivity]) -> list[Sensitivity]:
     """Sensitivities of one prefill relative to their sum: every prefill counts the same."""
-    total = sum(
-        float(m.diagonal(dim1=-2, dim2=-1).sum()) for layer in layers for m in (layer.k, layer.v)
-    )
-    scale = 1 / total if total > 0 else 1.0
-    return [_scaled(layer, scale, scale) for layer in layers]
+    total = sum(layer.trace for layer in layers)
+    return [layer.scaled(1 / total) for layer in layers] if total > 0 else list(layers)
 
 
 def _scaled(sensitivity: Sensitivity, k: float, v: float) -> Sensitivity:

@@ -96,22 +96,21 @@ class Variant:
         )
 
 
-ALL = (8, 4, 6, 12, 3, 2)
+ALL = (8, 4, 6, 5, 12, 3, 2)
 """Ratios in the order in which they are measured, should time run out."""
 
-TARGETS = (8, 4, 6)
-BEST = {"k_code": "pre-rope", "v_basis": "hadamard"}
+TARGETS = (8, 4, 6, 5)
+BEST = {"k_code": "pre-rope"}
 
 VARIANTS = (
     Variant("", {"short": (4, 8), "target": TARGETS, "full": ALL}),
     Variant(", fitted beforehand", {"target": TARGETS, "full": ALL}, beforehand=True),
     Variant(
-        ", pre-RoPE K, Hadamard V, fitted beforehand",
+        ", pre-RoPE K, fitted beforehand",
         {"short": (8,), "target": TARGETS, "full": ALL}, BEST, beforehand=True,
     ),
-    Variant(", pre-RoPE K, Hadamard V", {"target": TARGETS, "full": (8,)}, BEST),
-    Variant(", pre-RoPE K", {"target": TARGETS, "full": (8,)}, {"k_code": "pre-rope"}),
-    Variant(", Hadamard V", {"target": TARGETS, "full": (8,)}, {"v_basis": "hadamard"}),
+    Variant(", pre-RoPE K", {"target": TARGETS, "full": (8,)}, BEST),
+    Variant(", Hadamard V", {"full": (8,)}, {"v_basis": "hadamard"}),
     Variant(", as decoded", {"full": (4, 8)}, coded_once=False),
     Variant(", paper mode", {"full": (8,)}, {"codec": "svd"}),
 )  # fmt: skip

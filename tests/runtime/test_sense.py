@@ -9,8 +9,11 @@ import torch
 import transformers
 
 import apack_compile
+from apack_compile.codec.sensitivity import Sensitivity
 from apack_compile.fitting import learn
 from apack_compile.runtime import sense
+from apack_compile.runtime import study as studies
+from apack_compile.runtime.replay import Split
 
 from .. import zoo
 
@@ -78,3 +81,42 @@ def test_a_prompt_beyond_the_reach_is_fitted_anew_with_the_same_layouts(
     for a, b in zip(first.layers, later.layers, strict=True):
         assert a.keys.store.ref is not b.keys.store.ref
         assert a.keys.store.ref.layout == b.keys.store.ref.layout
+
+
+@pytest.mark.parametrize(("length", "pieces"), [(1400, 2), (300, 1), (140, 1)])
+@pytest.mark.parametrize("padding", [0, 17])
+def test_recalled_tokens_are_pieces_of_what_a_code_will_hold(
+    length: int, pieces: int, padding: int
+) -> None:
+    coded = torch.ones(2, length, dtype=torch.bool)
+    coded[:, :4] = False
+    coded[1, : padding + 4] = False
+    split = Split.of(coded, window=40)
+    sources = sense.Recall.of(split).sources
+    assert len(sources) == split.tail
+    assert bool(split.coded[:, sources].all())
+    assert int((sources.diff() != 1).sum()) == pieces - 1
+    assert len(sources.unique()) == split.tail
+
+
+def test_the_last_embeddings_are_those_recalled_and_all_others_stay() -> None:
+    stream = torch.randn(2, 400, 8)
+    coded = torch.ones(2, 400, dtype=torch.bool)
+    recall = sense.Recall.of(Split.of(coded, window=40))
+    changed, tail = recall.apply(stream), len(recall.sources)
+    assert torch.equal(changed[:, :-tail], stream[:, :-tail])
+    assert torch.equal(changed[:, -tail:], stream[:, recall.sources])
+
+
+def test_recall_adds_its_share_to_the_sensitivity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: pass keys were lost at ratio 8; nothing in prose asks for what a context said."""
+    seen: list[list[Sensitivity]] = []
+    gradients, measure = sense._Work.gradients, studies.measure
+    monkeypatch.setattr(sense._Work, "gradients", lambda *a: seen.append(gradients(*a)) or seen[-1])
+    monkeypatch.setattr(studies, "measure", lambda *a: seen.append(measure(*a)) or seen[-1])
+    case = zoo.llama(text=500)
+    prefill(torch.compile(case.model, backend="attentionpack", options=OPTIONS), case, 500)
+    prose, recall, both = ([layer.trace for layer in layers] for layers in seen)
+    share = sense.RECALL * sum(prose) / sum(recall)
+    assert both == pytest.approx([a + share * b for a, b in zip(prose, recall, strict=True)])
+    assert prose != pytest.approx(recall, rel=1e-3)

@@ -56,13 +56,20 @@ def compile_inner(
         from torch._dynamo.backends.debugging import aot_eager
 
         return aot_eager(gm, list(inputs))
+    from .lower import compile_decode, is_decode
+
+    if is_decode(gm, inputs):
+        return compile_decode(gm, inputs, config, _inductor)
     return _inductor(gm, inputs, config)
 
 
 def _inductor(
     gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]
 ) -> Callable[..., Any]:
-    """Inductor, on graphs with our operators without padded strides.
+    """Inductor, on graphs with our operators without padded strides and its own CUDA graphs.
+
+    Packed caches outlive the next call, which would write to the same memory. Decode has CUDA
+    graphs of ours (``lower/``), and a prefill has nothing to gain.
 
     A tensor that is read through a view and by an operator of ours as well, such as keys that are
     repeated for attention and encoded, was written in one layout and read in another (torch 2.11,
@@ -71,5 +78,5 @@ def _inductor(
     from torch._inductor.compile_fx import compile_fx
 
     if any(getattr(node.target, "namespace", "") == "apack" for node in gm.graph.nodes):
-        config = {**config, "comprehensive_padding": False}
+        config = {**config, "comprehensive_padding": False, "triton.cudagraphs": False}
     return compile_fx(gm, list(inputs), config_patches=config)

@@ -190,5 +190,7 @@ def inductor_config(mode: str | None, options: Options) -> dict[str, Any]:
     if mode is not None and mode not in MODES:
         raise OptionError(f"mode={mode!r}: accepted are {', '.join(map(repr, MODES))}")
     settings = dict(torch._inductor.list_mode_options(mode)) if mode in MODES[1:-1] else {}
+    if mode == "max-autotune-no-cudagraphs":
+        settings["triton.cudagraphs"] = False  # decode graphs would have one
     settings.update({name.replace("-", "_"): v for name, v in options.inductor.items()})
     return settings

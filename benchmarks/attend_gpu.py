@@ -24,7 +24,8 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from apack_compile.codec import TransformLayout
+from apack_compile.codec import Code, TransformLayout
+from apack_compile.codec.quantiser import tailed_quantiser
 from apack_compile.codec.spectrum import head_groups
 from apack_compile.kernels.triton.launch import attend_packed
 from apack_compile.kernels.triton.plan import Config
@@ -67,9 +68,22 @@ def layouts(case: Case, mixed: bool) -> tuple[TransformLayout, TransformLayout]:
     return k, v
 
 
+def random_code(layout: TransformLayout, device: str) -> Code:
+    """A random rotation, with the steps that suit components of variance 1."""
+    groups, n, rank = layout.groups, layout.heads // layout.groups * layout.dim, layout.rank
+    basis = torch.linalg.qr(torch.randn(groups, n, n, device=device))[0][..., :rank]
+    steps = torch.cat(
+        [torch.full((count,), tailed_quantiser(bits)[0]) for bits, count in layout.runs]
+    ).to(device)
+    each = steps.expand(groups, rank).contiguous()
+    params = [torch.zeros(groups, n, device=device), basis / steps, basis.mT * steps[:, None]]
+    params += [each] * (layout.gain > 0)
+    params += [torch.eye(layout.dim, device=device).repeat(layout.heads, 1, 1), each]
+    return Code(layout, tuple(p.contiguous() for p in params))
+
+
 def side(layout: TransformLayout, case: Case) -> list[Tensor]:
     """One packed side with four tokens in its pool, flat."""
-    n = layout.heads // layout.groups * DIM
     codes, *gains = (width for width, _ in layout.payload_fields(DTYPE))
     shape = (case.batch, case.tokens)
     payload = [torch.randint(0, 256, (*shape, codes), dtype=torch.uint8, device="cuda")]
@@ -79,11 +93,7 @@ def side(layout: TransformLayout, case: Case) -> list[Tensor]:
         for slots in (8, RING)
     )
     positions = torch.tensor([0, 1, 2, 3, -1, -1, -1, -1], device="cuda").repeat(case.batch, 1)
-    params = [
-        torch.randn(layout.groups, *rest, device="cuda") / (n * layout.rank) ** 0.5
-        for rest in ((n,), (n, layout.rank), (layout.rank, n), (layout.rank,))
-    ]
-    return [*payload, pool, positions, ring, *params[: layout.param_count]]
+    return [*payload, pool, positions, ring, *random_code(layout, "cuda").params]
 
 
 def packed_arguments(case: Case, mixed: bool) -> tuple[Any, ...]:

@@ -24,6 +24,9 @@ from ..kernels.factor import refactored
 from ..kernels.pool import fill_pool
 from ..kernels.side import Side
 
+SLACK = 32
+"""A payload grows by one part in so many, or by ``Policy.chunk`` if that is more."""
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -234,7 +237,10 @@ class SideStore:
         counted = tally(judged, seen, positions, start)
         for whole, part in zip(payload, parts, strict=True):
             whole[:, start:end] = part
-        self.side = self.side._replace(payload=payload, pool=pool, pool_positions=positions)
+        # In place: a step that was captured as a CUDA graph reads these addresses.
+        self.side.pool.copy_(pool)
+        self.side.pool_positions.copy_(positions)
+        self.side = self.side._replace(payload=payload)
         self.coded = end
         self.tally = self.tally.to(counted.device) + counted
         if ref is not self.ref:
@@ -247,7 +253,8 @@ class SideStore:
     def _with_room(self, tokens: int) -> tuple[Tensor, ...]:
         if tokens <= self.side.capacity:
             return self.side.payload
-        more = self._round_up(tokens) - self.side.capacity
+        # By a little more when there is much: captured steps are captured anew each time.
+        more = self._round_up(tokens + self.side.capacity // SLACK) - self.side.capacity
         return tuple(torch.nn.functional.pad(p, (0, 0, 0, more)) for p in self.side.payload)
 
     # Whole-store operations --------------------------------------------------------------------

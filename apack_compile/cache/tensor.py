@@ -80,7 +80,8 @@ class PackedKV(torch.Tensor):
                 ring.shape[3])  # fmt: skip
         handle = cls(store, size, ring.dtype, ring.new_empty(0))
         # One decode graph for all lengths: the hint is dropped where a model insists on one length.
-        torch._dynamo.maybe_mark_dynamic(handle, 2)
+        with torch._C.DisableTorchFunctionSubclass():  # made at every step: our own rules take time
+            torch._dynamo.maybe_mark_dynamic(handle, 2)
         return handle
 
     @classmethod
@@ -128,6 +129,12 @@ class PackedKV(torch.Tensor):
         ref = exact_ref(x.shape[1], x.shape[3])
         self.store = SideStore.encode(x, ref, self.store.policy)
         self._lease = self.store.lease(x.shape[2])
+
+    @property
+    def length(self) -> int:
+        """Tokens: ``shape[2]``, without the detour that attributes of a subclass take."""
+        assert self._lease is not None
+        return self._lease.length
 
     @property
     def packed_bytes(self) -> int:

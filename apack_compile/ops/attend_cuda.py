@@ -70,29 +70,43 @@ def attend(
     if mask is not None:
         payload, *_, ring = k[: len(parse_layout(k_layout).payload_fields(k[0].dtype)) + 3]
         bias = torch.ops.apack.score_bias(mask, lengths, payload.shape[1], ring.shape[2], q.dtype)
-    return _launch().attend_packed(q, bias, k, v, lengths, scale, k_layout, v_layout)
+    return launch_kernels(q, bias, k, v, lengths, scale, k_layout, v_layout)
 
 
-def eager_attend(*args: Any) -> Tensor:
-    """The operator outside compiled graphs: kernels are launched as they are."""
-    from torch._library.triton import set_wrap_triton_enabled
-
-    with set_wrap_triton_enabled(False):
-        return attend(*args)
+def launch_kernels(*args: Any) -> Tensor:
+    """``attend_packed`` of the kernels, where :func:`by_kernels` says that they apply."""
+    return _launch().attend_packed(*args)
 
 
-def show_kernels_to_graphs(library: torch.library.Library) -> None:
-    """Let AOTAutograd trace through ``apack::attend`` where it is kernels.
+def outside_graphs(meaning: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An operator outside compiled graphs: kernels are launched as they are."""
+
+    def run(*args: Any) -> Tensor:
+        from torch._library.triton import set_wrap_triton_enabled
+
+        with set_wrap_triton_enabled(False):
+            return meaning(*args)
+
+    return run
+
+
+eager_attend = outside_graphs(attend)
+
+
+def show_kernels_to_graphs(
+    library: torch.library.Library, name: str = "apack::attend",
+    meaning: Callable[..., Tensor] = attend,
+) -> None:  # fmt: skip
+    """Let AOTAutograd trace through an operator where it is kernels.
 
     The same rule as that of ``torch.library.triton_op``, for the cases that we take. In all others
-    the operator stays one node.
+    the operator stays one node. Its arguments are those of ``apack::attend``, or like them.
     """
 
     def rule(mode: FunctionalTensorMode, op: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
         if kwargs or not by_kernels(args[0], *args[6:8]):
             return mode.__torch_dispatch__(op, types, args, kwargs or {})
-        inner: Callable[..., Any] = attend
         with mode:
-            return inner(*args)
+            return meaning(*args)
 
-    torch.library.register_torch_dispatch("apack::attend", FunctionalTensorMode, rule, lib=library)
+    torch.library.register_torch_dispatch(name, FunctionalTensorMode, rule, lib=library)

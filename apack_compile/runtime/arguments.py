@@ -95,13 +95,14 @@ def lengths_of(handles: Sequence[PackedKV], appends: Sequence[int]) -> list[Any]
         after.append((handle.store.coded, handle.store.recent + tokens))
     if not handles:
         return [None, None, None]
-    device = handles[0].device
-    rows = torch.tensor([*before, *after], device=device)
+    device = handles[0].store.device  # type: ignore[union-attr]
+    rows = torch.tensor([*before, *after], pin_memory=device.type == "cuda")
+    rows = rows.to(device, non_blocking=True)  # from pageable memory the host would wait
     return [
         rows[: len(handles)],
         rows[len(handles) :],
         rows[-1],
-        *(handle.shape[2] for handle in handles),
+        *(handle.length for handle in handles),
     ]
 
 

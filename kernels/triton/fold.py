@@ -5,47 +5,60 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .codes import OFFSET, OFFSET_8, component
+
 
 @triton.jit
 def fold_kernel(
-    q, mean, synthesis, q16, shift, scale2, batch,
+    q, mean, synthesis, q16, shift, centre, table, scale2, batch,
     H: tl.constexpr, ROWS: tl.constexpr, G: tl.constexpr, STRIDE: tl.constexpr, KG: tl.constexpr,
-    DK: tl.constexpr, DKP: tl.constexpr, KW: tl.constexpr, CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr, X: tl.constexpr,
+    DK: tl.constexpr, DKP: tl.constexpr, KW: tl.constexpr,
+    K8: tl.constexpr, K4: tl.constexpr, K2: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, X: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """``q16 [B, G, STRIDE, KW]`` float16, and the scores of the mean, ``shift [B, G, STRIDE]``.
+    """``q16 [B, G, STRIDE, KW]`` float16, in the order of codes; what is added to scores.
 
-    With codes centred to ``u - 2^(b-1)``, ``u + c`` is them plus 1/2 in every class, so that
+    Scores of the mean, ``shift [B, G, STRIDE]``, and of what codes have too much,
+    ``centre [B, G, CHUNKS, STRIDE]``, so that with codes as ``converted`` gives them
 
-        log2(e) scale q . x  =  t (q16 . codes + sum(q16) / 2) + shift
+        log2(e) scale q . x  =  t (q16 . codes + sum of centre) + shift
 
-    A program takes X rows of one head, of several sequences if need be.
+    A program takes X rows of one head, of several sequences if need be. Also 0 .. STEPS - 1 into
+    ``table``, which ``over_codes`` wants to read.
     """
+    if tl.program_id(0) == 0:
+        tl.store(table + tl.arange(0, STEPS), tl.arange(0, STEPS))
     chunk = tl.program_id(0) % CHUNKS
     h = tl.program_id(0) // CHUNKS % H
     i = tl.program_id(0) // (CHUNKS * H) * X + tl.arange(0, X)
     some = i < batch * ROWS
     b, r = (i // ROWS).to(tl.int64), i % ROWS
     d = tl.arange(0, DKP)
-    w = chunk * CHUNK + tl.arange(0, CHUNK)
+    number = chunk * CHUNK + tl.arange(0, CHUNK)
+    held = number < KW
+    w = component(number, K8, K4, K2)
     n: tl.constexpr = H // KG * DK  # channels of a group of the code
     own = h % (H // KG) * DK
     first = (h // (H // KG)).to(tl.int64) * KW * n + own
     basis = tl.load(
         synthesis + first + w[None, :] * n + d[:, None],
-        mask=(w < KW)[None, :] & (d < DK)[:, None], other=0.0,
+        mask=held[None, :] & (d < DK)[:, None], other=0.0,
     )  # [DKP, CHUNK]  # fmt: skip
     x = tl.load(
         q + ((b * H + h) * ROWS + r)[:, None] * DK + d[None, :],
         mask=some[:, None] & (d < DK)[None, :], other=0.0,
     ).to(tl.float32)  # [X, DKP]  # fmt: skip
     scale2 = tl.full([], scale2, tl.float32)  # Inductor passes float64
-    folded = tl.dot(x, basis, input_precision="tf32x3") * scale2
-    rows = (b * G + h // (H // G)) * STRIDE + h % (H // G) * ROWS + r
+    folded = (tl.dot(x, basis, input_precision="tf32x3") * scale2).to(tl.float16)
+    group = b * G + h // (H // G)
+    row = h % (H // G) * ROWS + r
     tl.store(
-        q16 + rows[:, None] * KW + w[None, :], folded.to(tl.float16),
-        mask=some[:, None] & (w < KW)[None, :],
+        q16 + (group * STRIDE + row)[:, None] * KW + number[None, :], folded,
+        mask=some[:, None] & held[None, :],
     )  # fmt: skip
+    too_much = tl.where(number < K8, OFFSET_8, OFFSET)
+    sums = tl.sum(folded.to(tl.float32) * too_much[None, :], 1)  # 0 behind the last component
+    tl.store(centre + (group * CHUNKS + chunk) * STRIDE + row, -sums, mask=some)
     if chunk == 0:
         mu = tl.load(mean + h // (H // KG) * n + own + d, mask=d < DK, other=0.0)
-        tl.store(shift + rows, tl.sum(x * mu[None, :], 1) * scale2, mask=some)
+        tl.store(shift + group * STRIDE + row, tl.sum(x * mu[None, :], 1) * scale2, mask=some)

@@ -16,7 +16,7 @@ from ..side import Side
 from .attend import attend_kernel
 from .fold import fold_kernel
 from .merge import expand_kernel, sum_kernel
-from .plan import EXACT_ROWS, MOST_SPLITS, Config, Plan, make_plan, supported
+from .plan import EXACT_ROWS, LEAST_ROWS, MOST_SPLITS, Config, Plan, make_plan, supported
 
 LOG2_E = 1.4426950408889634
 
@@ -24,6 +24,9 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 INTERPRETED = not isinstance(attend_kernel, JITFunction)
 """Whether Triton interprets the kernels (TRITON_INTERPRET=1), on whatever device."""
+
+MOST_CELLS = 1 << 16 if INTERPRETED else 4096
+"""Numbers that a program of ``sum_kernel`` holds at a time; the interpreter pays by program."""
 
 
 def takes(q: Tensor, k_layout: str, v_layout: str) -> bool:
@@ -42,17 +45,11 @@ def multiprocessors(device: torch.device) -> int:
 
 @cache
 def default_config(k_layout: str, v_layout: str) -> Config:
-    """The configuration used without autotuning: the best of those measured on an H100.
-
-    With many components of 4 and 2 bits, registers hold no more than sixteen query rows.
-    """
+    """The configuration used without autotuning: the best of those measured on an H100."""
     layouts = parse_layout(k_layout), parse_layout(v_layout)
-    wide = [layout for layout in layouts if getattr(layout, "r4", 0) + getattr(layout, "r2", 0)]
-    if not wide:
-        return Config(flip=True)
-    if max(getattr(layout, "rank", 0) for layout in wide) <= 320:
-        return Config(flip=True)
-    return Config(rows=16, stages=2, flip=True)
+    if any(getattr(layout, "r4", 0) + getattr(layout, "r2", 0) for layout in layouts):
+        return Config(stages=2)
+    return Config()
 
 
 def count_splits(
@@ -60,7 +57,8 @@ def count_splits(
 ) -> int:
     """Splits over tokens so that all programs over codes run at once. Sizes may be symbols."""
     programs = batch * plan.groups * plan.blocks
-    room = multiprocessors(device) * config.fill // programs
+    exact = int(plan.exact_programs * config.share)
+    room = (multiprocessors(device) * config.fill - batch * exact) // programs
     tiles = (capacity + config.tokens - 1) // config.tokens
     return torch.sym_max(torch.sym_min(torch.sym_min(room, tiles), MOST_SPLITS), 1)
 
@@ -112,36 +110,45 @@ def attend_packed(
 
     exact_programs = batch * plan.exact_programs
     head_blocks = plan.attend["H"] * ((batch * plan.head_rows + EXACT_ROWS - 1) // EXACT_ROWS)
-    q16, shift = q, lengths
+    q16, shift, centre, table = q, lengths, lengths, lengths
     if keys.params:
+        table = empty(LEAST_ROWS, dtype=torch.int32)
         q16 = empty(batch, plan.groups, plan.rows, plan.attend["KW"], dtype=torch.float16)
         shift = empty(batch, plan.groups, plan.rows)
+        centre = empty(batch, plan.groups, plan.fold["CHUNKS"], plan.rows)
         _kernel(fold_kernel)[(head_blocks * plan.fold["CHUNKS"],)](
-            q, keys.params[0], keys.params[2], q16, shift, factor, batch, **plan.fold, num_warps=4
-        )
-    part = empty(batch, plan.groups, splits + 1, plan.rows, plan.attend["VW"])
-    stats = empty(batch, plan.groups, splits + 1, plan.rows, 4)
+            q, keys.params[0], keys.params[2], q16, shift, centre, table, factor, batch,
+            **plan.fold, STEPS=LEAST_ROWS, num_warps=4,
+        )  # fmt: skip
+    elif values.params:
+        table = torch.arange(LEAST_ROWS, dtype=torch.int32, device=q.device)
+    part = empty(batch, plan.groups, splits + 1, plan.attend["VW"], plan.rows)
+    stats = empty(batch, plan.groups, splits + 1, 4, plan.rows)
     exact = empty(batch, q_heads, queries, value.dim)
     bias = None if bias is None else bias.contiguous()
     strides, kind = _bias_strides(bias)
     whole = int(capacity % config.tokens == 0)
     limit = {"maxnreg": config.registers} if config.registers else {}
     _kernel(attend_kernel)[(exact_programs + batch * plan.groups * plan.blocks * splits,)](
-        q16, shift, q, k_codes, k_gain, v_codes, v_gain, lengths if bias is None else bias, lengths,
+        q16, shift, centre, table, q, k_codes, k_gain, v_codes, v_gain,
+        lengths if bias is None else bias, lengths,
         keys.pool_positions.contiguous(), values.pool_positions.contiguous(),
         k_pool, v_pool, k_ring, v_ring, part, stats, exact,
         splits, exact_programs, capacity, *strides, factor,
         **plan.attend, BIAS=kind, WHOLE=whole, ASM=not INTERPRETED, num_warps=config.warps, **limit,
     )  # fmt: skip
-    sums = empty(batch, plan.groups, plan.rows, plan.attend["VW"])
-    masses = empty(batch, plan.groups, plan.rows, 4)
+    sums = empty(batch, plan.groups, plan.attend["VW"], plan.rows)
+    masses = empty(batch, plan.groups, 4, plan.rows)
     slots = merge_slots(plan, config, q.device)
-    _kernel(sum_kernel)[(batch * plan.groups * plan.rows * plan.sums["CHUNKS"],)](
-        part, stats, sums, masses, splits, **plan.sums, SLOTS=slots, num_warps=4
-    )
+    cells = MOST_CELLS // max(slots, 64)
+    chunks = -(-plan.attend["VW"] * plan.rows // cells)
+    _kernel(sum_kernel)[(batch * plan.groups * chunks,)](
+        part, stats, sums, masses, splits, **plan.sums, SLOTS=slots, CELLS=cells, CHUNKS=chunks,
+        num_warps=4,
+    )  # fmt: skip
     out = empty(batch, q_heads, queries, value.dim, dtype=q.dtype)
     mean, synthesis = (values.params[0], values.params[2]) if values.params else (part, part)
-    _kernel(expand_kernel)[(head_blocks,)](
+    _kernel(expand_kernel)[(head_blocks * plan.expand["PARTS"],)](
         sums, masses, exact, mean, synthesis, out, batch, **plan.expand, num_warps=4
     )
     return out

@@ -1,7 +1,7 @@
 """Splits of one step put together, and values out of the space of their codes.
 
-Two launches: ``sum_kernel`` adds up what the splits left, row by row, with all splits of a row in
-flight at once; ``expand_kernel`` is one small matrix product a head.
+Two launches: ``sum_kernel`` adds up what the splits left, with all splits of a row in flight at
+once; ``expand_kernel`` is one small matrix product a head.
 """
 
 from __future__ import annotations
@@ -9,85 +9,99 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .codes import OFFSET, OFFSET_8, component
+
 
 @triton.jit
 def sum_kernel(
     part, stats, sums, masses, splits,
-    G: tl.constexpr, STRIDE: tl.constexpr, VX: tl.constexpr, VW: tl.constexpr,
-    POOLED: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
+    STRIDE: tl.constexpr, VX: tl.constexpr, VW: tl.constexpr,
+    POOLED: tl.constexpr, SLOTS: tl.constexpr, CELLS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Weighted sums ``[B, G, STRIDE, VW]`` over all splits, and the row's ``masses [..., 4]``.
+    """Weighted sums ``[B, G, VW, STRIDE]`` over all splits, and ``masses [B, G, 4, STRIDE]``.
 
     Relative to the largest score m of the row: the mass of all tokens, that of tokens whose values
     are coded, that of them with gains, and the factor 2^(m_exact - m) of what ring and pool left.
     """
     chunk = tl.program_id(0) % CHUNKS
-    row = tl.program_id(0) // CHUNKS
-    base = (row // STRIDE).to(tl.int64) * (splits + 1) * STRIDE + row % STRIDE
+    group = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    cell = chunk * CELLS + tl.arange(0, CELLS)  # component and row
     slot = tl.arange(0, SLOTS)
-    at = base + slot * STRIDE
     live = slot <= splits
-    m = tl.load(stats + at * 4, mask=live, other=-float("inf"))
+    base = group * (splits + 1)
+    at = stats + (base + slot)[:, None] * (4 * STRIDE) + (cell % STRIDE)[None, :]
+    m = tl.load(at, mask=live[:, None], other=-float("inf"))  # [SLOTS, CELLS]
     top = tl.max(m, 0)
-    f = tl.exp2(m - tl.where(top == -float("inf"), 0.0, top))
-    if chunk == 0:
-        out = masses + row.to(tl.int64) * 4
+    f = tl.exp2(m - tl.where(top == -float("inf"), 0.0, top)[None, :])
+    if chunk * CELLS < STRIDE:
+        first = cell < STRIDE
+        out = masses + group * (4 * STRIDE) + cell
         for i in tl.static_range(1, 4):
-            mass = tl.load(stats + at * 4 + i, mask=live, other=0.0)
-            tl.store(out + i - 1, tl.sum(f * mass, 0))
-        tl.store(out + 3, tl.sum(tl.where(slot == splits, f, 0.0), 0))
-    column = chunk * COLUMNS + tl.arange(0, COLUMNS)
+            mass = tl.load(at + i * STRIDE, mask=live[:, None], other=0.0)
+            tl.store(out + (i - 1) * STRIDE, tl.sum(f * mass, 0), mask=first)
+        exact = tl.sum(tl.where((slot == splits)[:, None], f, 0.0), 0)
+        tl.store(out + 3 * STRIDE, exact, mask=first)
     if VX or not POOLED:
         live = slot < splits  # programs over ring and pool leave no sums of codes
+    held = cell < VW * STRIDE
     x = tl.load(
-        part + at[:, None] * VW + column[None, :],
-        mask=live[:, None] & (column < VW)[None, :], other=0.0,
-    )  # [SLOTS, COLUMNS]  # fmt: skip
-    total = tl.sum(tl.where(live, f, 0.0)[:, None] * x, 0)
-    tl.store(sums + row.to(tl.int64) * VW + column, total, mask=column < VW)
+        part + (base + slot)[:, None] * (VW * STRIDE) + cell[None, :],
+        mask=live[:, None] & held[None, :], other=0.0,
+    )  # [SLOTS, CELLS]  # fmt: skip
+    total = tl.sum(tl.where(live[:, None], f, 0.0) * x, 0)
+    tl.store(sums + group * (VW * STRIDE) + cell, total, mask=held)
 
 
 @triton.jit
 def expand_kernel(
     sums, masses, exact, mean, synthesis, out, batch,
     H: tl.constexpr, ROWS: tl.constexpr, G: tl.constexpr, STRIDE: tl.constexpr, VG: tl.constexpr,
-    VX: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, VW: tl.constexpr,
-    CHUNK: tl.constexpr, X: tl.constexpr,
+    VX: tl.constexpr, DV: tl.constexpr, VW: tl.constexpr,
+    V8: tl.constexpr, V4: tl.constexpr, V2: tl.constexpr,
+    CHUNK: tl.constexpr, X: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """``out [B, H, ROWS, DV]``, for X rows of one head, of several sequences if need be.
+    """``out [B, H, ROWS, DV]``: some columns of X rows of one head, of any sequences.
 
-    out = (f exact + (sums + gained / 2) synthesis + mass of coded values * mean) / mass
+    out = (f exact + (sums - offset gained) synthesis + mass of coded values * mean) / mass
     """
-    h = tl.program_id(0) % H
-    i = tl.program_id(0) // H * X + tl.arange(0, X)
+    part = tl.program_id(0) % PARTS
+    h = tl.program_id(0) // PARTS % H
+    i = tl.program_id(0) // (PARTS * H) * X + tl.arange(0, X)
     some = i < batch * ROWS
     b, r = (i // ROWS).to(tl.int64), i % ROWS
-    rows = (b * G + h // (H // G)) * STRIDE + h % (H // G) * ROWS + r
-    mass = tl.load(masses + rows * 4, mask=some, other=1.0)
-    coded_mass = tl.load(masses + rows * 4 + 1, mask=some, other=0.0)
-    gained = tl.load(masses + rows * 4 + 2, mask=some, other=0.0)
-    factor = tl.load(masses + rows * 4 + 3, mask=some, other=0.0)
-    d = tl.arange(0, DVP)
+    group = b * G + h // (H // G)
+    row = h % (H // G) * ROWS + r
+    at = masses + group * (4 * STRIDE) + row
+    mass = tl.load(at, mask=some, other=1.0)
+    coded_mass = tl.load(at + STRIDE, mask=some, other=0.0)
+    gained = tl.load(at + 2 * STRIDE, mask=some, other=0.0)
+    factor = tl.load(at + 3 * STRIDE, mask=some, other=0.0)
+    d = part * COLUMNS + tl.arange(0, COLUMNS)
     inside = some[:, None] & (d < DV)[None, :]
     where = ((b * H + h) * ROWS + r)[:, None] * DV + d[None, :]
     acc = tl.load(exact + where, mask=inside, other=0.0) * factor[:, None]
+    cells = sums + group * (VW * STRIDE) + row
     if VX:
-        acc += tl.load(sums + rows[:, None] * VW + d[None, :], mask=inside, other=0.0)
+        acc += tl.load(cells[:, None] + d[None, :] * STRIDE, mask=inside, other=0.0)
     else:
         n: tl.constexpr = H // VG * DV
         own = h % (H // VG) * DV
         first = synthesis + (h // (H // VG)).to(tl.int64) * VW * n + own
-        for start in tl.range(0, VW, CHUNK):
-            w = start + tl.arange(0, CHUNK)
+        for start in tl.range(0, VW, CHUNK, num_stages=3):
+            number = start + tl.arange(0, CHUNK)
+            held = number < VW
+            w = component(number, V8, V4, V2)
             basis = tl.load(
                 first + w[:, None] * n + d[None, :],
-                mask=(w < VW)[:, None] & (d < DV)[None, :], other=0.0,
-            )  # [CHUNK, DVP]  # fmt: skip
+                mask=held[:, None] & (d < DV)[None, :], other=0.0,
+            )  # [CHUNK, COLUMNS]  # fmt: skip
             x = tl.load(
-                sums + rows[:, None] * VW + w[None, :],
-                mask=some[:, None] & (w < VW)[None, :], other=0.0,
+                cells[:, None] + number[None, :] * STRIDE,
+                mask=some[:, None] & held[None, :], other=0.0,
             )  # [X, CHUNK]  # fmt: skip
-            acc = tl.dot(x + 0.5 * gained[:, None], basis, acc, input_precision="tf32x3")
+            too_much = tl.where(number < V8, OFFSET_8, OFFSET)
+            x -= gained[:, None] * too_much[None, :]
+            acc = tl.dot(x, basis, acc, input_precision="tf32x3")
         mu = tl.load(mean + h // (H // VG) * n + own + d, mask=d < DV, other=0.0)
         acc += coded_mass[:, None] * mu[None, :]
     acc = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]

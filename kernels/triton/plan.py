@@ -6,6 +6,7 @@ Constants of one side (K or V), by their names in the kernels:
     G       groups of the code            GAIN      1 if tokens carry gains
     8 4 2   bytes of each run             P8 P4 P2  their widths in tiles, powers of two
     PITCH   payload width of a token      W         columns: the rank, or D if exact
+    S8 S4 S2    (values) codes of a word that one product takes at once
 
 ``H`` KV heads with ``ROWS`` query rows each (query heads x queries); ``G`` groups of programs,
 ``BLOCKS`` blocks of ``M`` rows in each; ``N`` tokens in a tile.
@@ -28,6 +29,12 @@ LEAST_BYTES = 32
 CHUNK = 64
 """Components that a program of the small kernels takes at a time."""
 
+LEAST_ROWS = 64
+"""Of a product's left operand, for the tensor cores of a warp group."""
+
+COLUMNS = 32
+"""Channels of the result that a program of ``expand_kernel`` makes."""
+
 MOST_SPLITS = 127
 """The merge holds this many splits, and one more, at a time."""
 
@@ -39,19 +46,23 @@ class Config:
     Attributes:
         tokens: of a tile, N.
         rows: the most query rows in a tile, M.
+        least: the fewest.
         warps: of a program.
         stages: tiles in flight.
-        flip: codes are the left operand of the scores' product.
-        fill: programs over codes for each multiprocessor.
+        fill: programs for each multiprocessor.
+        share: of a program over codes that one over ring and pool counts.
+        last: programs over ring and pool come last.
         registers: of a thread at most; 0: as many as the compiler likes.
     """
 
     tokens: int = 64
     rows: int = 32
+    least: int = 8
     warps: int = 4
     stages: int = 3
-    flip: bool = False
     fill: int = 2
+    share: float = 1.0
+    last: bool = False
     registers: int = 0
 
 
@@ -82,6 +93,9 @@ def _side(letter: str, layout: Layout) -> dict[str, int]:
     dim = _power(layout.dim, 16)
     columns = dim if exact else widths[0] + 2 * widths[1] + 4 * widths[2]
     named |= {letter + "W": columns, letter + "PITCH": pitch, letter + "GAIN": gain}
+    if letter == "V":
+        for bits, pad in zip((8, 4, 2), pads, strict=True):
+            named[f"VS{bits}"] = min(max(LEAST_ROWS // (pad // 2), 1), 16 // bits) if pad else 0
     return named | {"D" + letter: layout.dim, f"D{letter}P": dim}
 
 
@@ -127,25 +141,26 @@ def make_plan(
     heads, rows = key.heads, q_heads // key.heads * queries
     groups = math.lcm(k["KG"], v["VG"])  # both divide the heads, so this does
     per_group = heads // groups * rows
-    m = min(_power(per_group, 16), config.rows)
+    m = min(_power(per_group, config.least), config.rows)
     blocks = -(-per_group // m)
     common = {
         "H": heads, "ROWS": rows, "G": groups, "X": EXACT_ROWS, "XBLOCKS": -(-rows // EXACT_ROWS),
     }  # fmt: skip
     ek, ev = pools
+    chunks = -(-k["KW"] // CHUNK)
     attend = common | k | v | {
         "Q": queries, "M": m, "BLOCKS": blocks, "EK": ek, "EKP": _power(ek, 16), "EV": ev,
         "EVP": _power(ev, 16), "RING": ring, "XN": 32, "LISTED": _power(ek + ev, 16),
-        "N": config.tokens, "STAGES": config.stages, "FLIP": int(config.flip),
+        "N": config.tokens, "STAGES": config.stages, "LAST": int(config.last),
+        "CHUNKS": chunks, "CHUNKSP": _power(chunks, 1),
     }  # fmt: skip
     head = {"H": heads, "ROWS": rows, "G": groups, "STRIDE": blocks * m, "X": EXACT_ROWS}
-    fold = head | {name: k[name] for name in ("KG", "DK", "DKP", "KW")}
-    fold |= {"CHUNK": CHUNK, "CHUNKS": -(-k["KW"] // CHUNK)}
-    expand = head | {name: v[name] for name in ("VG", "VX", "DV", "DVP", "VW")}
-    expand |= {"CHUNK": CHUNK}
+    fold = head | {name: k[name] for name in ("KG", "DK", "DKP", "KW", "K8", "K4", "K2")}
+    fold |= {"CHUNK": CHUNK, "CHUNKS": chunks}
+    expand = head | {name: v[name] for name in ("VG", "VX", "DV", "VW", "V8", "V4", "V2")}
+    expand |= {"CHUNK": CHUNK, "COLUMNS": COLUMNS, "PARTS": -(-value.dim // COLUMNS)}
     sums = {
-        "G": groups, "STRIDE": blocks * m, "VX": v["VX"], "VW": v["VW"],
-        "POOLED": int(ek + ev > 0), "COLUMNS": CHUNK, "CHUNKS": -(-v["VW"] // CHUNK),
+        "STRIDE": blocks * m, "VX": v["VX"], "VW": v["VW"], "POOLED": int(ek + ev > 0),
     }  # fmt: skip
     exact_programs = heads * common["XBLOCKS"]
     return Plan(fold, attend, sums, expand, groups, blocks, blocks * m, exact_programs, rows)

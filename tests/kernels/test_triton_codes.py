@@ -9,7 +9,13 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import torch
+import triton
+import triton.language as tl
+
+from apack_compile.codec.bits import pack
 from apack_compile.kernels.triton import codes
+from apack_compile.kernels.triton.launch import INTERPRETED
 
 WORDS = np.arange(1 << 16, dtype=np.uint32)
 
@@ -33,9 +39,9 @@ def permute(a: np.ndarray, b: np.ndarray, selector: int) -> np.ndarray:
     return out
 
 
-def run(text: str, word: np.ndarray) -> np.ndarray:
+def run(text: str, word: np.ndarray, shift: int = 0) -> np.ndarray:
     """Interpret the few instructions that ``codes.py`` uses."""
-    values = {"$1": word}
+    values = {"$1": word, "$2": np.full_like(word, shift)}
 
     def value(name: str) -> np.ndarray:
         known = values.get(name)
@@ -49,7 +55,7 @@ def run(text: str, word: np.ndarray) -> np.ndarray:
         if name == "mov.b32":
             result = value(inputs[0])
         elif name == "shr.b32":
-            result = value(inputs[0]) >> int(inputs[1])
+            result = value(inputs[0]) >> value(inputs[1])
         elif name == "prmt.b32":
             result = permute(value(inputs[0]), value(inputs[1]), int(inputs[2], 0))
         elif name == "lop3.b32":
@@ -70,12 +76,49 @@ def run(text: str, word: np.ndarray) -> np.ndarray:
     return values["$0"]
 
 
-@pytest.mark.parametrize(("bits", "code"), [(b, c) for b in (8, 4, 2) for c in range(16 // b)])
-def test_words_become_centred_codes(bits: int, code: int) -> None:
-    text = getattr(codes, f"ASM_{bits}_{code}").value
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+@triton.jit
+def name_components(
+    out, count, B8: tl.constexpr, B4: tl.constexpr, B2: tl.constexpr, SIZE: tl.constexpr
+):
+    i = tl.arange(0, SIZE)
+    tl.store(out + i, codes.component(i, B8, B4, B2), mask=i < count)
+
+
+CODES = [(bits, code) for bits in (8, 4, 2) for code in range(16 // bits)]
+
+
+def check(bits: int, code: int, out: np.ndarray, words: np.ndarray) -> None:
+    extra = 1024 if bits == 8 else -(1 << bits - 1)
+    expected = (words >> bits * code & (1 << bits) - 1).astype(np.int64) + extra
+    assert np.array_equal(out.astype(np.int64), expected)
+    assert np.array_equal(out, out.astype(np.int64))
+
+
+@pytest.mark.parametrize(("bits", "code"), CODES)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_words_become_codes_and_a_constant(bits: int, code: int, shifted: bool) -> None:
+    text = getattr(codes, f"ASM_{bits}_ANY" if shifted else f"ASM_{bits}_{code}").value
     others = np.roll(WORDS, 12345)  # the second word of the register
-    low, high = halves(run(text, WORDS | others << 16))
-    for out, words in ((low, WORDS), (high, others)):
-        expected = (words >> bits * code & (1 << bits) - 1).astype(np.int64) - (1 << bits - 1)
-        assert np.array_equal(out.astype(np.int64), expected)
-        assert np.array_equal(out, out.astype(np.int64))
+    low, high = halves(run(text, WORDS | others << 16, bits * code if shifted else 0))
+    check(bits, code, low, WORDS)
+    check(bits, code, high, others)
+
+
+@pytest.mark.parametrize("runs", [(32, 0, 0), (16, 32, 16), (48, 80, 48), (0, 32, 16), (16, 0, 16)])
+def test_the_order_of_codes_is_that_of_packed_bytes(runs: tuple[int, int, int]) -> None:
+    """Code c of word w, read off packed bytes, is the component that ``component`` names."""
+    widths = (runs[0], runs[1] // 2, runs[2] // 4)
+    values = [torch.randint(0, 1 << b, (n,)) for b, n in zip((8, 4, 2), runs, strict=True)]
+    read = [
+        pack(v, bits).view(torch.uint16).int() >> bits * code & (1 << bits) - 1
+        for v, bits in zip(values, (8, 4, 2), strict=True)
+        if len(v)
+        for code in range(16 // bits)
+    ]
+    out = torch.empty(sum(runs), dtype=torch.int32, device=DEVICE)
+    name_components[(1,)](out, len(out), *widths, 256)
+    out = out.cpu()
+    assert torch.equal(torch.cat(read), torch.cat(values)[out.long()].int())

@@ -1,0 +1,139 @@
+"""Encoding on a GPU: a whole prefill of one layer, and the oldest tokens of the ring.
+
+A prefill is compared with the layer that it follows, compiled by stock Inductor, in the same run.
+The flush of the ring is given for one layer (keys and values), shared out over the steps between
+two flushes.
+
+    python benchmarks/encode_gpu.py --out FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from transformers import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
+
+from apack_compile.cache import Policy, SideStore
+from apack_compile.cache.store import encode_arguments
+from apack_compile.codec import CodeRef
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from attend_gpu import DTYPE, Case, layouts, random_code  # noqa: E402
+
+SHAPES = [(8, 4096), (1, 4096), (1, 32768)]
+HEADS, DIM = 4, 128
+
+
+def milliseconds(call: Any, repeats: int = 7) -> float:
+    """Median time of one call, the host's part counted where the GPU waits for it."""
+    call()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return sorted(times)[repeats // 2]
+
+
+def layer_ms(batch: int, tokens: int) -> float:
+    """One decoder layer of the Qwen2.5-VL-7B shape over a whole prompt."""
+    config = Qwen2Config(
+        hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=HEADS
+    )
+    config._attn_implementation = "sdpa"
+    layer = Qwen2DecoderLayer(config, 0).to("cuda", DTYPE).eval()
+    x = torch.randn(batch, tokens, 3584, device="cuda", dtype=DTYPE)
+    positions = torch.arange(tokens, device="cuda")[None]
+    turns = Qwen2RotaryEmbedding(config).to("cuda")(x, positions)
+    compiled = torch.compile(layer)
+    return milliseconds(lambda: compiled(x, position_embeddings=turns, position_ids=positions), 5)
+
+
+def prefill(batch: int, tokens: int, mixed: bool) -> dict[str, float]:
+    """Keys and values of one layer: milliseconds and the most memory above what goes in."""
+    x = torch.randn(batch, HEADS, tokens, DIM, device="cuda", dtype=DTYPE)
+    policy = Policy()
+    given: list[tuple[Any, ...]] = [
+        encode_arguments(CodeRef(random_code(layout, "cuda")), policy, x.device)
+        for layout in layouts(Case(batch, 28, HEADS, tokens), mixed)
+    ]
+
+    def both(x: Tensor) -> list[list[Tensor]]:
+        return [torch.ops.apack.encode(x, None, *arguments) for arguments in given]
+
+    compiled = torch.compile(both)
+    ms = milliseconds(lambda: compiled(x))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    compiled(x)
+    torch.cuda.synchronize()
+    return {"ms": ms, "peak_mb": (torch.cuda.max_memory_allocated() - before) / 1e6}
+
+
+def flush(batch: int, tokens: int, mixed: bool) -> dict[str, float]:
+    """What coding the oldest tokens of the ring costs a step, for one layer: GPU and host."""
+    x = torch.randn(batch, HEADS, tokens, DIM, device="cuda", dtype=DTYPE)
+    policy = Policy()
+    stores = [
+        SideStore.encode(x, CodeRef(random_code(layout, "cuda")), policy)
+        for layout in layouts(Case(batch, 28, HEADS, tokens), mixed)
+    ]
+    new = torch.randn(batch, HEADS, policy.block, DIM, device="cuda", dtype=DTYPE)
+    whole, host = [], []
+    for _ in range(12):
+        for store in stores:
+            store.extend(new)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for store in stores:
+            store.code_oldest(policy.block)
+        host.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+        whole.append(time.perf_counter() - start)
+    return {
+        "us_a_step": 1e6 * sorted(whole)[6] / policy.block,
+        "host_us_a_step": 1e6 * sorted(host)[6] / policy.block,
+    }
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="where to write the results")
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "command": "python benchmarks/encode_gpu.py",
+        "rows": [],
+    }
+    for batch, tokens in SHAPES:
+        layer = layer_ms(batch, tokens)
+        for kind in ("8 bit", "mixed"):
+            row: dict[str, Any] = {"batch": batch, "tokens": tokens, "codes": kind}
+            row["layer_ms"] = layer
+            row["encode"] = prefill(batch, tokens, kind == "mixed")
+            row["share"] = row["encode"]["ms"] / layer
+            row["flush"] = flush(batch, tokens, kind == "mixed")
+            report["rows"].append(row)
+            print(json.dumps(row), flush=True)
+        torch._dynamo.reset()
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""One split of the coded tokens for one group of KV heads.
+
+Softmax is kept relative to a reference of each query row, 2^top. The reference is raised only
+when a score exceeds it by more than ``SLACK``, which happens in the first tile and seldom after:
+finding the largest score of a tile costs one number a tile then, not one a row, and sums need not
+be scaled again (after Flash-Attention 4's conditional rescaling). Weights are multiplied by
+2^``SHIFT`` before they become float16, whose largest number is 2^16.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .codes import converted, converted_at, load_run
+from .score import biased, code_scores, exp2, gains, listed, load_q, log2_bound, product, span
+
+SLACK = tl.constexpr(10.0)
+SHIFT = tl.constexpr(4.0)
+LEAST = tl.constexpr(-1e30)
+"""A reference before there is one: finite, so that differences are never NaN."""
+
+
+@triton.jit
+def _shifts(table, PAD: tl.constexpr, BITS: tl.constexpr, STACK: tl.constexpr):
+    """Bits by which the codes of the first product lie up in their words, one for each row.
+
+    Made of 0 .. 63 in ``table``, read from memory: Triton lets the layout of a product's operand
+    go back through what is loaded, but not through a range that it makes itself; it would move the
+    operand through shared memory instead.
+    """
+    return tl.load(table + tl.arange(0, STACK * PAD // 2)) // (PAD // 2) * BITS
+
+
+@triton.jit
+def _mix(
+    p16, words, acc, shifts, BITS: tl.constexpr, PART: tl.constexpr, PAD: tl.constexpr,
+    STACK: tl.constexpr, N: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Weighted sums over tokens, ``[STACK * PAD / 2, M]``: product ``PART`` of a run's values.
+
+    Tensor cores want 64 rows: where a run has fewer words, STACK codes of each word are stacked.
+    """
+    if STACK == 1:
+        return tl.dot(converted(words, BITS, PART, ASM), p16, acc)
+    else:
+        W: tl.constexpr = PAD // 2
+        stacked = tl.broadcast_to(words[None, :, :], (STACK, W, N))
+        stacked = tl.reshape(stacked, (STACK * W, N))
+        shift = tl.broadcast_to((shifts + PART * STACK * BITS)[:, None], (STACK * W, N))
+        return tl.dot(converted_at(stacked, shift, BITS, ASM), p16, acc)
+
+
+@triton.jit
+def _store(
+    out, acc, rows, BITS: tl.constexpr, PART: tl.constexpr, START: tl.constexpr,
+    WIDTH: tl.constexpr, PAD: tl.constexpr, STACK: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """Sums of product ``PART`` of a run, to ``out [components in the order of codes, STRIDE]``."""
+    r = tl.arange(0, STACK * PAD // 2)
+    code = PART * STACK + r // (PAD // 2)
+    word = r % (PAD // 2)
+    where = (START + code * (WIDTH // 2) + word) * STRIDE
+    tl.store(out + where[:, None] + rows[None, :], acc, mask=(word < WIDTH // 2)[:, None])
+
+
+@triton.jit
+def over_codes(
+    work, splits, q16, shift, centre, table, q, k_codes, k_gain, v_codes, v_gain, bias, lengths,
+    k_pos, v_pos, part, stats, capacity, bias_b, bias_h, bias_q, scale2,
+    H: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
+    BLOCKS: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
+    KX: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, KW: tl.constexpr,
+    KPITCH: tl.constexpr, K8: tl.constexpr, K4: tl.constexpr, K2: tl.constexpr,
+    KP8: tl.constexpr, KP4: tl.constexpr, KP2: tl.constexpr, KGAIN: tl.constexpr,
+    CHUNKS: tl.constexpr, CHUNKSP: tl.constexpr,
+    VX: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, VW: tl.constexpr,
+    VPITCH: tl.constexpr, V8: tl.constexpr, V4: tl.constexpr, V2: tl.constexpr,
+    VP8: tl.constexpr, VP4: tl.constexpr, VP2: tl.constexpr, VGAIN: tl.constexpr,
+    VS8: tl.constexpr, VS4: tl.constexpr, VS2: tl.constexpr,
+    EK: tl.constexpr, EKP: tl.constexpr, EV: tl.constexpr, EVP: tl.constexpr,
+    BIAS: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
+    WHOLE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Leaves ``part [B, G, splits + 1, VW, BLOCKS * M]`` and ``stats [.., 4, BLOCKS * M]``.
+
+    WHOLE: the capacity is a multiple of N, so that no tile reaches past it.
+    """
+    block = work % BLOCKS
+    split = work // BLOCKS % splits
+    g = work // (BLOCKS * splits) % G
+    b = work // (BLOCKS * splits * G)
+    coded = tl.load(lengths).to(tl.int32)
+    per = ((coded + N - 1) // N + splits - 1) // splits * N
+    first = split * per
+    last = tl.minimum(first + per, coded)
+
+    STRIDE: tl.constexpr = BLOCKS * M
+    row = block * M + tl.arange(0, M)  # of the group's
+    some = row < H // G * ROWS
+    group = (b * G + g).to(tl.int64)
+    gk, gv = g // (G // KG), g // (G // VG)
+    if KX:
+        k_base = k_codes + b.to(tl.int64) * capacity * KPITCH + gk * DK
+        d = tl.arange(0, DKP)
+        q_row = q + (group * (H // G * ROWS) + row) * DK
+        qx = tl.load(
+            q_row[None, :] + d[:, None], mask=some[None, :] & (d < DK)[:, None], other=0.0
+        )  # [DKP, M]  # fmt: skip
+    else:
+        k_base = k_codes + b.to(tl.int64) * capacity * KPITCH + gk * (K8 + K4 + K2)
+        q_base = q16 + group * STRIDE * KW
+        at: tl.constexpr = K8 + 2 * K4
+        q8_0, q8_1, q4_0, q4_1, q4_2, q4_3 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+        q2_0, q2_1, q2_2, q2_3, q2_4, q2_5, q2_6, q2_7 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+        if K8:
+            q8_0 = load_q(q_base, row, some, 0, 0, K8, KP8, KW)
+            q8_1 = load_q(q_base, row, some, 1, 0, K8, KP8, KW)
+        if K4:
+            q4_0 = load_q(q_base, row, some, 0, K8, K4, KP4, KW)
+            q4_1 = load_q(q_base, row, some, 1, K8, K4, KP4, KW)
+            q4_2 = load_q(q_base, row, some, 2, K8, K4, KP4, KW)
+            q4_3 = load_q(q_base, row, some, 3, K8, K4, KP4, KW)
+        if K2:
+            q2_0 = load_q(q_base, row, some, 0, at, K2, KP2, KW)
+            q2_1 = load_q(q_base, row, some, 1, at, K2, KP2, KW)
+            q2_2 = load_q(q_base, row, some, 2, at, K2, KP2, KW)
+            q2_3 = load_q(q_base, row, some, 3, at, K2, KP2, KW)
+            q2_4 = load_q(q_base, row, some, 4, at, K2, KP2, KW)
+            q2_5 = load_q(q_base, row, some, 5, at, K2, KP2, KW)
+            q2_6 = load_q(q_base, row, some, 6, at, K2, KP2, KW)
+            q2_7 = load_q(q_base, row, some, 7, at, K2, KP2, KW)
+        chunk = tl.arange(0, CHUNKSP)
+        too_much = tl.load(
+            centre + group * (CHUNKS * STRIDE) + chunk[:, None] * STRIDE + row[None, :],
+            mask=(chunk < CHUNKS)[:, None] & some[None, :], other=0.0,
+        )  # [CHUNKSP, M]  # fmt: skip
+        less = tl.sum(too_much, 0)
+        # The same for all coded tokens of a row, so it is added to the reference at the end.
+        mean = tl.load(shift + group * STRIDE + row, mask=some, other=0.0)
+        if not KGAIN:
+            mean += less
+    if VX:
+        v_base = v_codes + b.to(tl.int64) * capacity * VPITCH + gv * DV
+    else:
+        v_base = v_codes + b.to(tl.int64) * capacity * VPITCH + gv * (V8 + V4 + V2)
+    rows_bias = (g * (H // G) * (ROWS // Q) + row // Q) * bias_h + row % Q * bias_q
+    bias_row = bias + b.to(tl.int64) * bias_b
+
+    nearest, farthest = 2147483647, -1
+    if EK:
+        lo, hi = span(k_pos + b * EK, EK, EKP, coded)
+        nearest, farthest = tl.minimum(nearest, lo), tl.maximum(farthest, hi)
+    if EV:
+        lo, hi = span(v_pos + b * EV, EV, EVP, coded)
+        nearest, farthest = tl.minimum(nearest, lo), tl.maximum(farthest, hi)
+
+    top = tl.full([M], LEAST, tl.float32)
+    mass = tl.full([N, M], 0.0, tl.float32)  # summed over tokens after the loop: no exchange in it
+    gained = tl.full([N, M], 0.0, tl.float32)
+    if VX:
+        a16 = tl.full([DVP, M], 0.0, tl.float32)
+    if V8:
+        t8 = _shifts(table, VP8, 8, VS8)
+        a8_0 = tl.full([VS8 * VP8 // 2, M], 0.0, tl.float32)
+        a8_1 = a8_0
+    if V4:
+        t4 = _shifts(table, VP4, 4, VS4)
+        a4_0 = tl.full([VS4 * VP4 // 2, M], 0.0, tl.float32)
+        a4_1, a4_2, a4_3 = a4_0, a4_0, a4_0
+    if V2:
+        t2 = _shifts(table, VP2, 2, VS2)
+        a2_0 = tl.full([VS2 * VP2 // 2, M], 0.0, tl.float32)
+        a2_1, a2_2, a2_3, a2_4, a2_5, a2_6, a2_7 = a2_0, a2_0, a2_0, a2_0, a2_0, a2_0, a2_0
+
+    # Gains are too narrow for asynchronous copies: they are loaded one tile ahead by hand.
+    n = first + tl.arange(0, N)
+    if KGAIN:
+        k_gains = k_gain + b.to(tl.int64) * capacity * KG + gk
+        next_t = gains(k_gains, n, n < last, KG)
+    if VGAIN:
+        v_gains = v_gain + b.to(tl.int64) * capacity * VG + gv
+        next_u = gains(v_gains, n, n < last, VG)
+
+    for start in tl.range(first, last, N, num_stages=STAGES):
+        n = start + tl.arange(0, N)
+        inside = n < last
+        live = inside
+        if EK + EV:  # noqa: SIM102  (known when the kernel is compiled, unlike the other)
+            if (start <= farthest) & (start + N > nearest):
+                if EK:
+                    live = live & (listed(n, k_pos + b * EK, EK, EKP, coded) == 0)
+                if EV:
+                    live = live & (listed(n, v_pos + b * EV, EV, EVP, coded) == 0)
+        if KX:
+            in_keys = inside[:, None] & (d < DK)[None, :]
+            k = tl.load(k_base + n[:, None] * KPITCH + d[None, :], mask=in_keys, other=0.0)
+            s = product(k, qx, tl.full([N, M], 0.0, tl.float32), ASM) * scale2
+        else:
+            s = code_scores(
+                q8_0, q8_1, q4_0, q4_1, q4_2, q4_3,
+                q2_0, q2_1, q2_2, q2_3, q2_4, q2_5, q2_6, q2_7, k_base, n, inside,
+                M, N, KPITCH, K8, K4, K2, KP8, KP4, KP2, WHOLE, ASM,
+            )  # fmt: skip
+            if KGAIN:
+                t = next_t.to(tl.float32)
+                next_t = gains(k_gains, n + N, n + N < last, KG)
+                s = (s + less[None, :]) * t[:, None]
+        s = biased(s, bias_row, n, live, rows_bias, BIAS)
+        if VGAIN:
+            # The reference is that of the weights times the gains: they must fit float16.
+            u = next_u.to(tl.float32)
+            next_u = gains(v_gains, n + N, n + N < last, VG)
+            more = log2_bound(u)
+        else:
+            more = tl.full([N], 0.0, tl.float32)
+        above = tl.max(s - top[None, :], 1) + more  # [N]
+        if tl.max(above, 0) > SLACK:
+            new = tl.maximum(top, tl.max(s + more[:, None], 0))
+            decay = exp2(top - new, ASM)[None, :]
+            top = new
+            mass = mass * decay
+            gained = gained * decay
+            if VX:
+                a16 = a16 * decay
+            if V8:
+                a8_0 = a8_0 * decay
+                if VS8 < 2:
+                    a8_1 = a8_1 * decay
+            if V4:
+                a4_0 = a4_0 * decay
+                if VS4 < 4:
+                    a4_1 = a4_1 * decay
+                if VS4 < 2:
+                    a4_2 = a4_2 * decay
+                    a4_3 = a4_3 * decay
+            if V2:
+                a2_0 = a2_0 * decay
+                if VS2 < 8:
+                    a2_1 = a2_1 * decay
+                if VS2 < 4:
+                    a2_2 = a2_2 * decay
+                    a2_3 = a2_3 * decay
+                if VS2 < 2:
+                    a2_4 = a2_4 * decay
+                    a2_5 = a2_5 * decay
+                    a2_6 = a2_6 * decay
+                    a2_7 = a2_7 * decay
+        p = exp2(s - (top - SHIFT)[None, :], ASM)
+        mass += p
+        if VGAIN:
+            p = p * u[:, None]
+        if VX:
+            dv = tl.arange(0, DVP)
+            in_values = (dv < DV)[:, None] & inside[None, :]
+            v = tl.load(v_base + n[None, :] * VPITCH + dv[:, None], mask=in_values, other=0.0)
+            a16 = product(v, p.to(v.dtype), a16, ASM)
+        else:
+            p16 = p.to(tl.float16)
+            gained += p16.to(tl.float32)
+        if V8:
+            words = load_run(v_base, n, inside, VPITCH, 0, V8, VP8, WHOLE, True)
+            a8_0 = _mix(p16, words, a8_0, t8, 8, 0, VP8, VS8, N, ASM)
+            if VS8 < 2:
+                a8_1 = _mix(p16, words, a8_1, t8, 8, 1, VP8, VS8, N, ASM)
+        if V4:
+            words = load_run(v_base, n, inside, VPITCH, V8, V4, VP4, WHOLE, True)
+            a4_0 = _mix(p16, words, a4_0, t4, 4, 0, VP4, VS4, N, ASM)
+            if VS4 < 4:
+                a4_1 = _mix(p16, words, a4_1, t4, 4, 1, VP4, VS4, N, ASM)
+            if VS4 < 2:
+                a4_2 = _mix(p16, words, a4_2, t4, 4, 2, VP4, VS4, N, ASM)
+                a4_3 = _mix(p16, words, a4_3, t4, 4, 3, VP4, VS4, N, ASM)
+        if V2:
+            words = load_run(v_base, n, inside, VPITCH, V8 + V4, V2, VP2, WHOLE, True)
+            a2_0 = _mix(p16, words, a2_0, t2, 2, 0, VP2, VS2, N, ASM)
+            if VS2 < 8:
+                a2_1 = _mix(p16, words, a2_1, t2, 2, 1, VP2, VS2, N, ASM)
+            if VS2 < 4:
+                a2_2 = _mix(p16, words, a2_2, t2, 2, 2, VP2, VS2, N, ASM)
+                a2_3 = _mix(p16, words, a2_3, t2, 2, 3, VP2, VS2, N, ASM)
+            if VS2 < 2:
+                a2_4 = _mix(p16, words, a2_4, t2, 2, 4, VP2, VS2, N, ASM)
+                a2_5 = _mix(p16, words, a2_5, t2, 2, 5, VP2, VS2, N, ASM)
+                a2_6 = _mix(p16, words, a2_6, t2, 2, 6, VP2, VS2, N, ASM)
+                a2_7 = _mix(p16, words, a2_7, t2, 2, 7, VP2, VS2, N, ASM)
+
+    slot = group * (splits + 1) + split
+    total = tl.sum(mass, 0)
+    if not KX:
+        top += mean
+    at_stats = stats + slot * (4 * STRIDE) + row
+    tl.store(at_stats, top - SHIFT)
+    tl.store(at_stats + STRIDE, total)
+    tl.store(at_stats + 2 * STRIDE, total)
+    tl.store(at_stats + 3 * STRIDE, tl.sum(gained, 0))
+    out = part + slot * (VW * STRIDE)
+    if VX:
+        dv = tl.arange(0, DVP)
+        tl.store(out + dv[:, None] * STRIDE + row[None, :], a16, mask=(dv < VW)[:, None])
+    if V8:
+        _store(out, a8_0, row, 8, 0, 0, V8, VP8, VS8, STRIDE)
+        if VS8 < 2:
+            _store(out, a8_1, row, 8, 1, 0, V8, VP8, VS8, STRIDE)
+    if V4:
+        _store(out, a4_0, row, 4, 0, V8, V4, VP4, VS4, STRIDE)
+        if VS4 < 4:
+            _store(out, a4_1, row, 4, 1, V8, V4, VP4, VS4, STRIDE)
+        if VS4 < 2:
+            _store(out, a4_2, row, 4, 2, V8, V4, VP4, VS4, STRIDE)
+            _store(out, a4_3, row, 4, 3, V8, V4, VP4, VS4, STRIDE)
+    if V2:
+        after: tl.constexpr = V8 + 2 * V4
+        _store(out, a2_0, row, 2, 0, after, V2, VP2, VS2, STRIDE)
+        if VS2 < 8:
+            _store(out, a2_1, row, 2, 1, after, V2, VP2, VS2, STRIDE)
+        if VS2 < 4:
+            _store(out, a2_2, row, 2, 2, after, V2, VP2, VS2, STRIDE)
+            _store(out, a2_3, row, 2, 3, after, V2, VP2, VS2, STRIDE)
+        if VS2 < 2:
+            _store(out, a2_4, row, 2, 4, after, V2, VP2, VS2, STRIDE)
+            _store(out, a2_5, row, 2, 5, after, V2, VP2, VS2, STRIDE)
+            _store(out, a2_6, row, 2, 6, after, V2, VP2, VS2, STRIDE)
+            _store(out, a2_7, row, 2, 7, after, V2, VP2, VS2, STRIDE)

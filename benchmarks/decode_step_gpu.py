@@ -4,14 +4,14 @@ What each step costs, what of it is the GPU's and what the host's (guards and Hu
 wrapper, our boundary, the compiled graph's launches), and peak memory. Caches are filled without a
 prefill: random keys and values are packed as a prefill's would be.
 
-    python benchmarks/decode_step_gpu.py
+    python benchmarks/decode_step_gpu.py --out benchmarks/results/decode-step-h100.json
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import multiprocessing
 import statistics
 import sys
 import time
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -40,7 +41,8 @@ sys.path.insert(0, str(HERE))
 from attend_gpu import Case, copy_bandwidth, layouts, random_code  # noqa: E402
 
 LAYERS = 8
-STEPS = 20
+STEPS = 64
+"""In a row: the ring is coded twice meanwhile."""
 
 
 class Shape(NamedTuple):
@@ -96,7 +98,7 @@ def dense_cache(model: Any, shape: Shape, device: str) -> Any:
 
 def static_cache(model: Any, shape: Shape, device: str) -> Any:
     """A preallocated cache."""
-    cache = StaticCache(config=model.config, max_cache_len=shape.tokens + 3 * STEPS)
+    cache = StaticCache(config=model.config, max_cache_len=shape.tokens + 512)
     x = random_tokens(model.config, shape, device)
     for i in range(LAYERS):
         cache.update(x.clone(), x.clone(), i)
@@ -147,13 +149,16 @@ def sync(device: str) -> None:
 
 
 def step_ms(step: Callable[[], Any], device: str) -> float:
-    """Milliseconds a step, steps following each other without a wait."""
-    sync(device)
-    start = time.perf_counter()
-    for _ in range(STEPS):
-        step()
-    sync(device)
-    return 1e3 * (time.perf_counter() - start) / STEPS
+    """Milliseconds a step, steps following each other without a wait: the median of three rows."""
+    rows = []
+    for _ in range(3):
+        sync(device)
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            step()
+        sync(device)
+        rows.append(1e3 * (time.perf_counter() - start) / STEPS)
+    return statistics.median(rows)
 
 
 def host_ms(step: Callable[[], Any], device: str) -> dict[str, float]:
@@ -193,83 +198,117 @@ def gpu_ms(step: Callable[[], Any]) -> dict[str, Any]:
     }
 
 
-def measure(model: Any, cache: Any, shape: Shape, device: str, run: Any) -> dict[str, Any]:
-    """Everything about one variant."""
+Step = Callable[[], Any]
+
+
+def prepare(model: Any, cache: Any, shape: Shape, device: str, run: Any) -> tuple[Step, float]:
+    """A step, and the seconds that the first ones took; the rest need no compiler."""
     ids = torch.ones(shape.batch, 1, dtype=torch.long, device=device)
 
     def step() -> Any:
         return run(ids, past_key_values=cache, use_cache=True)
 
     start = time.perf_counter()
-    for _ in range(4):
+    for _ in range(5):
         step()
     sync(device)
-    row: dict[str, Any] = {"first_steps_s": time.perf_counter() - start}
-    row["ms"] = step_ms(step, device)
-    row |= host_ms(step, device)
+    return step, time.perf_counter() - start
+
+
+def measure(step: Step, device: str) -> dict[str, Any]:
+    """Everything about one variant."""
     if device == "cuda":
-        row |= gpu_ms(step)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):
+        step()
+    row: dict[str, Any] = {"ms": step_ms(step, device)} | host_ms(step, device)
+    if device == "cuda":
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        row |= gpu_ms(step)
     return row
 
 
-def variants(model: Any) -> dict[str, tuple[Any, Callable[..., Any]]]:
-    """What runs a step, and what makes its cache."""
-    return {
-        "eager, DynamicCache": (lambda: model, dense_cache),
-        "Inductor, DynamicCache": (lambda: torch.compile(model), dense_cache),
-        "Inductor reduce-overhead, StaticCache": (
-            lambda: torch.compile(model, mode="reduce-overhead"), static_cache),
-        "attentionpack, 8 bit": (
-            lambda: torch.compile(model, backend="attentionpack"),
-            lambda *a: packed_cache(*a, mixed=False)),
-        "attentionpack, mixed": (
-            lambda: torch.compile(model, backend="attentionpack"),
-            lambda *a: packed_cache(*a, mixed=True)),
-    }  # fmt: skip
+def ours(**options: Any) -> Callable[[Any], Any]:
+    """Our backend."""
+    return lambda model: torch.compile(model, backend="attentionpack", options=options)
+
+
+VARIANTS: dict[str, tuple[Callable[[Any], Any], Callable[..., Any]]] = {
+    "eager, DynamicCache": (lambda model: model, dense_cache),
+    "Inductor, DynamicCache": (torch.compile, dense_cache),
+    "Inductor reduce-overhead, StaticCache": (
+        lambda model: torch.compile(model, mode="reduce-overhead"), static_cache),
+    "attentionpack, 8 bit": (ours(), lambda *a: packed_cache(*a, mixed=False)),
+    "attentionpack, mixed": (ours(), lambda *a: packed_cache(*a, mixed=True)),
+    "attentionpack, 8 bit, uncaptured": (
+        ours(inductor={"triton.cudagraphs": False}), lambda *a: packed_cache(*a, mixed=False)),
+}  # fmt: skip
+"""What runs a step, and what makes its cache."""
+
+
+def job(shape: Shape, variant: str, barrier: Any, lock: Any, results: Any) -> None:
+    """One variant in a process of its own: all compile at once and measure one by one."""
+    torch.set_grad_enabled(False)
+    torch._dynamo.config.recompile_limit = 64
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    compiled, make_cache = VARIANTS[variant]
+    step, row = None, {}
+    try:
+        model = build(shape, device)
+        cache = make_cache(model, shape, device)
+        row["weight_gb"] = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e9
+        step, row["first_steps_s"] = prepare(model, cache, shape, device, compiled(model))
+    except Exception as error:
+        row["failed"] = repr(error)[:500]
+    barrier.wait()
+    with lock:
+        try:
+            row |= measure(step, device) if step else {}
+        except Exception as error:
+            row["failed"] = repr(error)[:500]
+    results.put((variant, row))
 
 
 def main() -> None:
-    """Measure, print a table, write the results."""
+    """Measure, print, write the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="variants whose name contains this")
     parser.add_argument("--shapes", default="", help="shapes whose name contains this")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, for a try on a CPU")
     parser.add_argument("--out", type=Path, help="where to write the results")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = {"tiny": Shape("tiny", 2, 300)} if args.tiny else SHAPES
-    torch.set_grad_enabled(False)
-    torch._dynamo.config.recompile_limit = 64
-    report: dict[str, Any] = {"torch": torch.__version__, "layers": LAYERS, "shapes": {}}
-    if device == "cuda":
+    report: dict[str, Any] = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "command": "python " + " ".join(["benchmarks/decode_step_gpu.py", *sys.argv[1:]]),
+        "layers": LAYERS,
+        "shapes": {},
+    }
+    if torch.cuda.is_available():
         report |= {"device": torch.cuda.get_device_name(), "copy_gb_s": round(copy_bandwidth())}
+        torch.cuda.empty_cache()
+    spawn = multiprocessing.get_context("spawn")
     for name, shape in shapes.items():
         if args.shapes not in name:
             continue
-        model = build(shape, device)
-        weights = 2 * sum(p.numel() for p in model.parameters())
-        rows: dict[str, Any] = {"weight_bytes": weights}
-        report["shapes"][name] = rows
-        for variant, (compiled, make_cache) in variants(model).items():
-            if args.only not in variant:
-                continue
-            torch._dynamo.reset()
-            gc.collect()
-            if device == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            try:
-                cache = make_cache(model, shape, device)
-                row = measure(model, cache, shape, device, compiled())
-            except Exception as error:
-                row = {"failed": repr(error)[:500]}
-            cache = None
-            rows[variant] = row
-            print(name, variant, json.dumps(row), flush=True)
-        del model
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        todo = [variant for variant in VARIANTS if args.only in variant]
+        barrier, lock, results = spawn.Barrier(len(todo)), spawn.Lock(), spawn.Queue()
+        jobs = [
+            spawn.Process(target=job, args=(shape, variant, barrier, lock, results))
+            for variant in todo
+        ]
+        for each in jobs:
+            each.start()
+        rows = report["shapes"][name] = dict(results.get() for _ in jobs)
+        for each in jobs:
+            each.join()
+        for variant in todo:
+            row = {key: value for key, value in rows[variant].items() if key != "kernels"}
+            print(name, "|", variant, "|", json.dumps(row), flush=True)
+        if args.out:
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from apack_compile.cache.store import encode_arguments
 from apack_compile.codec import CodeRef
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from attend_gpu import DTYPE, Case, layouts, random_code  # noqa: E402
+from attend_gpu import DTYPE, Case, layouts, random_code
 
 SHAPES = [(8, 4096), (1, 4096), (1, 32768)]
 HEADS, DIM = 4, 128

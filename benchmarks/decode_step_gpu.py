@@ -241,7 +241,7 @@ VARIANTS: dict[str, tuple[Callable[[Any], Any], Callable[..., Any]]] = {
         lambda model: torch.compile(model, mode="reduce-overhead"), static_cache),
     "attentionpack, 8 bit": (ours(), lambda *a: packed_cache(*a, mixed=False)),
     "attentionpack, mixed": (ours(), lambda *a: packed_cache(*a, mixed=True)),
-    "attentionpack, 8 bit, uncaptured": (
+    "attentionpack uncaptured, 8 bit": (
         ours(inductor={"triton.cudagraphs": False}), lambda *a: packed_cache(*a, mixed=False)),
 }  # fmt: skip
 """What runs a step, and what makes its cache."""

@@ -23,6 +23,7 @@ from ..kernels.encode import encode_tokens, tally
 from ..kernels.factor import refactored
 from ..kernels.pool import fill_pool
 from ..kernels.side import Side
+from ..ops.encode_cuda import encode_kernels
 
 SLACK = 32
 """A payload grows by one part in so many, or by ``Policy.chunk`` if that is more."""
@@ -225,6 +226,14 @@ class SideStore:
         code = self.ref.code
         pool, positions, ref = self.side.pool, self.side.pool_positions, self.ref
         payload = self._with_room(end)
+        kernels = None if code.layout.per_sequence else encode_kernels(x, code.layout)
+        if kernels is not None:
+            counted = kernels.encode_more(
+                x, code.on(self.device), code.layout, payload, pool, positions, start
+            )
+            self.side = self.side._replace(payload=payload)
+            self._coded(end, counted)
+            return
         if code.layout.per_sequence and end - self.factored >= REFACTOR:
             x, start = torch.cat([self.dense(start), x], 2), 0
             ref = refactored(ref, x, positions)
@@ -241,10 +250,13 @@ class SideStore:
         self.side.pool.copy_(pool)
         self.side.pool_positions.copy_(positions)
         self.side = self.side._replace(payload=payload)
-        self.coded = end
-        self.tally = self.tally.to(counted.device) + counted
+        self._coded(end, counted)
         if ref is not self.ref:
             self.ref, self.factored = ref, end
+
+    def _coded(self, end: int, counted: Tensor) -> None:
+        self.coded = end
+        self.tally = self.tally.to(counted.device) + counted
 
     def _round_up(self, tokens: int) -> int:
         chunk = self.policy.chunk

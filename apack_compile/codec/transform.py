@@ -40,6 +40,9 @@ GAIN_DTYPE = torch.float16
 LEAST_GAIN = 1e-5
 """A token of zeros has this gain."""
 
+MOST_GAIN = 6e4
+"""No token has more."""
+
 
 @dataclass(frozen=True)
 class TransformLayout(Layout):
@@ -161,7 +164,7 @@ class TransformLayout(Layout):
         if self.gain:
             white = y * params[3].to(y.dtype)[:, None]
             size = white.square().mean(-1).sqrt() if self.gain == 1 else white.abs().amax(-1)
-            rounded = size.clamp(LEAST_GAIN, 6e4).to(GAIN_DTYPE)  # [B, G, T]
+            rounded = size.clamp(LEAST_GAIN, MOST_GAIN).to(GAIN_DTYPE)  # [B, G, T]
             payload.append(rounded.transpose(1, 2))
             gains = rounded.to(y.dtype)[..., None]
         parts, levels = [], []

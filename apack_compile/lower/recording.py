@@ -31,6 +31,7 @@ class Recording:
 
     def replay(self, args: Sequence[Any]) -> list[Any]:
         """Run with other small inputs; the results are the caller's own."""
+        self.wait()
         for own, i in zip(self.inputs, self.copied, strict=True):
             own.copy_(core(args[i]), non_blocking=True)
         self.launch()
@@ -53,12 +54,15 @@ class Recording:
         self.last = current
         return results
 
-    def launch(self) -> None:
-        """Replay, not before the replay ahead of it has ended."""
+    def wait(self) -> None:
+        """Begin on this stream when the replay before has ended on its own."""
         current = torch.cuda.current_stream(self.device)
         if current != self.last:
             current.wait_stream(self.last)
             self.last = current
+
+    def launch(self) -> None:
+        """Replay."""
         self.graph.replay()
 
 

@@ -5,7 +5,7 @@ function runs. Under AOTAutograd the operator is one node until Inductor's decom
 
     attend   ->  score_bias (once for all layers), attend_region (compiled once for all layers);
                  on CUDA our own kernels instead, before that: attend_cuda.py
-    encode   ->  encode_region
+    encode   ->  encode_region; on CUDA encode_kernels, which stays one node: encode_cuda.py
     unpack   ->  its plain operations
 
 A kernel of our own takes an operator over by a lowering, and by not registering a decomposition.
@@ -28,12 +28,13 @@ from ..compat import full_precision
 from ..kernels.append import append_ as _append_
 from ..kernels.attend import attend as _attend
 from ..kernels.attend import attend_biased as _attend_biased
-from ..kernels.encode import encode as _encode
+from ..kernels.encode import encode as _plain_encode
 from ..kernels.moments import moments as _moments
 from ..kernels.pool import make_pool as _make_pool
 from ..kernels.score_bias import score_bias as _score_bias
 from ..kernels.unpack import unpack as _unpack
 from ..kernels.visible import visible as _visible
+from . import encode_cuda
 from .attend_cuda import eager_attend, show_kernels_to_graphs
 from .region import Grows, Region
 
@@ -190,7 +191,7 @@ _ENCODE = (
 )
 
 _define_composite(f"attend_biased(Tensor q, Tensor bias, {_ATTEND}", _attend_biased)
-_define_composite(f"encode_plain{_ENCODE}", _encode)
+_define_composite(f"encode_plain{_ENCODE}", _plain_encode)
 _define(
     f"attend_region(Tensor q, Tensor bias, {_ATTEND}",
     Region(torch.ops.apack.attend_biased.default, _attend_grows),
@@ -205,7 +206,8 @@ _define(
     f"attend(Tensor q, Tensor? mask, {_ATTEND}", eager_attend, _attend_fake, _attend_for_inductor
 )
 show_kernels_to_graphs(_LIB)
-_define(f"encode{_ENCODE}", _encode, _encode_fake, torch.ops.apack.encode_region.default)
+_define(f"encode_kernels{_ENCODE}", encode_cuda.encode, _encode_fake)
+_define(f"encode{_ENCODE}", encode_cuda.encode, _encode_fake, encode_cuda.for_inductor)
 _define(
     "unpack(Tensor[] side, Tensor lengths, SymInt length, str layout) -> Tensor",
     _unpack,

@@ -57,8 +57,9 @@ def count_splits(
 ) -> int:
     """Splits over tokens so that all programs over codes run at once. Sizes may be symbols."""
     programs = batch * plan.groups * plan.blocks
-    exact = int(plan.exact_programs * config.share)
-    room = (multiprocessors(device) * config.fill - batch * exact) // programs
+    slots = multiprocessors(device) * config.fill
+    rest = torch.sym_max(slots - batch * plan.exact_programs, int(slots * config.share))
+    room = rest // programs
     tiles = (capacity + config.tokens - 1) // config.tokens
     return torch.sym_max(torch.sym_min(torch.sym_min(room, tiles), MOST_SPLITS), 1)
 

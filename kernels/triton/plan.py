@@ -50,7 +50,7 @@ class Config:
         warps: of a program.
         stages: tiles in flight.
         fill: programs for each multiprocessor.
-        share: of a program over codes that one over ring and pool counts.
+        share: of the programs that run at once, those over codes at least.
         last: programs over ring and pool come last.
         registers: of a thread at most; 0: as many as the compiler likes.
     """
@@ -61,7 +61,7 @@ class Config:
     warps: int = 4
     stages: int = 3
     fill: int = 2
-    share: float = 1.0
+    share: float = 0.75
     last: bool = False
     registers: int = 0
 

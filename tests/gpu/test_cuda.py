@@ -49,7 +49,7 @@ def test_a_prefill_that_encodes_gives_the_logits_of_an_eager_one(family: str) ->
     """Bug: keys were read in a layout that they were not written in (``compat.py``)."""
     case = on_device(getattr(zoo, family)(3, True))
     seen = case.inputs["attention_mask"].bool()
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         expected = case.model(**case.inputs).logits[seen]
         compiled = torch.compile(case.model, backend="attentionpack", options={"codec": "exact"})
         for _ in range(2):

@@ -25,6 +25,9 @@ class FakeRecording(Recording):
         self.run = run
         return []  # a capture runs nothing
 
+    def wait(self) -> None:
+        pass
+
     def launch(self) -> None:
         FakeRecording.launches += 1
         if not self.outputs:

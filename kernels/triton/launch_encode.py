@@ -1,0 +1,113 @@
+"""Tokens into a packed side by two Triton kernels: encode and settle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...codec import TransformLayout
+from ...codec.transform import LEAST_GAIN, MOST_GAIN
+from ..pool import SPARE, STRAINED
+from .encode import encode_kernel
+from .launch import DTYPES
+from .settle import settle_kernel
+
+MOST_COLUMNS = 1024
+"""Accumulators of a token, padded: more do not fit into registers."""
+
+LONG = 2048
+"""From so many tokens on, tiles are large: basis and metric are read once for each tile."""
+
+CHANNELS = 32
+"""Channels that one product takes."""
+
+
+def _pad(n: int, least: int = 16) -> int:
+    return max(1 << max(n - 1, 0).bit_length(), least)
+
+
+def _columns(layout: TransformLayout) -> tuple[int, int, int]:
+    """Padded bytes of each run; 0 where there is none."""
+    widths = (layout.r8, layout.r4 // 2, layout.r2 // 4)
+    return tuple(_pad(w) if w else 0 for w in widths)  # type: ignore[return-value]
+
+
+def takes(x: Tensor, layout: object) -> bool:
+    """Whether the kernels can code these tokens."""
+    if not isinstance(layout, TransformLayout) or layout.positional:
+        return False
+    p8, p4, p2 = _columns(layout)
+    fits = p8 + 2 * p4 + 4 * p2 + _pad(layout.dim) <= MOST_COLUMNS
+    return fits and x.dtype in DTYPES and x.numel() > 0
+
+
+def encode_new(
+    x: Tensor, visible: Tensor | None, params: Sequence[Tensor], layout: TransformLayout,
+    sinks: int, extra: int, window: int, ring: int, chunk: int,
+) -> list[Tensor]:  # fmt: skip
+    """:func:`~apack_compile.kernels.encode.encode`."""
+    batch, heads, length, dim = x.shape
+    capacity = (length + chunk - 1) // chunk * chunk
+    payload = [
+        torch.empty(batch, capacity, width, dtype=dtype, device=x.device)
+        for width, dtype in layout.payload_fields(x.dtype)
+    ]
+    if capacity > length:
+        for part in payload:
+            part[:, length:].zero_()
+    pool = torch.empty(batch, heads, sinks + extra, dim, dtype=x.dtype, device=x.device)
+    positions = torch.empty(batch, sinks + extra, dtype=torch.int64, device=x.device)
+    coded = max(length - window, 0)
+    tally = _run(x, visible, params, layout, payload, pool, positions, 0, coded, sinks)
+    recent = x[:, :, coded : coded + ring]
+    if recent.shape[2] < ring:  # slots past the end: stale
+        last = x[:, :, -1:].expand(-1, -1, ring - recent.shape[2], -1)
+        recent = torch.cat([recent, last], 2)
+    return [*payload, pool, positions, recent.contiguous(), tally]
+
+
+def encode_more(
+    x: Tensor, params: Sequence[Tensor], layout: TransformLayout, payload: Sequence[Tensor],
+    pool: Tensor, positions: Tensor, start: int,
+) -> Tensor:  # fmt: skip
+    """Code ``x [B, H, T, D]`` in place, as tokens ``start .. start + T``; the tally of them."""
+    return _run(x, None, params, layout, payload, pool, positions, start, x.shape[2], None)
+
+
+def _run(
+    x: Tensor, visible: Tensor | None, params: Sequence[Tensor], layout: TransformLayout,
+    payload: Sequence[Tensor], pool: Tensor, positions: Tensor, start: int, counted: int,
+    sinks: int | None,
+) -> Tensor:  # fmt: skip
+    """Both kernels. sinks: slots to reserve in a new pool; None: the pool is there."""
+    x = x if x.stride(3) == 1 else x.contiguous()
+    batch, heads, tokens, dim = x.shape
+    groups, padded = layout.groups, _pad(dim)
+    p8, p4, p2 = _columns(layout)
+    params = [p.contiguous() for p in params]
+    mean, analysis = params[:2]
+    metric, scales = params[3 + (layout.gain > 0) :][:2]
+    judged = torch.empty(4, batch, groups, tokens, device=x.device)
+    columns = p8 + 2 * p4 + 4 * p2 + padded
+    tile = 16 if tokens < LONG or columns > 512 else 64 if columns <= 256 else 32
+    encode_kernel[(batch * groups * -(-tokens // tile),)](
+        x, mean, analysis, params[3] if layout.gain else mean, metric, scales,
+        payload[0], payload[-1], judged, *x.stride()[:3], start, tokens, payload[0].shape[1], batch,
+        H=heads, D=dim, DP=padded, G=groups, RANK=layout.rank,
+        R8=layout.r8, R4=layout.r4, R2=layout.r2, P8=p8, P4=p4, P2=p2, GAIN=layout.gain,
+        LEAST=LEAST_GAIN, MOST=MOST_GAIN, TILE=tile, K=min(CHANNELS, padded),
+        num_warps=8 if tile * columns > 8192 else 4, num_stages=2,
+    )  # fmt: skip
+    tallies = torch.empty(batch, 3, device=x.device)
+    slots = positions.shape[1]
+    seen = None if visible is None else visible.expand(batch, tokens).contiguous()
+    settle_kernel[(batch,)](
+        judged, x, judged if seen is None else seen, pool, positions, tallies, *x.stride()[:3],
+        start, tokens, counted, batch, H=heads, HP=_pad(heads, 1), D=dim, DP=padded, G=groups,
+        E=slots, EP=_pad(slots), SINKS=sinks or 0, NEW=int(sinks is not None),
+        SEEN=int(seen is not None), SPARE=SPARE, STRAINED=STRAINED,
+        N=1024 if tokens >= LONG else 64, num_warps=4,
+    )  # fmt: skip
+    return tallies.sum(0)

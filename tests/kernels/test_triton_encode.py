@@ -1,0 +1,140 @@
+"""The kernels that encode against the plain functions: interpreted on a CPU, compiled on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from apack_compile.cache import Policy
+from apack_compile.codec import Code, TransformLayout
+from apack_compile.kernels.encode import encode, encode_tokens, tally
+from apack_compile.kernels.pool import fill_pool
+from apack_compile.kernels.triton import launch_encode
+from apack_compile.kernels.triton.launch import INTERPRETED
+
+from ..helpers import hand_code
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+
+POLICY = Policy(sinks=3, extra=6, window=7, block=16, chunk=16)
+NAN = float("nan")
+
+
+def judging_code(layout: TransformLayout) -> Code:
+    """A code whose sizes and errors are numbers of the size that fitted codes give."""
+    code = hand_code(layout)
+    mean, analysis, synthesis, *rest = code.params
+    *whiten, metric, scales = rest
+    generator = torch.Generator().manual_seed(5)
+    metric = torch.randn(metric.shape, generator=generator) / layout.dim
+    scales = torch.rand(scales.shape, generator=generator) / 8
+    analysis = analysis * (20 / analysis.shape[1] ** 0.5)
+    return Code(layout, (mean, analysis, synthesis, *whiten, metric, scales))
+
+
+def on_device(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.to(DEVICE) for t in tensors]
+
+
+def check(got: list[Tensor], wanted: list[Tensor], payloads: int) -> None:
+    """Sums come in another order: a code may be its neighbour, a gain the next."""
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
+    for mine, theirs in zip(got[:payloads], wanted[:payloads], strict=True):
+        assert (mine.cpu() == theirs.cpu()).double().mean() > 0.995
+    pool, positions, *rest, counted = (t.cpu() for t in got[payloads:])
+    pool_, positions_, *rest_, counted_ = (t.cpu() for t in wanted[payloads:])
+    assert torch.equal(positions, positions_)
+    torch.testing.assert_close(pool, pool_, rtol=0, atol=0, equal_nan=True)
+    assert all(torch.equal(a, b) for a, b in zip(rest, rest_, strict=True))
+    torch.testing.assert_close(counted, counted_, rtol=2e-3, atol=1e-3)
+
+
+LAYOUTS = [
+    TransformLayout(2, 16, 1, 16, 0, 0, 0), TransformLayout(2, 40, 1, 8, 16, 24, 1),
+    TransformLayout(4, 16, 2, 8, 16, 8, 2), TransformLayout(2, 64, 1, 0, 64, 32, 1),
+]  # fmt: skip
+REAL = [
+    TransformLayout(4, 128, 1, 128, 0, 0, 0), TransformLayout(4, 128, 1, 32, 128, 96, 1),
+    TransformLayout(32, 128, 8, 32, 128, 128, 0), TransformLayout(8, 128, 8, 128, 0, 0, 2),
+    TransformLayout(2, 256, 1, 64, 128, 128, 1), TransformLayout(8, 80, 2, 32, 64, 32, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS if INTERPRETED else LAYOUTS + REAL)
+@pytest.mark.parametrize("seen", [False] if INTERPRETED else [False, True])
+@pytest.mark.parametrize("length", [70] if INTERPRETED else [1, 5, 70, 2100])
+def test_a_prefill(layout: TransformLayout, seen: bool, length: int) -> None:
+    code = judging_code(layout)
+    x = torch.randn(2, layout.heads, length, layout.dim).bfloat16()
+    visible = None
+    if seen:
+        visible = torch.ones(2, length, dtype=torch.bool)
+        visible[0, : min(length - 1, 9)] = False
+    run(x, visible, code)
+
+
+def run(x: Tensor, visible: Tensor | None, code: Code) -> list[Tensor]:
+    p = POLICY
+    settings = (p.sinks, p.extra, p.window, p.ring, p.chunk)
+    x, params = x.to(DEVICE), on_device(list(code.params))
+    visible = None if visible is None else visible.to(DEVICE)
+    wanted = encode(x, visible, params, code.layout.spec, *settings)
+    assert isinstance(code.layout, TransformLayout)
+    got = launch_encode.encode_new(x, visible, params, code.layout, *settings)
+    check(got, wanted, len(code.layout.payload_fields(x.dtype)))
+    return got
+
+
+def odd_tokens(layout: TransformLayout, broken: int) -> Tensor:
+    """Far ones and broken ones; with 0 and 1 as values of the rest, errors are far below theirs."""
+    x = torch.randn(2, layout.heads, 70, layout.dim)
+    x[0, :, 20] *= 30
+    x[0, :, 41] *= 50
+    x[1, :, 60] *= 40
+    for i in range(broken):
+        x[1, i % layout.heads, 10 + 5 * i, i] = NAN if i % 2 else float("inf")
+    return x.bfloat16()
+
+
+@pytest.mark.parametrize(("broken", "seen"), [(0, True), (2, False), (7, False)])
+def test_far_and_broken_tokens_take_slots_the_worst_first(broken: int, seen: bool) -> None:
+    """More broken ones than slots make the row NaN."""
+    layout = LAYOUTS[1]
+    visible = torch.ones(2, 70, dtype=torch.bool)
+    visible[0, :30] = visible[1, :4] = False
+    got = run(odd_tokens(layout, broken), visible if seen else None, judging_code(layout))
+    pool, positions = got[2].cpu(), got[3].cpu()
+    assert pool[1, :, 0].isnan().all() == (broken > 6)
+    assert (positions[0] == 41).any() and (positions[0] == 20).any() == (not seen)
+
+
+@pytest.mark.parametrize("broken", [0, 7])
+def test_more_tokens_are_coded_in_place(broken: int) -> None:
+    layout = LAYOUTS[2]
+    code = judging_code(layout)
+    params = on_device(list(code.params))
+    x = odd_tokens(layout, broken)[:, :, :48].to(DEVICE).transpose(1, 2).contiguous()
+    x = x.transpose(1, 2)  # not contiguous
+    payload = [
+        torch.zeros(2, 96, width, dtype=dtype, device=DEVICE)
+        for width, dtype in layout.payload_fields(x.dtype)
+    ]
+    pool = torch.randn(2, 4, 9, 16, device=DEVICE).bfloat16()
+    positions = torch.tensor([[0, 1, 35, 7, -1, -1, -1, -1, -1]] * 2, device=DEVICE)
+    start = 33
+    parts, judged = encode_tokens(x, params, layout, positions, start)
+    assert judged is not None
+    wanted = [p.clone() for p in payload]
+    for whole, part in zip(wanted, parts, strict=True):
+        whole[:, start : start + 48] = part
+    wanted += fill_pool(pool, positions, x, start, None, judged[0])
+    all_of_them = torch.ones(48, dtype=torch.bool, device=DEVICE)
+    wanted.append(tally(judged, all_of_them, wanted[-1], start))
+    counted = launch_encode.encode_more(x, params, layout, payload, pool, positions, start)
+    check([*payload, pool, positions, counted], wanted, 2)

@@ -38,8 +38,8 @@ format: $(LINT)  ## let ruff fix and format what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(MADE) check-compiler  ## packed attention beside dense attention, on the GPU that is there
-	$(PY) benchmarks/attend_gpu.py $(ARGS)
+bench: $(BENCH) check-compiler  ## kernels, encoding and whole decode steps, on the GPU that is there; with plots
+	$(PY) benchmarks/gpu.py $(ARGS)
 
 bench-cpu: $(MADE) check-compiler  ## decode speed on this machine's processor
 	$(PY) benchmarks/decode_cpu.py $(ARGS)

@@ -55,6 +55,8 @@ CASES = {
     "B1 28/4 S4096": Case(1, 28, 4, 4096),
     "B1 28/4 S1024": Case(1, 28, 4, 1024),
 }
+SWEEP = {f"B8 28/4 S{tokens}": Case(8, 28, 4, tokens) for tokens in (1024, 4096, 8192, 16384)}
+"""Further context lengths of the first case, for the plots."""
 
 
 def layouts(case: Case, mixed: bool) -> tuple[TransformLayout, TransformLayout]:
@@ -216,8 +218,9 @@ def main() -> None:
     """Measure, print a table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile")
-    jobs = parser.parse_args().jobs
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+    parser.add_argument("--sweep", action="store_true", help="more context lengths, for the plots")
+    args = parser.parse_args()
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         todo = [(name, mixed, None) for name in CASES for mixed in (False, True)]
         pool.map(compile_ahead, todo, chunksize=1)
     bandwidth = copy_bandwidth()
@@ -225,12 +228,12 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "command": "python benchmarks/attend_gpu.py",
+        "command": " ".join(["python benchmarks/attend_gpu.py", *sys.argv[1:]]),
         "copy_gb_s": round(bandwidth),
         "cases": {},
     }
     print(f"{report['device']}: copy {bandwidth:.0f} GB/s")
-    for name, case in CASES.items():
+    for name, case in (CASES | (SWEEP if args.sweep else {})).items():
         dense = dense_times(case)
         best = min(time for key, time in dense.items() if key in BACKENDS)
         row: dict[str, Any] = {"dense_ms": dense}

@@ -115,7 +115,7 @@ def _storage(calls: Iterable[fx.Node]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in calls:
         if node.target in ATTENDS:
-            found |= {t for side in node.args[2:4] for t in side}  # type: ignore[union-attr]
+            found |= {t for side in node.args[2:4] for t in side}
     return found
 
 
@@ -174,7 +174,7 @@ def _written(node: fx.Node) -> list[fx.Node]:
 
 def _results(gm: fx.GraphModule) -> tuple[Any, ...]:
     (results,) = next(n for n in gm.graph.nodes if n.op == "output").args
-    return tuple(results)  # type: ignore[arg-type]
+    return tuple(results)
 
 
 def _part(

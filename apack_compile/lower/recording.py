@@ -23,7 +23,8 @@ class Recording:
     ) -> None:
         self.device = next(a.device for a in args if isinstance(a, Tensor))
         self.copied = copied
-        self.inputs = [core(twin(args[i])) for i in copied]
+        with torch.inference_mode(False), torch.no_grad():  # later calls may be in another mode
+            self.inputs = [core(twin(args[i])) for i in copied]
         given = list(args)
         for i, own in zip(copied, self.inputs, strict=True):
             given[i] = own.expand(args[i].shape)

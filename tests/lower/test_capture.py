@@ -110,6 +110,15 @@ def test_strides_of_inputs_are_kept() -> None:
     assert call.captures == 4
 
 
+def test_calls_in_and_out_of_inference_mode() -> None:
+    call, args = captured(), arguments()
+    for n in range(8):
+        with torch.inference_mode(n < 4):
+            args[2] = torch.randn(3)
+            check(call, args)
+    assert call.captures == 1
+
+
 def test_large_inputs_are_not_copied() -> None:
     big = torch.zeros(LARGE // 4 + 1)
     call = Captured(lambda x: (x[:2] + 1,), frozenset(), FakeRecording)

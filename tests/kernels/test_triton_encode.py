@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from apack_compile.cache import Policy
-from apack_compile.codec import Code, TransformLayout
+from apack_compile.cache import Policy, store
+from apack_compile.codec import Code, CodeRef, Layout, TransformLayout
 from apack_compile.kernels.encode import encode, encode_tokens, tally
 from apack_compile.kernels.pool import fill_pool
 from apack_compile.kernels.triton import launch_encode
 from apack_compile.kernels.triton.launch import INTERPRETED
+from apack_compile.ops import encode_cuda
 
 from ..helpers import hand_code
 
@@ -138,3 +142,36 @@ def test_more_tokens_are_coded_in_place(broken: int) -> None:
     wanted.append(tally(judged, all_of_them, wanted[-1], start))
     counted = launch_encode.encode_more(x, params, layout, payload, pool, positions, start)
     check([*payload, pool, positions, counted], wanted, 2)
+
+
+def test_a_compiled_graph_calls_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a store that codes more does."""
+
+    def by_kernels(x: Tensor, layout: Layout) -> Any:
+        return launch_encode if launch_encode.takes(x, layout) else None
+
+    layout = LAYOUTS[1]
+    code = judging_code(layout)
+    params = on_device(list(code.params))
+    p = POLICY
+    settings = (layout.spec, p.sinks, p.extra, p.window, p.ring, p.chunk)
+    x = torch.randn(2, 2, 70, 40, device=DEVICE).bfloat16()
+    wanted = encode(x * 2, None, params, *settings)
+    monkeypatch.setattr(encode_cuda, "encode_kernels", by_kernels)
+    monkeypatch.setattr(store, "encode_kernels", by_kernels)
+
+    def fn(x: Tensor) -> list[Tensor]:
+        return torch.ops.apack.encode(x * 2, None, params, *settings)
+
+    got, (source,) = run_and_get_code(torch.compile(fn), x)
+    assert "apack.encode_kernels" in source and "encode_region" not in source
+    check(got, wanted, 2)
+    packed = store.SideStore.from_encoded(list(got), CodeRef(code), POLICY, 70)
+    new = torch.randn(2, 2, 40, 40, device=DEVICE).bfloat16()
+    packed.extend(new)
+    assert (packed.length, packed.coded) == (110, 103)
+    dense = packed.dense(110)
+    assert torch.equal(dense[:, :, 103:], new[:, :, -7:])
+    plain = encode(torch.cat([x * 2, new], 2), None, params, *settings)
+    for mine, theirs in zip(packed.side.payload, plain, strict=False):
+        assert (mine[:, :103] == theirs[:, :103]).double().mean() > 0.995

@@ -40,6 +40,7 @@ def _no_grad() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "slow" not in item.keywords)  # else one worker ends long after
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -81,13 +81,14 @@ class References:
             if other != context or not dense:
                 _release(made)
         if context not in self._made:
-            self._made[context] = []
+            made = []
             for number, ids in enumerate(batches):
                 first = number * self.run.batch
                 reference = Reference(self.subject, ids, context, self.run.greedy, first)
-                self._made[context].append(reference)
+                made.append(reference)
                 if not dense:
                     reference.release()
+            self._made[context] = made  # all or none: making them may run out of memory
         return self._made[context]
 
 

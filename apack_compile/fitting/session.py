@@ -20,6 +20,7 @@ from ..passes.plan import make_plan
 from ..runtime.calibrate import Trial
 from ..runtime.graph import PackedGraph
 from ..runtime.replay import Unmeasured
+from ..runtime.sense import Measured
 from ..runtime.stats import GraphRecord
 from ..runtime.study import Study
 from ..runtime.visual import TokenKinds
@@ -59,7 +60,7 @@ class Group:
     profiles: list[LayerProfile]
     weights: list[Tensor]
     identity: Identity | str
-    measured: list[list[Sensitivity]] = field(default_factory=list)
+    measured: list[Measured] = field(default_factory=list)
     reason: str = ""
     trials: list[tuple[Trial, Trial]] | None = None
 
@@ -67,13 +68,13 @@ class Group:
         """Add a prefill."""
         for index in self.each_once():
             self.profiles[index].take(study.lessons[index])
-        sensitivities = graph.studies.sense(args, study)
-        if isinstance(sensitivities, str):
-            self.reason = sensitivities
+        measured = graph.studies.sense(args, study)
+        if isinstance(measured, str):
+            self.reason = measured
             return
         if not self.measured:
             self.graph, self.args, self.study = graph, args, study
-        self.measured.append(sensitivities)
+        self.measured.append(measured)
 
     def each_once(self) -> list[int]:
         """Numbers of the layers, each once: sites may share one."""
@@ -88,7 +89,7 @@ class Group:
         """
         if not self.measured:
             return self.reason
-        each = [_shares(prefill) for prefill in self.measured]
+        each = [_shares(prefill.mixed) for prefill in self.measured]
         sums = [reduce(operator.add, layer) for layer in zip(*each, strict=True)]
         if self.trials is None:
             return sums

@@ -27,7 +27,7 @@ from ..codec.rotation import Turn
 from ..codec.sensitivity import Sensitivity
 from ..passes.find_writes import writers
 from ..passes.plan import PlannedSite
-from .replay import Outcome, Replay, Split, Unmeasured, updates_of
+from .replay import Replay, Split, Unmeasured, Work
 from .sense import detached
 
 
@@ -46,17 +46,24 @@ class Trial:
     predicted: float
     measured: float
 
+    def plus(self, other: Trial, share: float) -> Trial:
+        """Another cost counted as well."""
+        return Trial(
+            self.predicted + share * other.predicted, self.measured + share * other.measured
+        )
+
 
 def calibrate(
     gm: fx.GraphModule, args: Sequence[Any], sites: Sequence[PlannedSite],
     turns: Sequence[Turn | None], coded: Tensor, window: int,
     sensitivities: Sequence[Sensitivity], codes: Sequence[tuple[Code, Code]],
-    step: Callable[[int, int], None],
+    step: Callable[[int, int], None], recall: bool = False,
 ) -> list[tuple[Trial, Trial]]:  # fmt: skip
     """A trial for the keys and one for the values of each site.
 
     Args:
-        gm, args, sites, turns, coded, window: as for :func:`~apack_compile.runtime.sense.measure`.
+        gm, args, sites, turns, coded, window, recall: as for
+            :func:`~apack_compile.runtime.sense.measure`.
         sensitivities: what that measured, on the same arguments.
         codes: trial codes of keys and values of each site.
         step: called with the number of trials done and their number in all.
@@ -64,16 +71,16 @@ def calibrate(
     Raises:
         Unmeasured: and why.
     """
-    split, outcome = Split.of(coded, window), Outcome.of(gm.graph, sites)
-    updates = updates_of(sites)
-    sides = dict(zip(updates, (code for pair in codes for code in pair), strict=False))
+    work = Work.of(gm, sites, coded, window, recall)
+    split = work.split
+    sides = dict(zip(work.updates, (code for pair in codes for code in pair), strict=False))
     with torch.inference_mode(False), torch.no_grad():
         plain = detached(args)
         try:
-            base = _Recording(gm, updates, split.tail, outcome.node)
+            base = _Recording(work)
             base.run(*plain)
             assert base.seen is not None
-            trials = _Trials(gm, base.past, split, sides, outcome, base.seen, step)
+            trials = _Trials(work, base.past, sides, base.seen, step)
             trials.run(*plain)
         except torch.OutOfMemoryError as error:
             raise Unmeasured("out of memory") from error
@@ -89,10 +96,8 @@ def calibrate(
 class _Recording(Replay):
     """Remembers the cache before the last tokens."""
 
-    def __init__(
-        self, gm: fx.GraphModule, updates: Sequence[fx.Node], tail: int, watched: fx.Node
-    ) -> None:
-        super().__init__(gm, updates, tail, watched)
+    def __init__(self, work: Work) -> None:
+        super().__init__(work)
         self.past: dict[fx.Node, Tensor] = {}
 
     def cached(self, n: fx.Node, value: Tensor) -> Tensor:
@@ -106,12 +111,10 @@ class _Resumed(Replay):
 
     env: dict[fx.Node, Any]
 
-    def __init__(
-        self, gm: fx.GraphModule, past: dict[fx.Node, Tensor], tail: int, watched: fx.Node
-    ) -> None:
-        super().__init__(gm, list(past), tail, watched)
+    def __init__(self, work: Work, past: dict[fx.Node, Tensor]) -> None:
+        super().__init__(work)
         self.past = past
-        self.writers = writers(gm.graph)
+        self.writers = writers(work.gm.graph)
         self.lent: set[int] = set()
 
     def cached(self, n: fx.Node, value: Tensor) -> Tensor:
@@ -162,14 +165,12 @@ class _Trials(Replay):
     """Codes one cache tensor after the other, and each time runs the rest of the graph."""
 
     def __init__(
-        self, gm: fx.GraphModule, past: dict[fx.Node, Tensor], split: Split,
-        sides: dict[fx.Node, Code], outcome: Outcome, base: Tensor,
+        self, work: Work, past: dict[fx.Node, Tensor], sides: dict[fx.Node, Code], base: Tensor,
         step: Callable[[int, int], None],
     ) -> None:  # fmt: skip
-        super().__init__(gm, list(past), split.tail, outcome.node)
-        self.past, self.split, self.sides = past, split, sides
-        self.outcome, self.step = outcome, step
-        self.values = split.of_asked(base)
+        super().__init__(work)
+        self.past, self.sides, self.step = past, sides, step
+        self.values = work.split.of_asked(base)
         self.errors: dict[fx.Node, Tensor] = {}
         self.costs: dict[fx.Node, float] = {}
 
@@ -179,11 +180,12 @@ class _Trials(Replay):
         params = code.on(past.device)
         payload = code.layout.encode(past, params)
         decoded = code.layout.decode(payload, params, past.dtype)
-        changed = torch.where(self.split.coded[:, None, :, None], decoded, past)
+        changed = torch.where(self.work.split.coded[:, None, :, None], decoded, past)
         self.errors[n] = changed - past
-        rest = _Resumed(self.module, self.past, self.tail, self.watched)
+        rest = _Resumed(self.work, self.past)
         result = rest.resume({**self.env, n: self.with_past(value, changed)}, n)
-        self.costs[n] = self.outcome.cost(self.values, self.split.of_asked(result))
+        changed_values = self.work.split.of_asked(result)
+        self.costs[n] = self.work.outcome.cost(self.values, changed_values)
         self.step(len(self.costs), len(self.sides))
         return value
 

@@ -186,7 +186,7 @@ class PackedGraph:
                 progress.step("measuring sensitivity")
                 measured = self.studies.sense(args, study)
                 progress.step("fitting")
-                return measured
+                return measured if isinstance(measured, str) else measured.mixed
 
             with torch.inference_mode(False), torch.no_grad():  # codes outlive the call
                 if learn(profiles, study.lessons, self.options, sense):

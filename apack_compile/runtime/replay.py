@@ -4,6 +4,9 @@ Dynamo graphs are run node by node. Of each cache tensor all but the last tokens
 leaves of autograd (``sense.py``), or by what a code makes of them (``calibrate.py``). Where the
 graph computes logits of the last token only (``logits_to_keep=1``), it is made to compute them for
 all of the last tokens; where another graph computes them, the last hidden state stands for them.
+
+The last tokens are the prompt's own, or repeat pieces of it. Prose is mostly predicted from what is
+near; what is asked of a long context later is what it said, word by word.
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ QUERIES = 256
 
 FEWEST = 32
 """Fewer queries than this say too little."""
+
+PIECE = 64
+"""Tokens of the prompt that are repeated together."""
 
 ROWS = 32
 """Queries that are compared at a time, in float64."""
@@ -76,6 +82,18 @@ class Split:
         """The rotation of the tokens before the last ones."""
         past = self.coded.shape[1]
         return turn and Turn(turn.cos[:, :past], turn.sin[:, :past], turn.interleaved)
+
+    def pieces(self) -> Tensor:
+        """Tokens for the last ones to repeat, evenly spread over those coded: ``[tail]`` int64."""
+        coded = self.coded.all(0).nonzero()[:, 0]  # in every sequence
+        if not len(coded):
+            coded = self.coded.any(0).nonzero()[:, 0]
+        count = max(self.tail // PIECE, 1)
+        length = self.tail // count
+        first, room = int(coded[0]), max(int(coded[-1]) + 1 - int(coded[0]) - length, 0)
+        at = torch.arange(self.tail, device=coded.device)
+        start = first + room * (2 * (at // length) + 1) // (2 * count)
+        return (start + at % length).clamp(max=self.coded.shape[1] - 1)
 
     def of_asked(self, value: Tensor) -> Tensor:
         """``[B, S, C]``, or of the last tokens only, of the tokens asked: ``[queries, C]``.
@@ -164,39 +182,70 @@ def _is_logits(value: Any, channels: Any) -> bool:
     )
 
 
-def updates_of(sites: Sequence[PlannedSite]) -> list[fx.Node]:
-    """The cache tensors of keys and values, in turn."""
-    return [update.node for site in sites for update in (site.cached.k, site.cached.v)]
+@dataclass(frozen=True)
+class Work:
+    """The work of the last tokens of a prefill on a cache of those before.
+
+    Attributes:
+        gm: the Dynamo graph.
+        updates: its cache tensors of keys and values, in turn.
+        split: which tokens are which.
+        outcome: by what the work is judged.
+        stream: the first hidden state, ``[B, S, C]``.
+        sources: ``[tail]`` int64: the tokens that the last ones repeat; None: they are the
+            prompt's own.
+    """
+
+    gm: fx.GraphModule
+    updates: tuple[fx.Node, ...]
+    split: Split
+    outcome: Outcome
+    stream: fx.Node
+    sources: Tensor | None
+
+    @classmethod
+    def of(
+        cls, gm: fx.GraphModule, sites: Sequence[PlannedSite], coded: Tensor, window: int,
+        recall: bool,
+    ) -> Work:  # fmt: skip
+        """Find out what is what.
+
+        Args:
+            gm, sites, coded, window: as for :func:`~apack_compile.runtime.sense.measure`.
+            recall: whether the last tokens repeat pieces of the prompt.
+
+        Raises:
+            Unmeasured: and why.
+        """
+        split, outcome = Split.of(coded, window), Outcome.of(gm.graph, sites)
+        stream = hidden_states(gm.graph, as_networkx(gm.graph), sites[0].cached)[0]
+        updates = tuple(n for site in sites for n in (site.cached.k.node, site.cached.v.node))
+        return cls(gm, updates, split, outcome, stream, split.pieces() if recall else None)
 
 
 class Replay(fx.Interpreter):
     """Runs a graph; :meth:`cached` says what the cache tensors are.
 
-    Args:
-        gm: the Dynamo graph.
-        updates: its cache tensors.
-        tail: tokens at the end that work on them.
-        watched: a node whose value is remembered.
-
     Attributes:
-        seen: the value of the node watched.
+        seen: the value of the node by which the work is judged.
     """
 
-    def __init__(
-        self, gm: fx.GraphModule, updates: Sequence[fx.Node], tail: int, watched: fx.Node
-    ) -> None:
-        super().__init__(gm)
-        self.updates = set(updates)
-        self.tail = tail
-        self.watched = watched
+    def __init__(self, work: Work) -> None:
+        super().__init__(work.gm)
+        self.work = work
+        self.tail = work.split.tail
+        self.updates = set(work.updates)
+        self.watched = work.outcome.node
         self.seen: Tensor | None = None
 
     def run_node(self, n: fx.Node) -> Any:
-        """As the graph says, but for cache tensors and for the choice of the last token."""
+        """As the graph says, but for cache tensors, repeated and the choice of last tokens."""
         if _takes_last_token(n):
             args, _ = self.fetch_args_kwargs_from_env(n)
             return args[0][:, -self.tail :]
         value = super().run_node(n)
+        if n is self.work.stream and self.work.sources is not None:
+            value = torch.cat([value[:, : -self.tail], value[:, self.work.sources]], 1)
         if n is self.watched:
             self.seen = value
         return self.cached(n, value) if n in self.updates else value

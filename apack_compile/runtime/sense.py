@@ -2,10 +2,6 @@
 
 Of each cache tensor all but the last tokens become a leaf, so that gradients stop there: what is
 differentiated is the work of the last tokens on a given cache, which is what decode does.
-
-Twice: once the last tokens are the prompt's own, once they repeat pieces of it. Prose is mostly
-predicted from what is near; what is asked of a long context later is what it said, word by word.
-Without the second run codes drop what the model looks tokens up by (docs/quality.md, "Recall").
 """
 
 from __future__ import annotations
@@ -22,25 +18,20 @@ from torch import Tensor, fx
 
 from ..codec.rotation import Turn
 from ..codec.sensitivity import Sensitivity
-from ..passes.ancestry import as_networkx
-from ..passes.find_weights import hidden_states
 from ..passes.find_writes import is_written
 from ..passes.plan import PlannedSite
-from .replay import Outcome, Replay, Split, Unmeasured, updates_of
+from .replay import Replay, Unmeasured, Work
 
 DRAWS = 4
 """Tokens drawn for each prediction."""
 
-PIECE = 64
-"""Tokens that are repeated together."""
-
-RECALL = 0.5
-"""Weight of what repeated tokens say, to 1 for the prompt's own."""
+RECALL = 0.25
+"""Weight of the work of repeated tokens, to 1 for the prompt's own."""
 
 
 def measure(
     gm: fx.GraphModule, args: Sequence[Any], sites: Sequence[PlannedSite],
-    turns: Sequence[Turn | None], coded: Tensor, window: int,
+    turns: Sequence[Turn | None], coded: Tensor, window: int, recall: bool = False,
 ) -> list[Sensitivity]:  # fmt: skip
     """The sensitivity of each site.
 
@@ -51,125 +42,81 @@ def measure(
         turns: the rotation of each site's keys.
         coded: ``[B, S]`` bool: tokens that the codes will hold, were they far behind.
         window: tokens right before the last ones that stay exact.
+        recall: whether the last tokens repeat pieces of the prompt.
 
     Raises:
         Unmeasured: and why.
     """
     if any(n.op == "placeholder" and is_written(n) for n in gm.graph.nodes):
         raise Unmeasured("the graph writes to its inputs")
-    split, outcome = Split.of(coded, window), Outcome.of(gm.graph, sites)
-    own = _Work(gm, args, sites, turns, split, outcome)
-    prose, recall = own.gradients(None), own.gradients(Recall.of(split))
-    found = [
-        a + b.scaled(RECALL * _total(prose) / max(_total(recall), 1e-30))
-        for a, b in zip(prose, recall, strict=True)
-    ]
+    work = Work.of(gm, sites, coded, window, recall)
+    split = work.split
+    past_turns = [split.turn(t) for t in turns]
+    probe = _Probe(work)
+    budget = _Budget(coded.device)
+    draws = []
+    with torch.inference_mode(False), torch.enable_grad():
+        plain = detached(args)
+        budget.ignore([*plain, *gm.parameters(), *gm.buffers()])
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(budget.spend, _same):
+                probe.run(*plain)
+                assert probe.seen is not None
+                values = split.of_asked(probe.seen).float()
+            leaves = [probe.leaves[u] for u in work.updates]
+            queries = DRAWS * len(values)
+            own = torch.Generator(coded.device).manual_seed(0)  # the user's stays as it is
+            for last in [False] * (DRAWS - 1) + [True]:
+                grads = torch.autograd.grad(
+                    work.outcome.surprise(values, own), leaves, retain_graph=not last
+                )
+                draws.append(
+                    [
+                        Sensitivity.of(k, v, split.coded, queries, turn)
+                        for k, v, turn in zip(grads[::2], grads[1::2], past_turns, strict=True)
+                    ]
+                )
+        except torch.OutOfMemoryError as error:
+            raise Unmeasured("out of memory") from error
+        except RuntimeError as error:
+            raise Unmeasured(f"no gradients: {str(error).splitlines()[0]}") from error
+    found = [reduce(operator.add, layer) for layer in zip(*draws, strict=True)]
     if not all(s.is_finite for s in found):
         raise Unmeasured("gradients are not finite")
     return found
 
 
-def _total(layers: Sequence[Sensitivity]) -> float:
-    return sum(s.trace for s in layers)
-
-
 @dataclass(frozen=True)
-class Recall:
-    """The last tokens repeat others.
+class Measured:
+    """The sensitivity of each layer for two kinds of work.
 
     Attributes:
-        sources: ``[tail]`` int64: which tokens.
+        prose: to go on with the prompt.
+        recall: to repeat pieces of it. Without it codes drop what the model looks tokens up by.
     """
 
-    sources: Tensor
+    prose: list[Sensitivity]
+    recall: list[Sensitivity]
 
-    @classmethod
-    def of(cls, split: Split) -> Recall:
-        """Pieces evenly spread over the tokens that a code will hold."""
-        coded = split.coded.all(0).nonzero()[:, 0]  # of every sequence
-        if not len(coded):
-            coded = split.coded.any(0).nonzero()[:, 0]
-        pieces = max(split.tail // PIECE, 1)
-        length = split.tail // pieces
-        first, room = int(coded[0]), max(int(coded[-1]) + 1 - int(coded[0]) - length, 0)
-        at = torch.arange(split.tail, device=coded.device)
-        piece = at // length
-        start = first + room * (2 * piece + 1) // (2 * pieces)
-        return cls((start + at % length).clamp(max=split.coded.shape[1] - 1))
+    @property
+    def share(self) -> float:
+        """What brings recall to its weight."""
+        prose, recall = (sum(s.trace for s in layers) for layers in (self.prose, self.recall))
+        return RECALL * prose / recall if recall > 0 else 0.0
 
-    def apply(self, stream: Tensor) -> Tensor:
-        """Embeddings ``[B, S, C]`` with other last tokens."""
-        return torch.cat([stream[:, : -len(self.sources)], stream[:, self.sources]], 1)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """The work of the last tokens of one prefill, to be differentiated."""
-
-    gm: fx.GraphModule
-    args: Sequence[Any]
-    sites: Sequence[PlannedSite]
-    turns: Sequence[Turn | None]
-    split: Split
-    outcome: Outcome
-
-    def gradients(self, recall: Recall | None) -> list[Sensitivity]:
-        """The sensitivity of each site.
-
-        Raises:
-            Unmeasured: and why.
-        """
-        gm, split = self.gm, self.split
-        past_turns = [split.turn(t) for t in self.turns]
-        updates = updates_of(self.sites)
-        probe = _Probe(gm, updates, split.tail, self.outcome.node)
-        if recall is not None:
-            flow = as_networkx(gm.graph)
-            probe.recall = hidden_states(gm.graph, flow, self.sites[0].cached)[0], recall
-        budget = _Budget(split.coded.device)
-        draws = []
-        with torch.inference_mode(False), torch.enable_grad():
-            plain = detached(self.args)
-            budget.ignore([*plain, *gm.parameters(), *gm.buffers()])
-            try:
-                with torch.autograd.graph.saved_tensors_hooks(budget.spend, _same):
-                    probe.run(*plain)
-                    assert probe.seen is not None
-                    values = split.of_asked(probe.seen).float()
-                leaves = [probe.leaves[u] for u in updates]
-                queries = DRAWS * len(values)
-                own = torch.Generator(split.coded.device).manual_seed(0)  # the user's stays
-                for last in [False] * (DRAWS - 1) + [True]:
-                    grads = torch.autograd.grad(
-                        self.outcome.surprise(values, own), leaves, retain_graph=not last
-                    )
-                    draws.append(
-                        [
-                            Sensitivity.of(k, v, split.coded, queries, turn)
-                            for k, v, turn in zip(grads[::2], grads[1::2], past_turns, strict=True)
-                        ]
-                    )
-            except torch.OutOfMemoryError as error:
-                raise Unmeasured("out of memory") from error
-            except RuntimeError as error:
-                raise Unmeasured(f"no gradients: {str(error).splitlines()[0]}") from error
-        return [reduce(operator.add, layer) for layer in zip(*draws, strict=True)]
+    @property
+    def mixed(self) -> list[Sensitivity]:
+        """What codes are fitted with."""
+        share = self.share
+        return [a + b.scaled(share) for a, b in zip(self.prose, self.recall, strict=True)]
 
 
 class _Probe(Replay):
     """Has leaves in the place of all but the last tokens of the cache."""
 
-    def __init__(
-        self, gm: fx.GraphModule, updates: Sequence[fx.Node], tail: int, watched: fx.Node
-    ) -> None:
-        super().__init__(gm, updates, tail, watched)
+    def __init__(self, work: Work) -> None:
+        super().__init__(work)
         self.leaves: dict[fx.Node, Tensor] = {}
-        self.recall: tuple[fx.Node, Recall] | None = None
-
-    def run_node(self, n: fx.Node) -> Any:
-        """As :class:`Replay`; the last embeddings may repeat others."""
-        value = super().run_node(n)
-        return self.recall[1].apply(value) if self.recall and n is self.recall[0] else value
 
     def cached(self, n: fx.Node, value: Tensor) -> Tensor:
         """A leaf and the last tokens."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor, fx
 from ..codec import Code
 from ..codec.moments import Moments
 from ..codec.rotation import Turn
-from ..codec.sensitivity import Sensitivity
 from ..fitting.layer import Lesson
 from ..options import Options
 from ..passes.base import shape_of, value_of
@@ -23,7 +23,7 @@ from ..passes.rewrite_unpack import rewrite_unpack
 from .arguments import Sizes
 from .calibrate import Trial, calibrate
 from .replay import Unmeasured
-from .sense import measure
+from .sense import Measured, measure
 from .visual import Prompts
 
 
@@ -106,7 +106,7 @@ class Studies:
             lessons.append(Lesson(sums[:count], turn, visible, dims, length, of_images))
         return Study(interface, results, tuple(lessons))
 
-    def sense(self, args: tuple[Any, ...], study: Study) -> list[Sensitivity] | str:
+    def sense(self, args: tuple[Any, ...], study: Study) -> Measured | str:
         """The sensitivity of each ``encode`` site, or why it is not known."""
         if self.plan.handles:
             return "some caches are packed already"
@@ -114,23 +114,38 @@ class Studies:
             return "not a prefill"
         coded, window = self._coded(args, study), self.options.window
         try:
-            return measure(self.gm, args, self.sites, study.turns, coded, window)
+            prose, recall = (
+                measure(self.gm, args, self.sites, study.turns, coded, window, recall)
+                for recall in (False, True)
+            )
+            return Measured(prose, recall)
         except Unmeasured as error:
             return str(error).partition("\n")[0]  # what follows names a node of the graph
 
     def calibrate(
-        self, args: tuple[Any, ...], study: Study, sensitivities: Sequence[Sensitivity],
+        self, args: tuple[Any, ...], study: Study, measured: Measured,
         codes: Sequence[tuple[Code, Code]], step: Callable[[int, int], None],
     ) -> list[tuple[Trial, Trial]]:  # fmt: skip
-        """Predicted and measured cost of trial codes; see :func:`.calibrate.calibrate`.
+        """Predicted and measured cost of trial codes, of both kinds of work in their shares.
+
+        See :func:`.calibrate.calibrate`.
 
         Raises:
             Unmeasured: and why.
         """
         coded, window = self._coded(args, study), self.options.window
-        return calibrate(
-            self.gm, args, self.sites, study.turns, coded, window, sensitivities, codes, step
-        )
+        prose, recall = (
+            calibrate(
+                self.gm, args, self.sites, study.turns, coded, window, sensitivities, codes,
+                partial(_half, step, repeats), repeats,
+            )
+            for repeats, sensitivities in ((False, measured.prose), (True, measured.recall))
+        )  # fmt: skip
+        share = measured.share
+        return [
+            (k.plus(more_k, share), v.plus(more_v, share))
+            for (k, v), (more_k, more_v) in zip(prose, recall, strict=True)
+        ]
 
     def _batch(self, args: Sequence[Any]) -> int:
         return self._sizes.value(value_of(self.sites[0].cached.k.node).shape[0], args)
@@ -143,3 +158,8 @@ class Studies:
             shape = self._batch(args), self.length(args)
             visible = torch.ones(shape, dtype=torch.bool, device=device)
         return visible & (visible.cumsum(1) > self.options.sinks)
+
+
+def _half(step: Callable[[int, int], None], second: bool, done: int, count: int) -> None:
+    """Progress of one half of the work."""
+    step(done + second * count, 2 * count)

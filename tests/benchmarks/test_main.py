@@ -49,7 +49,7 @@ def test_methods_of_a_run() -> None:
         assert any(m.name == "attentionpack 8x" for m in chosen)
     target = main.methods_of(Run("r", (3072,), 1, 1, "target", 1), None)
     assert {m.name.split(" ")[0] for m in target} == {"attentionpack"}
-    assert {m.name.split(" ")[1].rstrip("x,") for m in target} == {"4", "6", "8"}
+    assert {m.name.split(" ")[1].rstrip("x,") for m in target} == {"4", "5", "6", "8"}
     few = main.methods_of(Run("r", (2048,), 1, 1, "short", 1), ["KIVI", "SVD 4x"])
     assert [m.name for m in few] == ["KIVI 4 bit", "KIVI 2 bit", "truncated SVD 4x (the paper)"]
 

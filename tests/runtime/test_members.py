@@ -15,7 +15,7 @@ from apack_compile.accounting import cache_bytes
 
 from .. import zoo
 
-FITTED = {"ratio": 4, "fit_tokens": 64, "inner": "aot_eager"}
+FITTED = {"ratio": 4, "fit_tokens": 64, "inner": "eager"}
 MEMBERS: dict[str, tuple[dict[str, Any], str, str]] = {
     "pre-rope": (
         {**FITTED, "k_code": "pre-rope"},
@@ -26,21 +26,21 @@ MEMBERS: dict[str, tuple[dict[str, Any], str, str]] = {
         {**FITTED, "v_basis": "hadamard"}, "gain=0", "groups=2",
     ),
     "int8": (
-        {"codec": "int8", "inner": "aot_eager"},
+        {"codec": "int8", "inner": "eager"},
         "transform:heads=2,dim=16,groups=2,r8=16,r4=0,r2=0,gain=2",
         "transform:heads=2,dim=16,groups=2,r8=16,r4=0,r2=0,gain=2",
     ),
     "int4": (
-        {"codec": "int4", "inner": "aot_eager"},
+        {"codec": "int4", "inner": "eager"},
         "transform:heads=2,dim=16,groups=2,r8=0,r4=16,r2=0,gain=2",
         "transform:heads=2,dim=16,groups=2,r8=0,r4=16,r2=0,gain=2",
     ),
     "paper": (
-        {"codec": "svd", "inner": "aot_eager"},
+        {"codec": "svd", "inner": "eager"},
         "lowrank:heads=2,dim=16,rank=8,rotary=16", "lowrank:heads=2,dim=16,rank=8",
     ),
     "separate ranks": (
-        {"codec": "svd", "k_rank": 12, "v_rank": 20, "inner": "aot_eager"},
+        {"codec": "svd", "k_rank": 12, "v_rank": 20, "inner": "eager"},
         "lowrank:heads=2,dim=16,rank=12,rotary=16", "lowrank:heads=2,dim=16,rank=20",
     ),
 }  # fmt: skip

@@ -12,10 +12,10 @@ import apack_compile
 from apack_compile.codec.sensitivity import Sensitivity
 from apack_compile.fitting import learn
 from apack_compile.runtime import sense
-from apack_compile.runtime import study as studies
 from apack_compile.runtime.replay import Split
 
 from .. import zoo
+from ..passes.capture import capture
 
 OPTIONS = {"ratio": 8, "inner": "eager"}
 
@@ -85,38 +85,51 @@ def test_a_prompt_beyond_the_reach_is_fitted_anew_with_the_same_layouts(
 
 @pytest.mark.parametrize(("length", "pieces"), [(1400, 2), (300, 1), (140, 1)])
 @pytest.mark.parametrize("padding", [0, 17])
-def test_recalled_tokens_are_pieces_of_what_a_code_will_hold(
+def test_what_is_recalled_are_pieces_of_what_a_code_will_hold(
     length: int, pieces: int, padding: int
 ) -> None:
     coded = torch.ones(2, length, dtype=torch.bool)
     coded[:, :4] = False
     coded[1, : padding + 4] = False
     split = Split.of(coded, window=40)
-    sources = sense.Recall.of(split).sources
+    sources = split.pieces()
     assert len(sources) == split.tail
     assert bool(split.coded[:, sources].all())
     assert int((sources.diff() != 1).sum()) == pieces - 1
     assert len(sources.unique()) == split.tail
 
 
-def test_the_last_embeddings_are_those_recalled_and_all_others_stay() -> None:
-    stream = torch.randn(2, 400, 8)
-    coded = torch.ones(2, 400, dtype=torch.bool)
-    recall = sense.Recall.of(Split.of(coded, window=40))
-    changed, tail = recall.apply(stream), len(recall.sources)
-    assert torch.equal(changed[:, :-tail], stream[:, :-tail])
-    assert torch.equal(changed[:, -tail:], stream[:, recall.sources])
-
-
-def test_recall_adds_its_share_to_the_sensitivity(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recall_is_the_sensitivity_of_a_prompt_that_repeats_itself() -> None:
     """Bug: pass keys were lost at ratio 8; nothing in prose asks for what a context said."""
-    seen: list[list[Sensitivity]] = []
-    gradients, measure = sense._Work.gradients, studies.measure
-    monkeypatch.setattr(sense._Work, "gradients", lambda *a: seen.append(gradients(*a)) or seen[-1])
-    monkeypatch.setattr(studies, "measure", lambda *a: seen.append(measure(*a)) or seen[-1])
-    case = zoo.llama(text=500)
-    prefill(torch.compile(case.model, backend="attentionpack", options=OPTIONS), case, 500)
-    prose, recall, both = ([layer.trace for layer in layers] for layers in seen)
-    share = sense.RECALL * sum(prose) / sum(recall)
-    assert both == pytest.approx([a + share * b for a, b in zip(prose, recall, strict=True)])
-    assert prose != pytest.approx(recall, rel=1e-3)
+    torch.manual_seed(2)
+    ids = torch.randint(10, 190, (1, 300))
+    model, positions = zoo.plain_decoder(), torch.arange(300)[None]
+    coded = torch.ones(1, 300, dtype=torch.bool)
+    coded[:, :4] = False
+    split = Split.of(coded, window=16)
+    repeated = ids.clone()
+    repeated[:, -split.tail :] = ids[:, split.pieces()]
+
+    def measured(ids: torch.Tensor, recall: bool) -> list[Sensitivity]:
+        seen = capture(model, ids, positions)
+        sites = seen.plan.having("encode")
+        turns = [None] * len(sites)
+        return sense.measure(seen.gm, seen.args, sites, turns, coded, 16, recall)
+
+    want, got, other = measured(repeated, False), measured(ids, True), measured(ids, False)
+    for a, b, c in zip(want, got, other, strict=True):
+        torch.testing.assert_close(a.k, b.k)
+        torch.testing.assert_close(a.v, b.v)
+        assert not torch.allclose(c.k, b.k, rtol=0.1)
+
+
+def test_recall_counts_by_its_share() -> None:
+    def layers(*sizes: float) -> list[Sensitivity]:
+        eye = torch.eye(4, dtype=torch.float64).expand(2, 4, 4) / 8
+        return [Sensitivity(eye * 0.75 * size, eye * 0.25 * size) for size in sizes]
+
+    both = sense.Measured(layers(1.0, 3.0), layers(10.0, 30.0)).mixed
+    factor = 1 + sense.RECALL
+    assert [layer.trace for layer in both] == pytest.approx([factor * 1.0, factor * 3.0])
+    alone = sense.Measured(layers(1.0), layers(0.0)).mixed
+    assert alone[0].trace == pytest.approx(1.0)

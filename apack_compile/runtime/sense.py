@@ -7,10 +7,10 @@ differentiated is the work of the last tokens on a given cache, which is what de
 from __future__ import annotations
 
 import operator
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +23,10 @@ from ..passes.plan import PlannedSite
 from .replay import Replay, Unmeasured, Work
 
 DRAWS = 4
-"""Tokens drawn for each prediction."""
+"""Tokens drawn for each prediction: each is a pass backwards through the prompt."""
+
+RECALL_DRAWS = 1
+"""The same where the last tokens are repeated, which counts less."""
 
 RECALL = 0.25
 """Weight of the work of repeated tokens, to 1 for the prompt's own."""
@@ -54,6 +57,7 @@ def measure(
     past_turns = [split.turn(t) for t in turns]
     probe = _Probe(work)
     budget = _Budget(coded.device)
+    rounds = RECALL_DRAWS if recall else DRAWS
     draws = []
     with torch.inference_mode(False), torch.enable_grad():
         plain = detached(args)
@@ -64,9 +68,9 @@ def measure(
                 assert probe.seen is not None
                 values = split.of_asked(probe.seen).float()
             leaves = [probe.leaves[u] for u in work.updates]
-            queries = DRAWS * len(values)
+            queries = rounds * len(values)
             own = torch.Generator(coded.device).manual_seed(0)  # the user's stays as it is
-            for last in [False] * (DRAWS - 1) + [True]:
+            for last in [False] * (rounds - 1) + [True]:
                 grads = torch.autograd.grad(
                     work.outcome.surprise(values, own), leaves, retain_graph=not last
                 )
@@ -162,8 +166,10 @@ def _free_bytes(device: torch.device) -> int:
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + held
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # not every system says
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        available = next(line for line in lines if line.startswith("MemAvailable:"))
+        return int(available.split()[1]) << 10  # free, and what the system would give back
+    except (OSError, StopIteration, ValueError):  # not every system says
         return UNKNOWN_FREE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -25,6 +26,8 @@ from .calibrate import Trial, calibrate
 from .replay import Unmeasured
 from .sense import Measured, measure
 from .visual import Prompts
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,13 +117,15 @@ class Studies:
             return "not a prefill"
         coded, window = self._coded(args, study), self.options.window
         try:
-            prose, recall = (
-                measure(self.gm, args, self.sites, study.turns, coded, window, recall)
-                for recall in (False, True)
-            )
-            return Measured(prose, recall)
+            prose = measure(self.gm, args, self.sites, study.turns, coded, window, False)
         except Unmeasured as error:
-            return str(error).partition("\n")[0]  # what follows names a node of the graph
+            return _first_line(error)
+        try:
+            recall = measure(self.gm, args, self.sites, study.turns, coded, window, True)
+        except Unmeasured as error:
+            log.info("attentionpack: recall is not measured: %s", _first_line(error))
+            recall = [layer.scaled(0.0) for layer in prose]
+        return Measured(prose, recall)
 
     def calibrate(
         self, args: tuple[Any, ...], study: Study, measured: Measured,
@@ -158,6 +163,11 @@ class Studies:
             shape = self._batch(args), self.length(args)
             visible = torch.ones(shape, dtype=torch.bool, device=device)
         return visible & (visible.cumsum(1) > self.options.sinks)
+
+
+def _first_line(error: Exception) -> str:
+    """What follows names a node of the graph."""
+    return str(error).partition("\n")[0]
 
 
 def _half(step: Callable[[int, int], None], second: bool, done: int, count: int) -> None:

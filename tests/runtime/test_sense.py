@@ -12,7 +12,8 @@ import apack_compile
 from apack_compile.codec.sensitivity import Sensitivity
 from apack_compile.fitting import learn
 from apack_compile.runtime import sense
-from apack_compile.runtime.replay import Split
+from apack_compile.runtime import study as studies
+from apack_compile.runtime.replay import Split, Unmeasured
 
 from .. import zoo
 from ..passes.capture import capture
@@ -99,8 +100,11 @@ def test_what_is_recalled_are_pieces_of_what_a_code_will_hold(
     assert len(sources.unique()) == split.tail
 
 
-def test_recall_is_the_sensitivity_of_a_prompt_that_repeats_itself() -> None:
+def test_recall_is_the_sensitivity_of_a_prompt_that_repeats_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Bug: pass keys were lost at ratio 8; nothing in prose asks for what a context said."""
+    monkeypatch.setattr(sense, "RECALL_DRAWS", sense.DRAWS)
     torch.manual_seed(2)
     ids = torch.randint(10, 190, (1, 300))
     model, positions = zoo.plain_decoder(), torch.arange(300)[None]
@@ -133,3 +137,24 @@ def test_recall_counts_by_its_share() -> None:
     assert [layer.trace for layer in both] == pytest.approx([factor * 1.0, factor * 3.0])
     alone = sense.Measured(layers(1.0), layers(0.0)).mixed
     assert alone[0].trace == pytest.approx(1.0)
+
+
+def test_where_recall_cannot_be_measured_the_prompts_own_tokens_count_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    measure, found = studies.measure, []
+
+    def fails(*args: Any) -> list[Sensitivity]:
+        if args[-1]:
+            raise Unmeasured("out of memory")
+        found.append(measure(*args))
+        return found[-1]
+
+    monkeypatch.setattr(studies, "measure", fails)
+    case = zoo.llama(text=500)
+    with caplog.at_level("INFO"):
+        prefill(torch.compile(case.model, backend="attentionpack", options=OPTIONS), case, 500)
+    assert len(found) == 1
+    assert "recall is not measured: out of memory" in caplog.text
+    (graph,) = apack_compile.report(case.model).graph_reports
+    assert graph.notes == ()

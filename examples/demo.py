@@ -126,7 +126,7 @@ def compare(
     packed_model: Any = torch.compile(model, backend="attentionpack", options=options)
     with step(
         "attentionpack, first call: the prefill runs uncompiled to fit the codes, then the decode "
-        "step is compiled (a minute or two)"
+        "step is compiled (some minutes)"
     ):
         first = generate(packed_model, inputs, new_tokens)
     fitting, compiling = first.seconds[0], sum(first.seconds[1:2])

@@ -139,18 +139,21 @@ class Studies:
             Unmeasured: and why.
         """
         coded, window = self._coded(args, study), self.options.window
-        prose, recall = (
+        share = measured.share
+        kinds = [(False, measured.prose)] + [(True, measured.recall)] * (share > 0)
+        prose, *recall = (
             calibrate(
                 self.gm, args, self.sites, study.turns, coded, window, sensitivities, codes,
-                partial(_half, step, repeats), repeats,
+                partial(_part_of, step, repeats, len(kinds)), repeats,
             )
-            for repeats, sensitivities in ((False, measured.prose), (True, measured.recall))
+            for repeats, sensitivities in kinds
         )  # fmt: skip
-        share = measured.share
-        return [
-            (k.plus(more_k, share), v.plus(more_v, share))
-            for (k, v), (more_k, more_v) in zip(prose, recall, strict=True)
-        ]
+        for more in recall:
+            prose = [
+                (k.plus(more_k, share), v.plus(more_v, share))
+                for (k, v), (more_k, more_v) in zip(prose, more, strict=True)
+            ]
+        return prose
 
     def _batch(self, args: Sequence[Any]) -> int:
         return self._sizes.value(value_of(self.sites[0].cached.k.node).shape[0], args)
@@ -170,6 +173,8 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def _half(step: Callable[[int, int], None], second: bool, done: int, count: int) -> None:
-    """Progress of one half of the work."""
-    step(done + second * count, 2 * count)
+def _part_of(
+    step: Callable[[int, int], None], number: int, parts: int, done: int, count: int
+) -> None:
+    """Progress of one of the parts of the work."""
+    step(done + number * count, parts * count)

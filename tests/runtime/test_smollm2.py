@@ -64,16 +64,23 @@ def test_ratio_8_is_reached_and_stays_close_on_real_keys_and_values(
     dense = transformers.DynamicCache()
     model(context, past_key_values=dense, logits_to_keep=1)
     want = model(following, past_key_values=dense).logits[0].log_softmax(-1)
-    compiled = torch.compile(model, backend="attentionpack", options={"ratio": 8, "inner": "eager"})
-    cache = transformers.DynamicCache()
-    compiled(context, past_key_values=cache, logits_to_keep=1)
-    twin = transformers.DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        twin.update(layer.keys.unpack(), layer.values.unpack(), index)
-    got = model(following, past_key_values=twin).logits[0].log_softmax(-1)
-    sides = [side for layer in cache.layers for side in (layer.keys, layer.values)]
-    coded = sum(side.store.ref.layout.token_bytes(side.dtype) for side in sides)
-    assert coded * 8 <= 2 * 192 * len(sides), "of 16-bit numbers, gains counted"
-    # Bug: the same bits in every layer, whatever its sensitivity (0.043).
-    divergence = float((want.exp() * (want - got)).sum(-1).mean())
-    assert divergence < 0.02
+    divergence = {}
+    for ratio in (4, 8):
+        torch._dynamo.reset()
+        options = {"ratio": ratio, "inner": "eager"}
+        compiled = torch.compile(model, backend="attentionpack", options=options)
+        cache = transformers.DynamicCache()
+        compiled(context, past_key_values=cache, logits_to_keep=1)
+        twin = transformers.DynamicCache()
+        for index, layer in enumerate(cache.layers):
+            twin.update(layer.keys.unpack(), layer.values.unpack(), index)
+        got = model(following, past_key_values=twin).logits[0].log_softmax(-1)
+        divergence[ratio] = float((want.exp() * (want - got)).sum(-1).mean())
+        sides = [side for layer in cache.layers for side in (layer.keys, layer.values)]
+        coded = sum(side.store.ref.layout.token_bytes(side.dtype) for side in sides)
+        assert coded * ratio <= 2 * 192 * len(sides), "of 16-bit numbers, gains counted"
+    assert divergence[4] < divergence[8]
+    # Bug: steps best for a Gaussian clip the tails of real components (0.008 at ratio 4).
+    assert divergence[4] < 0.003
+    # Bug: the same bits in every layer, whatever its sensitivity (0.043 at ratio 8).
+    assert divergence[8] < 0.02

@@ -74,3 +74,11 @@ def calls(node: Any, *targets: Any) -> bool:
 def output_of(graph: fx.Graph) -> fx.Node:
     """The graph's output node."""
     return next(n for n in reversed(graph.nodes) if n.op == "output")
+
+
+def attribute(gm: fx.GraphModule, target: str) -> Any:
+    """What a ``get_attr`` node with this target stands for."""
+    value: Any = gm
+    for name in target.split("."):
+        value = getattr(value, name)
+    return value

@@ -1,7 +1,7 @@
 """Find attention: every form becomes one record.
 
     scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), attn_mask=m, scale=s, ...)
-        ->  AttentionSite(q, k, v, mask=m, scale=s, groups=G, ...)
+        ->  AttentionSite(q, k, v, mask=m, scale=s, causal=...)
 
 Nothing is changed. Arguments may be positional or named, present or absent.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from .base import PassReport, Skip, argument, calls, shape_of
+from .base import PassReport, Skip, argument, calls, shape_of, value_of
 from .views import walk_up
 
 
@@ -73,7 +73,7 @@ def _canonical(node: fx.Node) -> AttentionSite | str:
     if not isinstance(q_shape[3], int):
         return "head_dim is not known when compiling"
     keys, values = walk_up(k), walk_up(v)
-    k_shape, v_shape = shape_of(keys.root), shape_of(values.root)
+    k_shape, v_shape = shape_of(keys), shape_of(values)
     if k_shape is None or v_shape is None or len(k_shape) != 4 or len(v_shape) != 4:
         return "keys or values are not [B, heads, tokens, head_dim]"
     if not all(isinstance(shape[i], int) for shape in (k_shape, v_shape) for i in (1, 3)):
@@ -82,6 +82,8 @@ def _canonical(node: fx.Node) -> AttentionSite | str:
         return f"{q_shape[1]} query heads do not go with {k_shape[1]} and {v_shape[1]} KV heads"
     if scale is None:
         scale = 1.0 / math.sqrt(q_shape[3])
+    if isinstance(value_of(scale), torch.SymFloat):
+        scale = float(value_of(scale))  # with dynamic=True; Dynamo then guards this number
     if not isinstance(scale, (int, float)):
         return "the scale is not a constant"
-    return AttentionSite(node, q, keys.root, values.root, mask, float(scale), causal)
+    return AttentionSite(node, q, keys, values, mask, float(scale), causal)

@@ -1,22 +1,27 @@
-"""Find packed inputs that the graph writes to in place, itself or through a view.
+"""Find what a graph writes to in place, itself or through a view.
 
     packed.mul_(2)          packed[:, :, :4] = 0          torch.add(packed, 1, out=packed)
 
-Such an input is unpacked, and what it holds at the end replaces its content.
+A packed input that is written to is unpacked, and what it holds at the end replaces its content.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
-from .base import calls
-
-_VIEWS = (
-    operator.getitem, "view", "reshape", "transpose", "permute", "narrow", "select", "expand",
-    "unsqueeze", "squeeze", "flatten", "unflatten", "chunk", "split", "detach", "contiguous",
-    "view_as", "swapaxes", "movedim", "unbind", "t", "mT",
+_VIEWS = frozenset(
+    (
+        "getitem", "view", "reshape", "transpose", "permute", "narrow", "select", "expand",
+        "unsqueeze", "squeeze", "flatten", "unflatten", "chunk", "split", "detach", "contiguous",
+        "view_as", "swapaxes", "swapdims", "movedim", "moveaxis", "unbind", "t", "mT", "expand_as",
+        "diagonal", "as_strided", "unfold", "tensor_split", "slice", "alias", "real", "imag",
+    )
 )  # fmt: skip
 
 _IN_PLACE = (
@@ -27,31 +32,59 @@ _IN_PLACE = (
 
 def is_written(node: fx.Node) -> bool:
     """Whether ``node``, or a view of it, is the target of an in-place operation."""
-    for user in node.users:
-        if user.kwargs.get("out") is node or _writes(user, node):
-            return True
-        if calls(user, *_VIEWS) and user.args and user.args[0] is node and is_written(user):
-            return True
-    return False
-
-
-def writers(graph: fx.Graph) -> set[fx.Node]:
-    """The in-place operations of a graph."""
-    return {
-        user
-        for node in graph.nodes
+    return any(
+        node in written(user) or (_is_view(user) and user.args[:1] == (node,) and is_written(user))
         for user in node.users
-        if user.kwargs.get("out") is node or _writes(user, node)
-    }
+    )
 
 
-def _writes(user: fx.Node, node: fx.Node) -> bool:
-    if not user.args or user.args[0] is not node:
+def written(node: fx.Node) -> list[fx.Node]:
+    """Arguments that a call writes to: by its schema, or by what its name means."""
+    if node.op not in ("call_function", "call_method"):
+        return []
+    found = [*_by_schema(node), *_by_name(node)]
+    return [leaf for leaf in tree_leaves(found) if isinstance(leaf, fx.Node)]
+
+
+def _by_schema(node: fx.Node) -> Iterator[Any]:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        overloads = [target]
+    elif isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = [getattr(target, name) for name in target.overloads()]
+    else:
+        return
+    for overload in overloads:
+        for position, info in enumerate(overload._schema.arguments):
+            if info.alias_info is not None and info.alias_info.is_write:
+                if info.name in node.kwargs:
+                    yield node.kwargs[info.name]
+                elif not info.kwarg_only and position < len(node.args):
+                    yield node.args[position]
+
+
+def _by_name(node: fx.Node) -> Iterator[Any]:
+    name = _name(node)
+    if isinstance(node.target, torch._ops.HigherOrderOperator) and "mutation" in name:
+        yield from node.all_input_nodes  # a Triton kernel of the user's: any of them
+    in_place = name.endswith("_") and not name.endswith("__")
+    in_place |= name == "__setitem__" or node.target in _IN_PLACE
+    if in_place or node.kwargs.get("inplace") is True:
+        yield node.args[0] if node.args else node.kwargs.get("input")
+    yield node.kwargs.get("out")
+
+
+def _is_view(node: fx.Node) -> bool:
+    if node.op not in ("call_function", "call_method"):
         return False
-    if user.op == "call_method":
-        name = str(user.target)
-        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-    if user.op != "call_function":
-        return False
-    name = getattr(user.target, "__name__", "")
-    return user.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    if isinstance(node.target, torch._ops.OpOverload):
+        return any(r.alias_info is not None for r in node.target._schema.returns)
+    return _name(node) in _VIEWS
+
+
+def _name(node: fx.Node) -> str:
+    """Of the function or method called, without its overload."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        target = target.overloadpacket
+    return target if isinstance(target, str) else getattr(target, "__name__", "")

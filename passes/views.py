@@ -11,7 +11,6 @@ Only forms that repeat each KV head G times in a row count; anything else stops 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -22,31 +21,16 @@ _CASTS = ("to", "float", "half", "bfloat16", "double", "type_as")
 _FULL = slice(None)
 
 
-@dataclass(frozen=True)
-class Walk:
-    """Where a walk ended.
-
-    Attributes:
-        root: the tensor ``[B, H, S, D]`` that is neither a view nor a cast of another.
-        groups: query heads that read one KV head through the views walked.
-    """
-
-    root: fx.Node
-    groups: int
-
-
-def walk_up(node: fx.Node) -> Walk:
-    """Follow ``node`` back through repeat_kv, casts and ``contiguous``."""
-    groups = 1
+def walk_up(node: fx.Node) -> fx.Node:
+    """The root of an operand: ``[B, H, S, D]``, neither a view nor a cast of another tensor."""
     while True:
         step = _repeat_kv(node) or _repeat_interleave(node)
         if step is not None:
-            node, factor = step
-            groups *= factor
+            node = step
         elif calls(node, "contiguous") or _is_cast(node):
             node = node.args[0]
         else:
-            return Walk(node, groups)
+            return node
 
 
 def _is_cast(node: fx.Node) -> bool:
@@ -58,7 +42,7 @@ def _is_cast(node: fx.Node) -> bool:
     return bool(before.is_floating_point() and after.is_floating_point())
 
 
-def _repeat_kv(node: fx.Node) -> tuple[fx.Node, int] | None:
+def _repeat_kv(node: fx.Node) -> fx.Node | None:
     if not calls(node, "reshape", "view", torch.reshape):
         return None
     expand = argument(node, 0, "input")
@@ -77,7 +61,7 @@ def _repeat_kv(node: fx.Node) -> tuple[fx.Node, int] | None:
     wanted = (batch, heads * groups, length, dim)
     if not all(same_size(a, b) for a, b in zip(flat, wanted, strict=True)):
         return None
-    return root, groups
+    return root
 
 
 def _with_inserted_dim(node: fx.Node) -> fx.Node | None:
@@ -95,7 +79,7 @@ def _with_inserted_dim(node: fx.Node) -> fx.Node | None:
     return root if inserted else None
 
 
-def _repeat_interleave(node: fx.Node) -> tuple[fx.Node, int] | None:
+def _repeat_interleave(node: fx.Node) -> fx.Node | None:
     if not calls(node, "repeat_interleave", torch.repeat_interleave):
         return None
     root, repeats = argument(node, 0, "input"), argument(node, 1, "repeats")
@@ -103,4 +87,4 @@ def _repeat_interleave(node: fx.Node) -> tuple[fx.Node, int] | None:
     source = shape_of(root)
     if not isinstance(root, fx.Node) or not isinstance(repeats, int) or source is None:
         return None
-    return (root, repeats) if len(source) == 4 and dim in (1, -3) else None
+    return root if len(source) == 4 and dim in (1, -3) else None

@@ -9,7 +9,6 @@ body's: they change only when a cache grows.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..passes.find_writes import written
 from .values import symbols
 
 ATTENDS = (torch.ops.apack.attend.default, torch.ops.apack.attend_with_bias.default)
@@ -148,28 +148,11 @@ def _check_writes(
             if node in head:
                 raise Inseparable(f"{node.name} depends on the length of the sequence")
             continue
-        written = storages(_written(node))
-        if written & given:
+        changed = storages(written(node))
+        if changed & given:
             raise Inseparable(f"{node.name} writes to an argument")
-        if written & in_head & in_body:
+        if changed & in_head & in_body:
             raise Inseparable(f"{node.name} writes to what both halves know")
-
-
-def _written(node: fx.Node) -> list[fx.Node]:
-    """Arguments that a node changes: by its schema, or by what its name means."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        schema = zip(node.target._schema.arguments, node.args, strict=False)
-        given = [arg for info, arg in schema if info.alias_info and info.alias_info.is_write]
-    else:
-        name = node.target if isinstance(node.target, str) else node.target.__name__
-        in_place = name.endswith("_") and not name.endswith("__")
-        if getattr(node.target, "__module__", "") == "_operator":
-            in_place = name == "setitem" or (
-                hasattr(operator, f"__{name[1:]}__") and name[0] == "i"
-            )
-        given = [node.args[0]] if in_place and node.args else []
-        given += [node.kwargs["out"]] if isinstance(node.kwargs.get("out"), fx.Node) else []
-    return [arg for arg in given if isinstance(arg, fx.Node)]
 
 
 def _results(gm: fx.GraphModule) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from ..cache import PackedKV
+from ..passes.find_writes import is_written
 from .stats import GraphRecord
 from .visual import TokenKinds
 
@@ -21,7 +22,9 @@ class StockGraph:
         record: GraphRecord,
     ) -> None:  # fmt: skip
         self.record = record
+        arguments = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.handles = [i for i, e in enumerate(example_inputs) if isinstance(e, PackedKV)]
+        self.written = [i for i in self.handles if is_written(arguments[i])]
         fakes = [e.unpack() if isinstance(e, PackedKV) else e for e in example_inputs]
         self._tokens = TokenKinds.of_copy(gm)
         self._call = compiler(gm, fakes)
@@ -32,6 +35,10 @@ class StockGraph:
         if not self.record.runs:
             self.record.belongs_to(args)
         self.record.ran("stock")
-        if self.handles:
-            args = tuple(a.unpack() if isinstance(a, PackedKV) else a for a in args)
-        return self._tokens.run(self._call, args)
+        if not self.handles:
+            return self._tokens.run(self._call, args)
+        dense = tuple(a.unpack() if isinstance(a, PackedKV) else a for a in args)
+        result = self._tokens.run(self._call, dense)
+        for i in self.written:
+            args[i].replace(dense[i])
+        return result

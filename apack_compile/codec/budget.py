@@ -112,7 +112,33 @@ def share_budget(
             f"{len(keys)} layers of {keys[0].heads} KV heads of {keys[0].dim} have no code of "
             f"{budget} bytes a token"
         )
-    return [(_layout(keys[0], k, False), _layout(values[0], v, True)) for k, v in best[1]]
+    pairs = _spend_rest(sides, best[1], budget)
+    return [(_layout(keys[0], k, False), _layout(values[0], v, True)) for k, v in pairs]
+
+
+def _spend_rest(
+    sides: tuple[_Table, _Table], pairs: list[tuple[Counts, Counts]], budget: int
+) -> list[tuple[Counts, Counts]]:
+    """Larger pairs for single layers, best value first: at one price some bytes are left over."""
+    menu = sorted(set(pairs))
+    errors = _errors(sides, menu)  # [L, menu]
+    size = torch.tensor([_pair_bytes(sides, pair) for pair in menu], dtype=torch.float64)
+    chosen = torch.tensor([menu.index(pair) for pair in pairs])
+    while True:
+        gain = errors.gather(1, chosen[:, None]) - errors
+        more = size - size[chosen][:, None]
+        fits = (gain > 0) & (size[chosen].sum() + more <= budget)
+        if not fits.any():
+            return [menu[i] for i in chosen.tolist()]
+        value = torch.where(fits, gain / more.clamp_min(1e-9), -math.inf)
+        layer, option = divmod(int(value.argmax()), len(menu))
+        chosen[layer] = option
+
+
+def _errors(sides: tuple[_Table, _Table], options: Sequence[tuple[Counts, Counts]]) -> Tensor:
+    """Distortion of every layer with each pair: ``[L, options]``."""
+    keys, values = sides
+    return keys.distortion([k for k, _ in options]) + values.distortion([v for _, v in options])
 
 
 def _choose(
@@ -121,7 +147,7 @@ def _choose(
     """The best few pairs at a price, one for each layer, and the distortion of all layers."""
     keys, values = sides
     options = sorted(set(zip(keys.wanted(price), values.wanted(price), strict=True)))
-    errors = keys.distortion([k for k, _ in options]) + values.distortion([v for _, v in options])
+    errors = _errors(sides, options)
     paid = price * torch.tensor([float(_pair_bytes(sides, pair)) for pair in options])
     cost = errors + paid  # [L, options]
     kept: list[int] = []

@@ -13,6 +13,12 @@ log = logging.getLogger(__name__)
 
 VARIABLE = "ATTENTIONPACK_CACHE"
 
+FIT = 2
+"""Raised whenever the same prompt would be fitted to other codes: those kept are then not found.
+
+1: sensitivity to the prompt's own text. 2: to repeated pieces of it as well; no bytes left over.
+"""
+
 
 def cache_folder() -> Path:
     """``$ATTENTIONPACK_CACHE``, else ``$XDG_CACHE_HOME/attentionpack``, else in ``~/.cache``.
@@ -28,11 +34,11 @@ def cache_folder() -> Path:
 
 def path_of(fingerprint: str, options: str) -> Path:
     """Where the profile of these weights and options is kept."""
-    return cache_folder() / "profiles" / f"{fingerprint}-{_short(options)}.safetensors"
+    return cache_folder() / "profiles" / f"{fingerprint}-{_short(f'{FIT} {options}')}.safetensors"
 
 
-def _short(options: str) -> str:
-    return hashlib.sha256(options.encode()).hexdigest()[:8]
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def find_profile(fingerprint: str, options: str) -> tuple[Path, SavedProfile] | None:

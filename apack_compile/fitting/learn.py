@@ -10,9 +10,10 @@ from itertools import groupby
 
 import torch
 
-from ..cache.store import exact_ref
 from ..codec import CodeRef, TransformLayout
 from ..codec.fit import Evidence, fit_transform
+from ..codec.fixed import fixed_ref
+from ..codec.recipe import Recipe
 from ..codec.rotation import Rotation
 from ..codec.sensitivity import Sensitivity
 from ..options import Options
@@ -65,7 +66,7 @@ def learn(
         measured = sense()
     except Exception as error:  # the model must run, whatever goes wrong here
         log.warning("attentionpack: the sensitivity could not be measured", exc_info=True)
-        measured = _first_line(error)
+        measured = first_line(error)
     fitted = False
     for indices in by_shape(profiles, ready):
         group = [profiles[i] for i in indices]
@@ -74,12 +75,12 @@ def learn(
             fits = fit_layers(group, found, options)
             fitted = True
         except Exception as error:
-            log.warning("attentionpack: %s; these layers are not fitted", _first_line(error))
+            log.warning("attentionpack: %s; these layers are not fitted", first_line(error))
             log.debug("the fit that failed", exc_info=True)
             if isinstance(error, torch.OutOfMemoryError):
                 continue
-            reason = f"{_first_line(error)}: packed exactly"
-            fits = [p.fit or _exact_fit(p, reason) for p in group]
+            reason = first_line(error)
+            fits = [_kept(p.fit, reason) if p.fit else _exact_fit(p, reason) for p in group]
         for profile, fit in zip(group, fits, strict=True):
             profile.use(fit)
     return fitted
@@ -117,7 +118,7 @@ def fit_layers(
         if obstacle:
             recipe = replace(recipe, k_code="post-rope")
             reasons.append(f"keys are coded as attention sees them: {obstacle}")
-    layouts = _layouts_of(group)  # kept: graphs are compiled for them
+    layouts = _layouts_of(group, recipe)  # kept: graphs are compiled for them
     started = time.monotonic()
     layers = evidence(group, sensitivities)
     codes = fit_transform(layers, group[0].dims, recipe, reach, layouts)
@@ -162,11 +163,19 @@ def evidence(
 def _exact_fit(profile: LayerProfile, reason: str) -> Fit:
     """Codes that lose nothing."""
     heads, dims = profile.shape[2] // profile.dims[0], profile.dims
-    exact = exact_ref(heads, dims[0]), exact_ref(heads, dims[1])
-    return Fit(exact, profile.rotation, ANY_LENGTH, reason, profile.count)
+    exact = fixed_ref("exact", heads, dims[0]), fixed_ref("exact", heads, dims[1])
+    text = f"{reason}: packed exactly"
+    return Fit(exact, profile.rotation, ANY_LENGTH, text, profile.count)
 
 
-def _first_line(error: Exception) -> str:
+def _kept(fit: Fit, reason: str) -> Fit:
+    """Codes for want of better ones; no further prompt is a try to fit them anew."""
+    text = f"{reason}: codes of an earlier fit are kept, beyond what they were fitted for"
+    return replace(fit, reach=ANY_LENGTH, visual=None, reason=text)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without what follows about nodes of a graph."""
     return (str(error) or type(error).__name__).partition("\n")[0]
 
 
@@ -182,10 +191,16 @@ def _bars_pre_rope(rotations: Sequence[Rotation | None]) -> str:
 
 
 def _layouts_of(
-    group: Sequence[LayerProfile],
+    group: Sequence[LayerProfile], recipe: Recipe
 ) -> list[tuple[TransformLayout, TransformLayout]] | None:
-    """The layouts that the layers have from an earlier fit, if all have."""
-    layouts = [tuple(ref.layout for ref in p.codes) for p in group if p.codes is not None]
-    if len(layouts) < len(group):
-        return None
-    return layouts  # type: ignore[return-value]
+    """The layouts that the layers have from an earlier fit, if all have ones of this recipe."""
+    before = recipe.k_code == "pre-rope"
+    layouts = []
+    for profile in group:
+        k, v = (ref.layout for ref in profile.codes) if profile.codes else (None, None)
+        if not isinstance(k, TransformLayout) or not isinstance(v, TransformLayout):
+            return None
+        if k.positional != before:
+            return None
+        layouts.append((k, v))
+    return layouts

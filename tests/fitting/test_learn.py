@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from apack_compile.codec import ExactLayout, TransformLayout
 from apack_compile.codec.moments import Moments
+from apack_compile.codec.rotation import Turn
 from apack_compile.fitting import learn as module
 from apack_compile.fitting.layer import FEWEST, LayerProfile, Lesson
 from apack_compile.fitting.learn import learn
@@ -91,6 +94,36 @@ def test_a_failure_keeps_the_codes_there_are(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "fit_transform", fails)
     learn([profile], [lesson(prose(900))], OPTIONS, lambda: "not in this test")
     assert profile.codes is before and isinstance(profile.codes[0].layout, TransformLayout)
+    # Bug: every prompt after that ran uncompiled to fail again, and nothing was said.
+    assert profile.serves(10_000, visual=True)
+    assert profile.reason.startswith("no: codes of an earlier fit are kept")
+
+
+def turned_lesson(seed: int, counted: bool, tokens: int = 600) -> Lesson:
+    """A prompt with rotary keys: positions as a count gives them, or as images have them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, HEADS, tokens, DIM, generator=generator) * torch.linspace(3, 0.1, DIM)
+    positions = torch.arange(tokens).float()
+    if not counted:
+        positions = positions.where(positions < 100, (positions - 100) // 20 + 100)
+    angles = positions[:, None] * 10.0 ** (-torch.arange(DIM // 2) / 4)  # [T, D / 2]
+    cos, sin = angles.cos().repeat(1, 2)[None], angles.sin().repeat(1, 2)[None]
+    turn = Turn.of(cos, sin, False, tokens)
+    sums = Moments.of(x.repeat_interleave(2, 1), x, x, None).tensors()
+    return Lesson(sums, turn, None, (DIM, DIM), tokens if counted else 10_000)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_another_way_to_code_keys_has_another_layout(counted: bool) -> None:
+    """Bug: codes fitted before rotation kept a layout that rotates, fitted after it, and back."""
+    options = Options(ratio=4.0, k_code="pre-rope")
+    profile = taught(turned_lesson(0, counted), options=options)
+    assert profile.codes is not None
+    assert profile.codes[0].layout.positional is counted
+    profile.fit = replace(profile.fit, reach=1)  # so that the next prompt is beyond it
+    learn([profile], [turned_lesson(1, not counted)], options, lambda: "not in this test")
+    assert profile.codes[0].layout.positional is not counted
+    assert ("as attention sees them" in profile.reason) is counted
 
 
 def test_memory_that_runs_out_is_another_try_at_the_next_prompt(

@@ -23,7 +23,7 @@ from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
 from apack_compile.cache import Policy, SideStore
-from apack_compile.cache.store import encode_arguments
+from apack_compile.cache.policy import encode_arguments
 from apack_compile.codec import CodeRef
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))

@@ -8,15 +8,14 @@ a store of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from ..codec import Code, CodeRef, ExactLayout
+from ..codec import CodeRef
 from ..codec.lowrank import REFACTOR
 from ..compat import full_precision
 from ..kernels.encode import encode_tokens, tally
@@ -24,38 +23,19 @@ from ..kernels.factor import refactored
 from ..kernels.pool import fill_pool
 from ..kernels.side import Side
 from ..ops.encode_cuda import encode_kernels
+from .policy import Policy, encode_arguments
 
 SLACK = 32
 """A payload grows by one part in so many, or by ``Policy.chunk`` if that is more."""
 
 
-@dataclass(frozen=True)
-class Policy:
-    """Which tokens stay exact, and how storage grows.
-
-    Attributes:
-        sinks: first visible tokens of each row, kept exact for good.
-        extra: further exact slots, for tokens that the code holds badly or not at all.
-        window: recent tokens that are never coded.
-        block: tokens that gather behind the window before they are coded together.
-        chunk: the payload grows by this many tokens.
-    """
-
-    sinks: int = 4
-    extra: int = 8
-    window: int = 64
-    block: int = 32
-    chunk: int = 64
-
-    @property
-    def ring(self) -> int:
-        """Slots of the ring."""
-        return self.window + self.block
-
-    def for_code(self, ref: CodeRef) -> Policy:
-        """The same policy without a pool where the code is exact anyway."""
-        exact = ref.layout.kind == ExactLayout.kind
-        return replace(self, sinks=0, extra=0) if exact else self
+@contextmanager
+def writing(tensors: Iterable[Tensor], device: torch.device) -> Iterator[None]:
+    """What was made in inference mode may be written in inference mode only; no autocast."""
+    inference = any(t.is_inference() for t in tensors)
+    mode = torch.inference_mode() if inference else nullcontext()
+    with mode, full_precision(device):
+        yield
 
 
 class Lease:
@@ -91,6 +71,7 @@ class SideStore:
         self.tally = torch.zeros(3)
         self.factored = coded  # with a basis of its own: tokens that the basis was made from
         self._leases: WeakSet[Lease] = WeakSet()
+        self._lists: list[WeakSet[SideStore]] = []
 
     @classmethod
     def encode(
@@ -138,6 +119,17 @@ class SideStore:
         """Bytes of every physical tensor, slack included, bases of the model not."""
         return sum(t.untyped_storage().nbytes() for t in self.tensors()) + self.ref.cache_bytes
 
+    def known_to(self, stores: WeakSet[SideStore]) -> None:
+        """Be in this set, with all stores that are made of this one."""
+        stores.add(self)
+        self._lists.append(stores)
+
+    def introduce(self, heir: SideStore) -> None:
+        """Let ``heir``, made of this store, be known by its name to whoever knows this one."""
+        heir.name = self.name
+        for stores in self._lists:
+            heir.known_to(stores)
+
     def lease(self, length: int) -> Lease:
         """Claim ``length`` tokens of this store for a handle."""
         lease = Lease(length)
@@ -177,15 +169,20 @@ class SideStore:
         copied._truncate(length)
         return copied
 
+    def surplus(self, tokens: int) -> int:
+        """Tokens of the ring to be coded before ``tokens`` more (at most a block) fit into it."""
+        full = self.recent + tokens > self.policy.ring
+        return self.recent - self.policy.window if full else 0
+
     def reserve(self, tokens: int) -> None:
-        """Make room for ``tokens`` in the ring (at most ``policy.block``)."""
-        if self.recent + tokens > self.policy.ring:
-            self.code_oldest(self.recent - self.policy.window)
+        """Make room for ``tokens`` in the ring."""
+        if self.surplus(tokens):
+            self.code_oldest(self.surplus(tokens))
 
     def code_oldest(self, tokens: int) -> None:
         """Move the oldest ``tokens`` of the ring into the codes."""
         ring, live = self.side.ring, self.recent
-        with self._writing():
+        with writing(self.tensors(), self.device):
             rest = ring[:, :, tokens:live].clone()  # before anything changes: this may fail
             self._code(ring[:, :, :tokens])
             ring[:, :, : live - tokens] = rest
@@ -196,7 +193,7 @@ class SideStore:
 
     def extend(self, new: Tensor) -> None:
         """Append ``new [B, H, T, D]``, however long."""
-        with self._writing():
+        with writing(self.tensors(), self.device):
             self._extend(new)
 
     def _extend(self, new: Tensor) -> None:
@@ -213,14 +210,6 @@ class SideStore:
         self.length += tokens
         ring[:, :, : self.policy.window] = run[:, :, old:]
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """What was made in inference mode may be written in inference mode only; no autocast."""
-        inference = any(t.is_inference() for t in self.tensors())
-        mode = torch.inference_mode() if inference else nullcontext()
-        with mode, full_precision(self.device):
-            yield
-
     def _code(self, x: Tensor) -> None:
         start, end = self.coded, self.coded + x.shape[2]
         code = self.ref.code
@@ -229,8 +218,9 @@ class SideStore:
         kernels = None if code.layout.per_sequence else encode_kernels(x, code.layout)
         if kernels is not None:
             counted = kernels.encode_more(
-                x, code.on(self.device), code.layout, payload, pool, positions, start
-            )
+                x, code.on(self.device), code.layout, payload, pool, positions,
+                torch.full((1,), start, dtype=torch.int32, device=self.device),
+            )  # fmt: skip
             self.side = self.side._replace(payload=payload)
             self._coded(end, counted)
             return
@@ -262,6 +252,10 @@ class SideStore:
         chunk = self.policy.chunk
         return max((tokens + chunk - 1) // chunk, 1) * chunk
 
+    def make_room(self, tokens: int) -> None:
+        """Let the payload hold at least so many tokens."""
+        self.side = self.side._replace(payload=self._with_room(tokens))
+
     def _with_room(self, tokens: int) -> tuple[Tensor, ...]:
         if tokens <= self.side.capacity:
             return self.side.payload
@@ -282,9 +276,14 @@ class SideStore:
             each(self.side.ring),
             (),
         )
-        mapped = SideStore(self.ref, self.policy, side, self.coded, self.length)
-        mapped.factored, mapped.tally, mapped.name = self.factored, self.tally, self.name
-        return mapped
+        return self._heir(side)
+
+    def _heir(self, side: Side) -> SideStore:
+        """A store with the same tokens in other tensors."""
+        heir = SideStore(self.ref, self.policy, side, self.coded, self.length)
+        heir.factored, heir.tally = self.factored, self.tally.clone()
+        self.introduce(heir)
+        return heir
 
     def select(self, rows: Tensor, length: int) -> SideStore:
         """Batch rows ``rows`` (int64, repeats allowed) of the first ``length`` tokens."""
@@ -313,8 +312,7 @@ class SideStore:
             move(ring, dtype),
             (),
         )
-        moved = SideStore(self.ref, self.policy, side, self.coded, self.length)
-        moved.factored, moved.tally, moved.name = self.factored, self.tally, self.name
+        moved = self._heir(side)
         moved._truncate(length)
         return moved
 
@@ -322,23 +320,11 @@ class SideStore:
         """Code further, up to ``coded`` tokens, and grow to at least ``capacity``."""
         if coded > self.coded:
             self.code_oldest(coded - self.coded)
-        self.side = self.side._replace(payload=self._with_room(capacity))
+        self.make_room(capacity)
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_leases"}
+        own = ("_leases", "_lists")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state, _leases=WeakSet())
-
-
-def encode_arguments(
-    ref: CodeRef, policy: Policy, device: torch.device
-) -> tuple[tuple[Tensor, ...], str, int, int, int, int, int]:
-    """The arguments of ``apack::encode`` behind ``x`` and ``visible``."""
-    p = policy
-    return (ref.code.on(device), ref.layout.spec, p.sinks, p.extra, p.window, p.ring, p.chunk)
-
-
-def exact_ref(heads: int, dim: int) -> CodeRef:
-    """A ref to the identity code."""
-    return CodeRef(Code(ExactLayout(heads, dim)))
+        self.__dict__.update(state, _leases=WeakSet(), _lists=[])

@@ -21,7 +21,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ..codec import CodeRef
-from .store import Policy, SideStore, exact_ref
+from ..codec.fixed import fixed_ref
+from .policy import Policy
+from .store import SideStore
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +101,7 @@ class PackedKV(torch.Tensor):
         """
         if x.dim() != 4:
             raise ValueError(f"x has shape {tuple(x.shape)}; a cache tensor is [B, H, S, D]")
-        ref = ref or exact_ref(x.shape[1], x.shape[3])
+        ref = ref or fixed_ref("exact", x.shape[1], x.shape[3])
         if (ref.layout.heads, ref.layout.dim) != (x.shape[1], x.shape[3]):
             raise ValueError(
                 f"x has {x.shape[1]} heads of {x.shape[3]}; its code is for {ref.layout.heads} "
@@ -126,8 +128,9 @@ class PackedKV(torch.Tensor):
     def replace(self, x: Tensor) -> None:
         """Let the content be ``x [B, H, S, D]``, kept exact: what an in-place write comes to."""
         assert self.store is not None
-        ref = exact_ref(x.shape[1], x.shape[3])
-        self.store = SideStore.encode(x, ref, self.store.policy)
+        ref = fixed_ref("exact", x.shape[1], x.shape[3])
+        before, self.store = self.store, SideStore.encode(x, ref, self.store.policy)
+        before.introduce(self.store)
         self._lease = self.store.lease(x.shape[2])
 
     @property

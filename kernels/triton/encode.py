@@ -57,10 +57,10 @@ def _store(base, tokens, live, packed, START: tl.constexpr, WIDTH: tl.constexpr,
     tl.store(where, packed.to(tl.uint8), mask=live[:, None] & (c < WIDTH)[None, :])
 
 
-@triton.jit(do_not_specialize=["start", "tokens", "capacity", "batch"])
+@triton.jit(do_not_specialize=["tokens", "capacity", "batch"])
 def encode_kernel(
     x, mean, analysis, whiten, metric, scales, codes, gains, judged,
-    x_b, x_h, x_t, start, tokens, capacity, batch,
+    x_b, x_h, x_t, begin, tokens, capacity, batch,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, RANK: tl.constexpr,
     R8: tl.constexpr, R4: tl.constexpr, R2: tl.constexpr,
     P8: tl.constexpr, P4: tl.constexpr, P2: tl.constexpr, GAIN: tl.constexpr,
@@ -68,11 +68,14 @@ def encode_kernel(
 ):  # fmt: skip
     """A tile of tokens of one group of heads, to places ``start ..`` of the payload.
 
+    begin: where start is read from.
+
     ``judged [4, B, G, T]``: squares of size, stored components and errors (not yet those of
     components that are not stored), and how many numbers are not finite; they are coded as 0.
 
     R*: components of each width. P*: bytes of a tile of them. K: channels taken at a time.
     """
+    start = tl.load(begin).to(tl.int32)
     group = tl.program_id(0) % (batch * G)
     n = tl.program_id(0) // (batch * G) * TILE + tl.arange(0, TILE)
     live = n < tokens

@@ -60,7 +60,8 @@ def encode_new(
     pool = torch.empty(batch, heads, sinks + extra, dim, dtype=x.dtype, device=x.device)
     positions = torch.empty(batch, sinks + extra, dtype=torch.int64, device=x.device)
     coded = max(length - window, 0)
-    tally = _run(x, visible, params, layout, payload, pool, positions, 0, coded, sinks)
+    begin = torch.zeros(1, dtype=torch.int32, device=x.device)
+    tally = _run(x, visible, params, layout, payload, pool, positions, begin, coded, sinks)
     recent = x[:, :, coded : coded + ring]
     if recent.shape[2] < ring:  # slots past the end: stale
         last = x[:, :, -1:].expand(-1, -1, ring - recent.shape[2], -1)
@@ -70,15 +71,45 @@ def encode_new(
 
 def encode_more(
     x: Tensor, params: Sequence[Tensor], layout: TransformLayout, payload: Sequence[Tensor],
-    pool: Tensor, positions: Tensor, start: int,
+    pool: Tensor, positions: Tensor, begin: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Code ``x [B, H, T, D]`` in place, as tokens ``start .. start + T``; the tally of them."""
-    return _run(x, None, params, layout, payload, pool, positions, start, x.shape[2], None)
+    """Code ``x [B, H, T, D]`` in place, and say how well.
+
+    Args:
+        x, params, layout: tokens, and their code.
+        payload, pool, positions: what the tokens are coded into.
+        begin: ``[1]`` int32, the place of the first of them: on the device, so that a CUDA graph
+            of the call is good for all places.
+
+    Returns:
+        The tally of the tokens.
+    """
+    return _run(x, None, params, layout, payload, pool, positions, begin, x.shape[2], None)
+
+
+def code_oldest(
+    tokens: int, live: int, params: Sequence[Tensor], layout: TransformLayout,
+    payload: Sequence[Tensor], pool: Tensor, positions: Tensor, ring: Tensor, sums: Tensor,
+    begin: Tensor,
+) -> None:  # fmt: skip
+    """Move the oldest ``tokens`` of a ring with ``live`` ones into the codes, in place.
+
+    Args:
+        tokens, live: numbers that a CUDA graph of the call holds.
+        params, layout: of the code.
+        payload, pool, positions, ring: of the store.
+        sums: ``[3]``, to which the tally of the tokens is added.
+        begin: ``[1]`` int32, tokens that are coded already.
+    """
+    rest = ring[:, :, tokens:live].clone()
+    oldest = ring[:, :, :tokens]
+    sums += encode_more(oldest, params, layout, payload, pool, positions, begin)
+    ring[:, :, : live - tokens] = rest
 
 
 def _run(
     x: Tensor, visible: Tensor | None, params: Sequence[Tensor], layout: TransformLayout,
-    payload: Sequence[Tensor], pool: Tensor, positions: Tensor, start: int, counted: int,
+    payload: Sequence[Tensor], pool: Tensor, positions: Tensor, begin: Tensor, counted: int,
     sinks: int | None,
 ) -> Tensor:  # fmt: skip
     """Both kernels. sinks: slots to reserve in a new pool; None: the pool is there."""
@@ -94,7 +125,7 @@ def _run(
     tile = 16 if tokens < LONG or columns > 512 else 64 if columns <= 256 else 32
     encode_kernel[(batch * groups * -(-tokens // tile),)](
         x, mean, analysis, params[3] if layout.gain else mean, metric, scales,
-        payload[0], payload[-1], judged, *x.stride()[:3], start, tokens, payload[0].shape[1], batch,
+        payload[0], payload[-1], judged, *x.stride()[:3], begin, tokens, payload[0].shape[1], batch,
         H=heads, D=dim, DP=padded, G=groups, RANK=layout.rank,
         R8=layout.r8, R4=layout.r4, R2=layout.r2, P8=p8, P4=p4, P2=p2, GAIN=layout.gain,
         LEAST=LEAST_GAIN, MOST=MOST_GAIN, TILE=tile, K=min(CHANNELS, padded),
@@ -105,7 +136,7 @@ def _run(
     seen = None if visible is None else visible.expand(batch, tokens).contiguous()
     settle_kernel[(batch,)](
         judged, x, judged if seen is None else seen, pool, positions, tallies, *x.stride()[:3],
-        start, tokens, counted, batch, H=heads, HP=_pad(heads, 1), D=dim, DP=padded, G=groups,
+        begin, tokens, counted, batch, H=heads, HP=_pad(heads, 1), D=dim, DP=padded, G=groups,
         E=slots, EP=_pad(slots), SINKS=sinks or 0, NEW=int(sinks is not None),
         SEEN=int(seen is not None), SPARE=SPARE, STRAINED=STRAINED,
         N=1024 if tokens >= LONG else 64, num_warps=4,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .codes import converted, load_run
-from .score import biased, code_scores, exp2, gains, listed, load_q, log2_bound, product
+from .score import biased, code_scores, exp2, gains, listed, load_queries, log2_bound, product
 
 SHIFT = tl.constexpr(14.0)
 """Weights are multiplied by 2^14 before they become float16: small ones keep their digits."""
@@ -131,27 +131,10 @@ def over_exact(
             else:
                 k_base = k_codes + b.to(tl.int64) * capacity * KPITCH + gk * (K8 + K4 + K2)
                 q_base = q16 + group * STRIDE * KW
-                at: tl.constexpr = K8 + 2 * K4
-                q8_0, q8_1, q4_0, q4_1, q4_2, q4_3 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-                q2_0, q2_1, q2_2, q2_3 = 0.0, 0.0, 0.0, 0.0
-                q2_4, q2_5, q2_6, q2_7 = 0.0, 0.0, 0.0, 0.0
-                if K8:
-                    q8_0 = load_q(q_base, row, mine, 0, 0, K8, KP8, KW)
-                    q8_1 = load_q(q_base, row, mine, 1, 0, K8, KP8, KW)
-                if K4:
-                    q4_0 = load_q(q_base, row, mine, 0, K8, K4, KP4, KW)
-                    q4_1 = load_q(q_base, row, mine, 1, K8, K4, KP4, KW)
-                    q4_2 = load_q(q_base, row, mine, 2, K8, K4, KP4, KW)
-                    q4_3 = load_q(q_base, row, mine, 3, K8, K4, KP4, KW)
-                if K2:
-                    q2_0 = load_q(q_base, row, mine, 0, at, K2, KP2, KW)
-                    q2_1 = load_q(q_base, row, mine, 1, at, K2, KP2, KW)
-                    q2_2 = load_q(q_base, row, mine, 2, at, K2, KP2, KW)
-                    q2_3 = load_q(q_base, row, mine, 3, at, K2, KP2, KW)
-                    q2_4 = load_q(q_base, row, mine, 4, at, K2, KP2, KW)
-                    q2_5 = load_q(q_base, row, mine, 5, at, K2, KP2, KW)
-                    q2_6 = load_q(q_base, row, mine, 6, at, K2, KP2, KW)
-                    q2_7 = load_q(q_base, row, mine, 7, at, K2, KP2, KW)
+                (
+                    q8_0, q8_1, q4_0, q4_1, q4_2, q4_3,
+                    q2_0, q2_1, q2_2, q2_3, q2_4, q2_5, q2_6, q2_7,
+                ) = load_queries(q_base, row, mine, K8, K4, K2, KP8, KP4, KP2, KW)  # fmt: skip
                 chunk = tl.arange(0, CHUNKSP)
                 too_much = tl.load(
                     centre + group * (CHUNKS * STRIDE) + chunk[:, None] * STRIDE + row[None, :],

@@ -14,7 +14,7 @@ from .codes import converted, load_run
 
 
 @triton.jit
-def load_q(
+def _load_q(
     base, rows, some, CODE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
     PAD: tl.constexpr, KW: tl.constexpr,
 ):  # fmt: skip
@@ -25,6 +25,38 @@ def load_q(
     word = tl.arange(0, PAD // 2)
     where = base + START + CODE * (WIDTH // 2) + rows[None, :] * KW + word[:, None]
     return tl.load(where, mask=(word < WIDTH // 2)[:, None] & some[None, :], other=0.0)
+
+
+@triton.jit
+def load_queries(
+    base, rows, some, W8: tl.constexpr, W4: tl.constexpr, W2: tl.constexpr,
+    P8: tl.constexpr, P4: tl.constexpr, P2: tl.constexpr, KW: tl.constexpr,
+):  # fmt: skip
+    """All folded queries, in the order that :func:`code_scores` takes; 0.0 where there is no run.
+
+    W8, W4, W2: bytes of the runs. P8, P4, P2: those of their tiles.
+    """
+    at: tl.constexpr = W8 + 2 * W4
+    q8_0, q8_1, q4_0, q4_1, q4_2, q4_3 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    q2_0, q2_1, q2_2, q2_3, q2_4, q2_5, q2_6, q2_7 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    if W8:
+        q8_0 = _load_q(base, rows, some, 0, 0, W8, P8, KW)
+        q8_1 = _load_q(base, rows, some, 1, 0, W8, P8, KW)
+    if W4:
+        q4_0 = _load_q(base, rows, some, 0, W8, W4, P4, KW)
+        q4_1 = _load_q(base, rows, some, 1, W8, W4, P4, KW)
+        q4_2 = _load_q(base, rows, some, 2, W8, W4, P4, KW)
+        q4_3 = _load_q(base, rows, some, 3, W8, W4, P4, KW)
+    if W2:
+        q2_0 = _load_q(base, rows, some, 0, at, W2, P2, KW)
+        q2_1 = _load_q(base, rows, some, 1, at, W2, P2, KW)
+        q2_2 = _load_q(base, rows, some, 2, at, W2, P2, KW)
+        q2_3 = _load_q(base, rows, some, 3, at, W2, P2, KW)
+        q2_4 = _load_q(base, rows, some, 4, at, W2, P2, KW)
+        q2_5 = _load_q(base, rows, some, 5, at, W2, P2, KW)
+        q2_6 = _load_q(base, rows, some, 6, at, W2, P2, KW)
+        q2_7 = _load_q(base, rows, some, 7, at, W2, P2, KW)
+    return q8_0, q8_1, q4_0, q4_1, q4_2, q4_3, q2_0, q2_1, q2_2, q2_3, q2_4, q2_5, q2_6, q2_7
 
 
 @triton.jit

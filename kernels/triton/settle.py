@@ -37,19 +37,21 @@ def _demand(
     return tl.where(live & (held == 0), demand, 0.0), error, size, live, broken, held
 
 
-@triton.jit(do_not_specialize=["start", "tokens", "counted", "batch"])
+@triton.jit(do_not_specialize=["tokens", "counted", "batch"])
 def settle_kernel(
-    judged, x, seen, pool, positions, tallies, x_b, x_h, x_t, start, tokens, counted, batch,
+    judged, x, seen, pool, positions, tallies, x_b, x_h, x_t, begin, tokens, counted, batch,
     H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr,
     E: tl.constexpr, EP: tl.constexpr, SINKS: tl.constexpr, NEW: tl.constexpr,
     SEEN: tl.constexpr, SPARE: tl.constexpr, STRAINED: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Fills ``pool [B, H, E, D]`` and ``positions [B, E]``; ``tallies [B, 3]``.
 
-    Tokens ``start .. start + tokens``, ``x [B, H, T, D]``. The first ``counted`` count in the sums.
+    Tokens ``start .. start + tokens``, ``x [B, H, T, D]``; ``start`` is read from ``begin``. The
+    first ``counted`` of them count in the sums.
     NEW: pool and positions are made here; SINKS slots are the first that are seen.
     """
     b = tl.program_id(0)
+    start = tl.load(begin).to(tl.int32)
     slot = tl.arange(0, EP)
     if NEW:
         first = tokens * 0

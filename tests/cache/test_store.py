@@ -6,15 +6,19 @@ import pytest
 import torch
 
 from apack_compile.cache import Policy, SideStore
-from apack_compile.cache.store import exact_ref
 from apack_compile.codec import CodeRef
+from apack_compile.codec.fixed import fixed_ref
 from apack_compile.kernels.reference import unpack_reference
 
 from ..helpers import fitted_ref
 
 POLICY = Policy(sinks=2, extra=2, window=8, block=16, chunk=16)
 NAN = float("nan")
-REFS = {"exact": exact_ref(2, 8), "plain": fitted_ref(gain=False), "gain": fitted_ref(ratio=2)}
+REFS = {
+    "exact": fixed_ref("exact", 2, 8),
+    "plain": fitted_ref(gain=False),
+    "gain": fitted_ref(ratio=2),
+}
 
 every_code = pytest.mark.parametrize("kind", REFS)
 

@@ -140,7 +140,8 @@ def test_more_tokens_are_coded_in_place(broken: int) -> None:
     wanted += fill_pool(pool, positions, x, start, None, judged[0])
     all_of_them = torch.ones(48, dtype=torch.bool, device=DEVICE)
     wanted.append(tally(judged, all_of_them, wanted[-1], start))
-    counted = launch_encode.encode_more(x, params, layout, payload, pool, positions, start)
+    begin = torch.tensor([start], dtype=torch.int32, device=DEVICE)
+    counted = launch_encode.encode_more(x, params, layout, payload, pool, positions, begin)
     check([*payload, pool, positions, counted], wanted, 2)
 
 

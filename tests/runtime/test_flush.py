@@ -1,0 +1,137 @@
+"""Rings of many caches coded together, as one CUDA graph would do it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from apack_compile.cache import Policy, SideStore
+from apack_compile.codec.fixed import fixed_ref
+from apack_compile.kernels.side import Side
+from apack_compile.lower.capture import Captured
+from apack_compile.runtime import flush
+from apack_compile.runtime.flush import Flush
+
+from ..lower.fakes import FakeRecording
+
+POLICY = Policy(sinks=2, extra=4, window=8, block=8, chunk=16)
+REFS = [fixed_ref("int8", 2, 16), fixed_ref("int4", 2, 16)]
+
+
+class PlainKernels:
+    """What the Triton kernels compute, by a store of its own."""
+
+    def code_oldest(
+        self, tokens: int, live: int, params: Any, layout: Any, payload: Any, pool: Any,
+        positions: Any, ring: Any, sums: Any, begin: Any,
+    ) -> None:  # fmt: skip
+        ref = next(r for r in REFS if r.layout == layout)
+        start = int(begin)
+        side = Side(tuple(payload), pool, positions, ring, ())
+        store = SideStore(ref, POLICY, side, start, start + live)
+        store.tally = sums
+        store.code_oldest(tokens)
+        sums.copy_(store.tally)
+
+
+def stores(seed: int = 0) -> list[SideStore]:
+    torch.manual_seed(seed)
+    return [SideStore.encode(torch.randn(2, 2, 30, 16), ref, POLICY) for ref in REFS * 2]
+
+
+def step(every: list[SideStore], flushing: Any, seed: int) -> None:
+    """One decode step: room for a token, and the token."""
+    flushing(every, [1] * len(every))
+    generator = torch.Generator().manual_seed(seed)
+    for store in every:
+        new = torch.randn(2, 2, 1, 16, generator=generator)
+        store.side.ring[:, :, store.recent : store.recent + 1] = new
+        store.advance(1)
+
+
+def one_by_one(every: list[SideStore], new: list[int]) -> None:
+    for store, tokens in zip(every, new, strict=True):
+        store.reserve(tokens)
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
+    """The graphs that are made, on a machine without a GPU."""
+    made: list[Captured] = []
+
+    def make(*args: Any) -> Captured:
+        made.append(Captured(*args, record=FakeRecording))
+        return made[-1]
+
+    monkeypatch.setattr(flush, "Captured", make)
+    monkeypatch.setattr(flush, "encode_kernels", lambda x, layout: PlainKernels())
+    monkeypatch.setattr(FakeRecording, "launches", 0)
+    return made
+
+
+def same(a: list[SideStore], b: list[SideStore]) -> None:
+    for one, two in zip(a, b, strict=True):
+        assert (one.coded, one.length) == (two.coded, two.length)
+        torch.testing.assert_close(one.dense(one.length), two.dense(two.length), rtol=0, atol=0)
+        torch.testing.assert_close(one.tally, two.tally, rtol=0, atol=0)
+
+
+def test_all_rings_are_coded_by_one_graph_and_as_one_by_one(captured: list[Captured]) -> None:
+    together, alone, flushing = stores(), stores(), Flush(capture=True)
+    for i in range(100):
+        step(together, flushing, i)
+        step(alone, one_by_one, i)
+    same(together, alone)
+    assert len(captured) == 1
+    assert not captured[0].reason
+    assert captured[0].calls == 12 and FakeRecording.launches > 0
+    assert 1 <= captured[0].captures < captured[0].calls
+
+
+def test_rings_out_of_step_are_coded_apart(captured: list[Captured]) -> None:
+    together, alone = stores(), stores()
+    for every, flushing in ((together, Flush(capture=True)), (alone, one_by_one)):
+        every[0].extend(torch.ones(2, 2, 3, 16))
+        for i in range(20):
+            step(every, flushing, i)
+    same(together, alone)
+    assert len(captured) == 2
+
+
+def test_without_kernels_rings_are_coded_one_by_one(
+    captured: list[Captured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flush, "encode_kernels", lambda x, layout: None)
+    together, alone = stores(), stores()
+    for i in range(20):
+        step(together, Flush(capture=True), i)
+        step(alone, one_by_one, i)
+    same(together, alone)
+    assert not captured
+
+
+def test_graphs_can_be_turned_off(captured: list[Captured]) -> None:
+    together, flushing = stores(), Flush(capture=False)
+    for i in range(20):
+        step(together, flushing, i)
+    assert not captured
+
+
+def test_what_was_made_in_inference_mode_is_coded_outside_of_it(captured: list[Captured]) -> None:
+    with torch.inference_mode():
+        together = stores()
+    alone, flushing = stores(), Flush(capture=True)
+    for i in range(40):
+        flushing(together, [1] * len(together))
+        one_by_one(alone, [1] * len(alone))
+        generator = torch.Generator().manual_seed(i)
+        for a, b in zip(together, alone, strict=True):
+            new = torch.randn(2, 2, 1, 16, generator=generator)
+            with torch.inference_mode():
+                a.side.ring[:, :, a.recent : a.recent + 1] = new
+            b.side.ring[:, :, b.recent : b.recent + 1] = new
+            a.advance(1)
+            b.advance(1)
+    same(together, alone)

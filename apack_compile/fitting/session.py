@@ -89,13 +89,12 @@ class Group:
         """
         if not self.measured:
             return self.reason
-        each = [_shares(prefill.mixed) for prefill in self.measured]
-        sums = [reduce(operator.add, layer) for layer in zip(*each, strict=True)]
         if self.trials is None:
-            return sums
-        return [
-            _scaled(s, _ratio(k), _ratio(v)) for s, (k, v) in zip(sums, self.trials, strict=True)
-        ]
+            each = [_shares(prefill.mixed) for prefill in self.measured]
+        else:
+            factors = [(_ratio(k), _ratio(v)) for k, v in self.trials]
+            each = [_shares(prefill.corrected(factors)) for prefill in self.measured]
+        return [reduce(operator.add, layer) for layer in zip(*each, strict=True)]
 
     def calibrate(self, step: Callable[[int, int], None]) -> None:
         """Measure what coding each side of each layer costs.
@@ -146,10 +145,6 @@ def _shares(layers: Sequence[Sensitivity]) -> list[Sensitivity]:
     return [layer.scaled(1 / total) for layer in layers] if total > 0 else list(layers)
 
 
-def _scaled(sensitivity: Sensitivity, k: float, v: float) -> Sensitivity:
-    return replace(sensitivity, k=sensitivity.k * k, v=sensitivity.v * v)
-
-
 def _ratio(trial: Trial) -> float:
     """Measured over predicted cost, within limits."""
     if trial.predicted <= 0:
@@ -167,7 +162,7 @@ class LearningGraph(PackedGraph):
         return self.studies.prompts.run(self._learn, args)
 
     def _learn(self, *args: Any) -> tuple[Any, ...]:
-        study = self.studies.run(args, self._layouts(args))
+        study = self.studies.run(args, self.boundary.layouts(args))
         self.session.add(self, args, study)
         return self.pack(args, study, self._refs([]))
 

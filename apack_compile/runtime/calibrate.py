@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..codec import Code
 from ..codec.rotation import Turn
 from ..codec.sensitivity import Sensitivity
-from ..passes.find_writes import writers
+from ..passes.find_writes import written
 from ..passes.plan import PlannedSite
 from .replay import Replay, Split, Unmeasured, Work
 from .sense import detached
@@ -46,23 +46,17 @@ class Trial:
     predicted: float
     measured: float
 
-    def plus(self, other: Trial, share: float) -> Trial:
-        """Another cost counted as well."""
-        return Trial(
-            self.predicted + share * other.predicted, self.measured + share * other.measured
-        )
-
 
 def calibrate(
     gm: fx.GraphModule, args: Sequence[Any], sites: Sequence[PlannedSite],
     turns: Sequence[Turn | None], coded: Tensor, window: int,
     sensitivities: Sequence[Sensitivity], codes: Sequence[tuple[Code, Code]],
-    step: Callable[[int, int], None], recall: bool = False,
+    step: Callable[[int, int], None],
 ) -> list[tuple[Trial, Trial]]:  # fmt: skip
     """A trial for the keys and one for the values of each site.
 
     Args:
-        gm, args, sites, turns, coded, window, recall: as for
+        gm, args, sites, turns, coded, window: as for
             :func:`~apack_compile.runtime.sense.measure`.
         sensitivities: what that measured, on the same arguments.
         codes: trial codes of keys and values of each site.
@@ -71,16 +65,18 @@ def calibrate(
     Raises:
         Unmeasured: and why.
     """
-    work = Work.of(gm, sites, coded, window, recall)
+    work = Work.of(gm, sites, coded, window, False)
     split = work.split
     sides = dict(zip(work.updates, (code for pair in codes for code in pair), strict=False))
     with torch.inference_mode(False), torch.no_grad():
         plain = detached(args)
         try:
-            base = _Recording(work)
+            recording = _Recording(work)
+            recording.run(*plain)
+            base = _Resumed(work, recording.past)
             base.run(*plain)
             assert base.seen is not None
-            trials = _Trials(work, base.past, sides, base.seen, step)
+            trials = _Trials(work, recording.past, sides, base.seen, step)
             trials.run(*plain)
         except torch.OutOfMemoryError as error:
             raise Unmeasured("out of memory") from error
@@ -112,9 +108,8 @@ class _Resumed(Replay):
     env: dict[fx.Node, Any]
 
     def __init__(self, work: Work, past: dict[fx.Node, Tensor]) -> None:
-        super().__init__(work)
+        super().__init__(work, known=True)
         self.past = past
-        self.writers = writers(work.gm.graph)
         self.lent: set[int] = set()
 
     def cached(self, n: fx.Node, value: Tensor) -> Tensor:
@@ -123,8 +118,7 @@ class _Resumed(Replay):
 
     def run_node(self, n: fx.Node) -> Any:
         """As the graph says; storage that it writes to is copied first, for the other trials."""
-        if n in self.writers:
-            target = n.kwargs.get("out", n.args[0] if n.args else None)
+        for target in written(n):
             for tensor in tree_leaves(self.env.get(target)):
                 if isinstance(tensor, Tensor):
                     self._own(tensor.untyped_storage())
@@ -168,14 +162,14 @@ class _Trials(Replay):
         self, work: Work, past: dict[fx.Node, Tensor], sides: dict[fx.Node, Code], base: Tensor,
         step: Callable[[int, int], None],
     ) -> None:  # fmt: skip
-        super().__init__(work)
+        super().__init__(work, known=True)
         self.past, self.sides, self.step = past, sides, step
         self.values = work.split.of_asked(base)
         self.errors: dict[fx.Node, Tensor] = {}
         self.costs: dict[fx.Node, float] = {}
 
     def cached(self, n: fx.Node, value: Tensor) -> Tensor:
-        """As it is; on the way, the trial."""
+        """As it was; on the way, the trial."""
         past, code = self.past[n], self.sides[n]
         params = code.on(past.device)
         payload = code.layout.encode(past, params)
@@ -187,7 +181,7 @@ class _Trials(Replay):
         changed_values = self.work.split.of_asked(result)
         self.costs[n] = self.work.outcome.cost(self.values, changed_values)
         self.step(len(self.costs), len(self.sides))
-        return value
+        return self.with_past(value, past)
 
 
 def _predicted(metric: Tensor, errors: Tensor, split: Split, turn: Turn | None) -> float:

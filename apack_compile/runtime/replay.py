@@ -24,6 +24,7 @@ from ..passes.ancestry import as_networkx
 from ..passes.base import output_of, same_size, value_of
 from ..passes.find_weights import hidden_states
 from ..passes.plan import PlannedSite
+from .tail import Tail
 
 QUERIES = 256
 """Tokens at the end of a prefill whose predictions are looked at."""
@@ -77,6 +78,11 @@ class Split:
         if int(behind.sum()) < FEWEST * batch:
             raise Unmeasured(f"a prompt of {length} tokens leaves few behind a window of {window}")
         return cls(tail, behind, coded[:, past:])
+
+    @property
+    def length(self) -> int:
+        """Tokens S of the prompt."""
+        return self.coded.shape[1] + self.tail
 
     def turn(self, turn: Turn | None) -> Turn | None:
         """The rotation of the tokens before the last ones."""
@@ -226,14 +232,19 @@ class Work:
 class Replay(fx.Interpreter):
     """Runs a graph; :meth:`cached` says what the cache tensors are.
 
+    Args:
+        work: what is run, and how it is judged.
+        known: whether :meth:`cached` knows all but the last tokens: they are not computed then.
+
     Attributes:
         seen: the value of the node by which the work is judged.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, known: bool = False) -> None:
         super().__init__(work.gm)
         self.work = work
         self.tail = work.split.tail
+        self._of_tail = Tail(work.split.length, self.tail, known)
         self.updates = set(work.updates)
         self.watched = work.outcome.node
         self.seen: Tensor | None = None
@@ -249,6 +260,10 @@ class Replay(fx.Interpreter):
         if n is self.watched:
             self.seen = value
         return self.cached(n, value) if n in self.updates else value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Those that take most of the time without gradients for all but the last tokens."""
+        return self._of_tail.call(target, args, kwargs)
 
     def cached(self, n: fx.Node, value: Tensor) -> Tensor:
         """The cache tensor ``n``, which the graph made ``value [B, H, S, D]``."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,14 @@ class Measured:
         """What codes are fitted with."""
         share = self.share
         return [a + b.scaled(share) for a, b in zip(self.prose, self.recall, strict=True)]
+
+    def corrected(self, factors: Sequence[tuple[float, float]]) -> list[Sensitivity]:
+        """:attr:`mixed`, with those of prose multiplied layer by layer, keys and values apart."""
+        share = self.share
+        return [
+            replace(a, k=a.k * k, v=a.v * v) + b.scaled(share)
+            for a, b, (k, v) in zip(self.prose, self.recall, factors, strict=True)
+        ]
 
 
 class _Probe(Replay):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from ..codec import Code
 from ..codec.moments import Moments
 from ..codec.rotation import Turn
 from ..fitting.layer import Lesson
+from ..fitting.learn import first_line
 from ..options import Options
 from ..passes.base import shape_of, value_of
 from ..passes.draft import Draft, Interface
@@ -119,11 +119,11 @@ class Studies:
         try:
             prose = measure(self.gm, args, self.sites, study.turns, coded, window, False)
         except Unmeasured as error:
-            return _first_line(error)
+            return first_line(error)
         try:
             recall = measure(self.gm, args, self.sites, study.turns, coded, window, True)
         except Unmeasured as error:
-            log.info("attentionpack: recall is not measured: %s", _first_line(error))
+            log.info("attentionpack: recall is not measured: %s", first_line(error))
             recall = [layer.scaled(0.0) for layer in prose]
         return Measured(prose, recall)
 
@@ -131,29 +131,18 @@ class Studies:
         self, args: tuple[Any, ...], study: Study, measured: Measured,
         codes: Sequence[tuple[Code, Code]], step: Callable[[int, int], None],
     ) -> list[tuple[Trial, Trial]]:  # fmt: skip
-        """Predicted and measured cost of trial codes, of both kinds of work in their shares.
+        """Predicted and measured cost of trial codes. See :func:`.calibrate.calibrate`.
 
-        See :func:`.calibrate.calibrate`.
+        For the prompt's own tokens: what coding one layer alone does to recall is little, other
+        layers stand in for it, which are coded as well in the end.
 
         Raises:
             Unmeasured: and why.
         """
         coded, window = self._coded(args, study), self.options.window
-        share = measured.share
-        kinds = [(False, measured.prose)] + [(True, measured.recall)] * (share > 0)
-        prose, *recall = (
-            calibrate(
-                self.gm, args, self.sites, study.turns, coded, window, sensitivities, codes,
-                partial(_part_of, step, repeats, len(kinds)), repeats,
-            )
-            for repeats, sensitivities in kinds
-        )  # fmt: skip
-        for more in recall:
-            prose = [
-                (k.plus(more_k, share), v.plus(more_v, share))
-                for (k, v), (more_k, more_v) in zip(prose, more, strict=True)
-            ]
-        return prose
+        return calibrate(
+            self.gm, args, self.sites, study.turns, coded, window, measured.prose, codes, step
+        )
 
     def _batch(self, args: Sequence[Any]) -> int:
         return self._sizes.value(value_of(self.sites[0].cached.k.node).shape[0], args)
@@ -166,15 +155,3 @@ class Studies:
             shape = self._batch(args), self.length(args)
             visible = torch.ones(shape, dtype=torch.bool, device=device)
         return visible & (visible.cumsum(1) > self.options.sinks)
-
-
-def _first_line(error: Exception) -> str:
-    """What follows names a node of the graph."""
-    return str(error).partition("\n")[0]
-
-
-def _part_of(
-    step: Callable[[int, int], None], number: int, parts: int, done: int, count: int
-) -> None:
-    """Progress of one of the parts of the work."""
-    step(done + number * count, parts * count)

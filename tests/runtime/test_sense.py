@@ -139,6 +139,15 @@ def test_recall_counts_by_its_share() -> None:
     assert alone[0].trace == pytest.approx(1.0)
 
 
+def test_what_trials_say_of_prose_leaves_recall_as_it_is() -> None:
+    eye = torch.eye(4, dtype=torch.float64)[None] / 4
+    measured = sense.Measured([Sensitivity(eye, eye)], [Sensitivity(2 * eye, 6 * eye)])
+    share = sense.RECALL * 2 / 8
+    (layer,) = measured.corrected([(3.0, 0.5)])
+    torch.testing.assert_close(layer.k, (3.0 + 2 * share) * eye)
+    torch.testing.assert_close(layer.v, (0.5 + 6 * share) * eye)
+
+
 def test_where_recall_cannot_be_measured_the_prompts_own_tokens_count_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -15,7 +15,7 @@ CXX := $(firstword $(shell for c in g++ c++ clang++; do command -v $$c; done; tr
 endif
 export CXX
 
-.PHONY: help demo test lint format bench bench-cpu bench-quality env clean check-python check-compiler
+.PHONY: help demo test lint types hooks format bench bench-cpu bench-quality env clean check-python check-compiler
 
 help:  ## this list
 	@echo 'Usage: make TARGET [PYTHON=python3.12] [ARGS=...]'
@@ -27,12 +27,17 @@ demo: $(MADE) check-compiler  ## SmolLM2 answers a question about a long documen
 test: $(MADE) check-compiler  ## the whole CPU suite
 	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not gpu" $(ARGS)
 
-lint: $(LINT)  ## ruff and mypy
+lint: $(LINT) types  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+types: $(LINT)  ## mypy alone: of the package as it is installed
 	rm -rf build/typed
 	$(PIP) -q --no-deps --no-build-isolation --target build/typed .
 	cd build/typed && ../../$(PY) -m mypy --config-file ../../pyproject.toml -p apack_compile
+
+hooks: $(LINT)  ## let git run ruff and mypy before every commit
+	$(VENV)/bin/pre-commit install
 
 format: $(LINT)  ## let ruff fix and format what it can
 	$(PY) -m ruff check --fix .
@@ -63,7 +68,7 @@ $(MADE): pyproject.toml constraints.txt | check-python check-compiler
 	touch $@
 
 $(LINT): $(MADE)
-	$(PIP) ruff mypy
+	$(PIP) --no-build-isolation -e '.[lint]'
 	touch $@
 
 $(BENCH): $(MADE)

@@ -14,6 +14,7 @@ from . import hooks, ops  # noqa: F401  (registers the operators)
 from .cache import PackedKV
 from .compat import compile_inner
 from .fitting.layer import PROFILES
+from .ops.region import clear_regions
 from .options import Options, inductor_config
 from .passes.plan import make_plan
 from .runtime.graph import PackedGraph
@@ -63,7 +64,7 @@ def attentionpack(
         return StockGraph(gm, example_inputs, stock, record)
     plan = make_plan(gm.graph)
     record.skipped = plan.skipped
-    record.reports = plan.reports
+    record.passed(plan.reports)
     if not plan.sites and not plan.handles:
         record.reason = "no attention with a growing cache"
         return StockGraph(gm, example_inputs, stock, record)
@@ -86,13 +87,14 @@ def _may_have_sites(graph: fx.Graph) -> bool:
 
 
 def reset() -> None:
-    """Called by ``torch._dynamo.reset()``: forget records and fitted codes, restore the limit.
+    """Called by ``torch._dynamo.reset()``: forget all records, codes and artifacts; restore limits.
 
     The other hooks stay: they do nothing for other backends, and models that were compiled with
     this one go on being used after a reset.
     """
     REGISTRY.clear()
     PROFILES.clear()
+    clear_regions()
     hooks.restore_recompile_limit()
 
 

@@ -136,7 +136,10 @@ def install_capturing_hooks(model: nn.Module) -> None:
 
 
 def _hook_generation_criteria(generation: ModuleType) -> None:
-    original = generation.GenerationMixin._valid_auto_compile_criteria
+    original = getattr(generation.GenerationMixin, "_valid_auto_compile_criteria", None)
+    if original is None:  # private: a release may do without it
+        log.warning("attentionpack: this transformers does not take CompileConfig(backend=...)")
+        return
     if hasattr(original, _MARK):
         return
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_origin
 
 from .cache import Policy
 from .codec.fixed import FIXED
@@ -97,6 +97,8 @@ class Options:
         Raises:
             OptionError: names the option, the value and what is accepted.
         """
+        if not isinstance(options, Mapping | None):
+            raise OptionError(f"options={options!r}: accepted is a dict of options by name")
         given = dict(options or {})
         if mode == PAPER and given.setdefault("codec", "svd") != "svd":
             raise OptionError(
@@ -171,12 +173,17 @@ def _check_inductor(settings: Mapping[str, Any]) -> None:
     import torch._inductor
 
     known = torch._inductor.list_options()
-    for name, value in settings.items():
-        if str(name).replace("-", "_") not in known:
+    for given, value in settings.items():
+        name = str(given).replace("-", "_")
+        if name not in known:
             raise OptionError(
-                f"option inductor={{{name!r}: {value!r}}}: Inductor has no such setting; "
+                f"option inductor={{{given!r}: {value!r}}}: Inductor has no such setting; "
                 "torch._inductor.list_options() lists them"
             )
+        kind = torch._inductor.config.get_type(name)
+        # As torch.compile checks its own: generic types cannot be asked for their instances.
+        if get_origin(kind) is None and not isinstance(value, kind):
+            raise OptionError(f"option inductor={{{given!r}: {value!r}}}: accepted is {kind}")
 
 
 def inductor_config(mode: str | None, options: Options) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from .cache.store import SideStore
 from .codec.code import total_bytes
-from .passes.base import Skip
+from .passes.base import PassReport, Skip
 from .runtime.stats import REGISTRY, GraphRecord
 
 
@@ -23,7 +23,9 @@ class GraphReport:
         reason: why the whole graph runs as stock Inductor runs it; empty if it does not.
         runs: how often it ran, by what was run: ``stock``, ``fit`` (once, uncompiled, to learn
             the codes), ``encode`` (prefill), ``decode``.
-        compiles: Inductor compilations.
+        compiles: Inductor compilations of the graph.
+        regions: those of packed attention and encoding, which graphs share.
+        passes: what each pass matched, and what it left alone.
         notes: of single sites, such as why a layer has no fitted code yet.
         profile: where the codes come from: fitted here or loaded, and on how many tokens.
     """
@@ -35,6 +37,8 @@ class GraphReport:
     compiles: int
     notes: tuple[tuple[str, str], ...]
     profile: str = ""
+    regions: int = 0
+    passes: tuple[PassReport, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,11 @@ def _measured(stores: Iterable[SideStore]) -> dict[str, tuple[float, float]]:
 def _graph_lines(number: int, graph: GraphReport) -> Iterable[str]:
     runs = ", ".join(f"{what} {count}" for what, count in graph.runs) or "not run"
     what = f"{len(graph.packed)} sites packed" if not graph.reason else f"stock: {graph.reason}"
-    yield f"  graph {number}: {what}; compiled {graph.compiles}x; runs: {runs}"
+    regions = f" and {graph.regions} operators" if graph.regions else ""
+    yield f"  graph {number}: {what}; compiled {graph.compiles}x{regions}; runs: {runs}"
+    matches = [f"{p.name} {p.matched}" for p in graph.passes if p.matched]
+    if matches:
+        yield f"    matched: {', '.join(matches)}"
     if graph.profile:
         yield f"    codes: {graph.profile}"
     for reason, names in _by_reason((s.where, s.reason) for s in graph.skipped):
@@ -203,5 +211,5 @@ def report(model: nn.Module | None = None) -> Report:
 def _graph_report(record: GraphRecord) -> GraphReport:
     return GraphReport(
         record.names, record.skipped, record.reason, tuple(record.runs.items()), record.compiles,
-        tuple(record.notes.items()), record.profile,
+        tuple(record.notes.items()), record.profile, record.regions, tuple(record.passes.values()),
     )  # fmt: skip

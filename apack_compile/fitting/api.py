@@ -35,7 +35,7 @@ def fit(
 ) -> FitSummary:
     """Fit the codes of a model from samples; the first prompt then runs compiled.
 
-    Runs the model once on each batch, and once more with gradients. The codes are used by every
+    Runs the model once on each batch, and twice more with gradients. The codes are used by every
     ``torch.compile(model, backend="attentionpack", options=...)`` with options that codes do not
     depend on differently, in this process, and in later ones if the option ``profile_cache`` is on.
 

@@ -67,16 +67,20 @@ def identify(
 
 
 def recall(
-    profiles: Sequence[LayerProfile], identity: Identity | str, options: Options, length: int
-) -> bool:
+    profiles: Sequence[LayerProfile], identify: Callable[[], Identity | str], options: Options,
+    length: int,
+) -> bool:  # fmt: skip
     """Give the layers the codes that are kept on disk, if those serve ``length`` tokens.
 
-    A layer is looked for once in a process.
+    A layer is looked for once in a process; ``identify``, which reads all weights, is called then.
     """
-    if not options.profile_cache or isinstance(identity, str) or all(p.sought for p in profiles):
+    if not options.profile_cache or all(p.sought for p in profiles):
         return False
     for profile in profiles:
         profile.sought = True
+    identity = identify()
+    if isinstance(identity, str):
+        return False
     with torch.inference_mode(False):  # codes outlive the call
         found = find_profile(fingerprint(identity.weights), repr(options.key))
     if found is None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 import torch.utils._pytree as pytree
@@ -22,8 +23,32 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 from ..compat import compile_inner
 from ..runtime.specialise import Dynamic, Specialised
 
-INDUCTOR_CONFIG: ContextVar[dict[str, Any] | None] = ContextVar("apack_inductor", default=None)
-"""Inductor settings of the graph that is running."""
+
+class Caller(NamedTuple):
+    """The graph that is running.
+
+    Attributes:
+        config: its Inductor settings.
+        key: the same, to be compared.
+        compiled: called when a region is compiled for it.
+    """
+
+    config: Mapping[str, Any]
+    key: tuple[tuple[str, str], ...]
+    compiled: Callable[[], None]
+
+
+def config_key(config: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Inductor settings, to compare them: passes by the digest that Inductor caches them by."""
+    texts = ((k, repr(v.uuid() if hasattr(v, "uuid") else v)) for k, v in config.items())
+    return tuple(sorted(texts))
+
+
+NOBODY = Caller({}, (), lambda: None)
+
+CALLER: ContextVar[Caller] = ContextVar("apack_caller", default=NOBODY)
+
+_REGIONS: WeakSet[Region] = WeakSet()
 
 
 class Grows(NamedTuple):
@@ -61,6 +86,12 @@ class Region:
         self.results = results
         self._artifacts: dict[Any, list[Specialised]] = {}
         self._lock = threading.Lock()
+        _REGIONS.add(self)
+
+    def clear(self) -> None:
+        """Forget what was compiled."""
+        with self._lock:
+            self._artifacts = {}
 
     def __call__(self, *args: Any) -> Any:
         """The operator's result."""
@@ -68,7 +99,8 @@ class Region:
         leaves = [x.contiguous() if isinstance(x, Tensor) else x for x in leaves]
         marks = iter(self.grows(*args))
         dims = [_dynamic(x, next(marks)) if isinstance(x, Tensor) else None for x in leaves]
-        key = tuple(_kind(x, d) for x, d in zip(leaves, dims, strict=True))
+        kinds = tuple(_kind(x, d) for x, d in zip(leaves, dims, strict=True))
+        key = (CALLER.get().key, *kinds)
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         artifact = self._find(key, tensors)
         if artifact is None:
@@ -97,12 +129,20 @@ class Region:
             )
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         sizes = [d for x, d in zip(leaves, dims, strict=True) if isinstance(x, Tensor)]
-        compiler = partial(compile_inner, "inductor", config=INDUCTOR_CONFIG.get() or {})
+        caller = CALLER.get()
+        compiler = partial(compile_inner, "inductor", config=dict(caller.config))
         with torch.no_grad():
             module = fx.GraphModule(torch.nn.Module(), graph)
             artifact = Specialised(module, tensors, sizes, compiler)
         self._artifacts.setdefault(key, []).append(artifact)
+        caller.compiled()
         return artifact
+
+
+def clear_regions() -> None:
+    """Forget everything that regions compiled."""
+    for region in tuple(_REGIONS):
+        region.clear()
 
 
 def _dynamic(x: Tensor, grows: Grows) -> Dynamic:

@@ -21,10 +21,11 @@ class GraphRecord:
 
     Attributes:
         reason: why the graph runs as stock Inductor runs it; empty if it is ours.
-        reports: of the passes.
+        passes: the last report of each pass.
         skipped: sites left alone, and why.
         names: of the layers that are packed here, in order.
         compiles: Inductor compilations.
+        regions: those of packed attention and encoding among the operators, apart from the graph.
         runs: graph runs by what was run: ``stock``, ``fit``, ``encode``, ``decode``.
         attends: packed attention calls.
         notes: of single sites, such as why there is no fit yet.
@@ -36,10 +37,11 @@ class GraphRecord:
     """
 
     reason: str = ""
-    reports: tuple[PassReport, ...] = ()
+    passes: dict[str, PassReport] = field(default_factory=dict)
     skipped: tuple[Skip, ...] = ()
     names: tuple[str, ...] = ()
     compiles: int = 0
+    regions: int = 0
     runs: dict[str, int] = field(default_factory=dict)
     attends: int = 0
     notes: dict[str, str] = field(default_factory=dict)
@@ -52,6 +54,14 @@ class GraphRecord:
     def ran(self, what: str) -> None:
         """Count a run."""
         self.runs[what] = self.runs.get(what, 0) + 1
+
+    def passed(self, reports: Iterable[PassReport]) -> None:
+        """Note what passes did."""
+        self.passes |= {report.name: report for report in reports}
+
+    def compiled_region(self) -> None:
+        """Count the compilation of an operator."""
+        self.regions += 1
 
     def belongs_to(self, parameters: Iterable[Any]) -> None:
         """Remember whose graph this is."""

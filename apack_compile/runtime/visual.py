@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..passes.base import output_of, shape_of, value_of
+from ..passes.base import attribute, output_of, shape_of, value_of
 from ..passes.find_visual import (
     NO_IMAGE,
     TEXT,
@@ -243,7 +243,7 @@ class _Call:
         elif node in self.values:
             return self.values[node]
         elif node.op == "get_attr":
-            value = _attribute(self.gm, str(node.target))
+            value = attribute(self.gm, str(node.target))
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
             if node.op == "call_method":
@@ -265,10 +265,3 @@ def _settled(masks: Sequence[Mask]) -> tuple[Tensor | bool, ...] | None:
         return None
     rest = any(mask is False for mask in masks)
     return tuple(rest if mask is None else mask for mask in masks)
-
-
-def _attribute(gm: fx.GraphModule, target: str) -> Any:
-    value: Any = gm
-    for name in target.split("."):
-        value = getattr(value, name)
-    return value

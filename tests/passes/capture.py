@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from apack_compile.cache import PackedKV, Policy, SideStore
-from apack_compile.cache.store import exact_ref
 from apack_compile.codec import CodeRef
+from apack_compile.codec.fixed import fixed_ref
 from apack_compile.passes.base import PassReport
 from apack_compile.passes.draft import (
     AppendedOutput,
@@ -112,7 +112,7 @@ def rewrite(
     draft = captured.draft(in_step)
     updates = encoded_updates(captured.plan.having("encode"))
     shapes = [update.node.meta["example_value"].shape for update in updates]
-    codes = list(refs or [exact_ref(shape[1], shape[3]) for shape in shapes])
+    codes = list(refs or [fixed_ref("exact", shape[1], shape[3]) for shape in shapes])
     specs = tuple(ref.layout.spec for ref in codes)
     policies = tuple(POLICY.for_code(ref) for ref in codes)
     reports = [rewrite_attend(draft), rewrite_unpack(draft), rewrite_encode(draft, specs, policies)]

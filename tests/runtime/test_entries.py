@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.compile_fx as inductor
 import transformers
 
 import apack_compile
@@ -70,13 +71,39 @@ def test_compile_config_attends_to_packed_caches() -> None:
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
-def test_mode_is_inductors_mode(mode: str) -> None:
+def test_mode_is_inductors_mode(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = zoo.llama(num_hidden_layers=1)
     if zoo.INNER != "inductor":
         pytest.skip("torch 2.11's Inductor cannot build this decoder on a CPU")
+    configs: list[dict[str, Any]] = []
+    compile_fx = inductor.compile_fx
+
+    def spy(gm: Any, inputs: Any, **more: Any) -> Any:
+        if "config_patches" in more:  # it calls itself, without
+            configs.append(more["config_patches"])
+        return compile_fx(gm, inputs, **more)
+
+    monkeypatch.setattr(inductor, "compile_fx", spy)
     compiled = torch.compile(case.model, backend="attentionpack", mode=mode)
     generate(compiled, case)
     assert apack_compile.report(case.model).attends == STEPS - 1
+    wanted = torch._inductor.list_mode_options(mode) if mode != "default" else {}
+    assert configs
+    for name in {*wanted} - {"triton.cudagraphs"}:  # of ours; see compat
+        assert all(config[name] == wanted[name] for config in configs)
+
+
+@pytest.mark.parametrize("family", [zoo.llama, zoo.llava], ids=lambda family: family.__name__)
+def test_with_dynamic_shapes_from_the_start_caches_are_packed(
+    family: Callable[[], zoo.Case],
+) -> None:
+    """Bug: the scale of attention is a symbol then, and no site was packed."""
+    case = family()
+    expected = generate(case.model, case)
+    compiled = torch.compile(case.model, backend="attentionpack", dynamic=True, options=OPTIONS)
+    assert torch.equal(generate(compiled, case), expected)
+    report = apack_compile.report(case.model)
+    assert (report.attends, report.recompiles) == (2 * (STEPS - 1), 0)
 
 
 def test_generate_on_the_compiled_object_runs_no_forward_eagerly() -> None:

@@ -189,12 +189,20 @@ def test_short_prompts_look_for_a_file_once(monkeypatch: pytest.MonkeyPatch) -> 
     def find(fingerprint: str, options: str) -> None:
         looked.append(fingerprint)
 
+    read, digests = [], keep.digests
+
+    def counted(weights: Any) -> Any:
+        read.append(len(weights))
+        return digests(weights)
+
     monkeypatch.setattr(keep, "find_profile", find)
+    monkeypatch.setattr(keep, "digests", counted)
     case = zoo.llama(text=60)
     compiled = torch.compile(case.model, backend="attentionpack", options=OPTIONS)
     for _ in range(2):
         compiled(**case.inputs)
     assert runs(case.model) == {"fit": 2} and len(looked) == 1
+    assert len(read) == 1, "bug: every short prompt read all weights again"
     assert "114 of 128 tokens seen" in str(apack_compile.report(case.model))
 
 

@@ -1,0 +1,215 @@
+"""Any history of a cache with a fitted code: the pool and the ring stay exact, the rest is coded.
+
+Caches are float64 here: in float32, a coefficient on the border of two levels is rounded one way or
+the other by how many tokens are coded together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import invariant, rule
+from torch import Tensor
+
+from apack_compile.cache import PackedKV, Policy, SideStore
+from apack_compile.codec import Code, CodeRef, TransformLayout
+from apack_compile.kernels.pool import SPARE
+
+from ..helpers import few, fitted_ref
+from .histories import Histories, Pair, pairs
+
+POLICY = Policy(sinks=2, extra=SPARE + 2, window=8, block=16, chunk=16)
+NAN, INF = float("nan"), float("inf")
+
+
+def turned(ref: CodeRef) -> CodeRef:
+    """The same code for tokens turned back from their positions."""
+    layout = ref.layout
+    assert isinstance(layout, TransformLayout)
+    waves = torch.tensor([[0.7], [0.2]]).expand(2, layout.dim)
+    return CodeRef(Code(replace(layout, rotary=layout.dim), (*ref.code.params, waves)))
+
+
+KEYS, VALUES = fitted_ref(gain=False), fitted_ref(ratio=2)
+SETUPS: dict[str, tuple[CodeRef, Policy]] = {
+    "keys": (KEYS, POLICY),
+    "values": (VALUES, POLICY),
+    "keys before their rotation": (turned(KEYS), POLICY),
+    "values, no sinks": (VALUES, replace(POLICY, sinks=0)),
+}
+
+
+def through_code(ref: CodeRef, x: Tensor, places: Tensor) -> Tensor:
+    """What the code makes of each token ``[B, H, T, D]``."""
+    layout, params, positions = ref.layout, ref.code.params, places[:, 0, :, 0]
+    payload = layout.encode(torch.where(x.isfinite(), x, 0.0), params, positions)
+    return layout.decode(payload, params, x.dtype, positions)
+
+
+@dataclass
+class CodedPair(Pair):
+    """A pair, and what is known of its tokens.
+
+    Attributes:
+        coded: ``[B, H, S, D]``: tokens as the code gives them back, wherever they are kept.
+        places: ``[B, 1, S, 1]``: positions counted from the first visible token of a row.
+    """
+
+    coded: Tensor
+    places: Tensor
+
+    @property
+    def store(self) -> SideStore:
+        assert isinstance(self.packed, PackedKV) and self.packed.store is not None
+        return self.packed.store
+
+    @property
+    def length(self) -> int:
+        return self.dense.shape[2]
+
+    @property
+    def coded_count(self) -> int:
+        return min(self.store.coded, self.length)
+
+    @property
+    def recent(self) -> Tensor:
+        """Tokens in the ring: ``[S, 1]``; ``sinks``, ``broken``, ``pooled``: ``[B, 1, S, 1]``."""
+        return torch.arange(self.length)[:, None] >= self.store.coded
+
+    @property
+    def sinks(self) -> Tensor:
+        return (self.places >= 0) & (self.places < self.store.policy.sinks)
+
+    @property
+    def broken(self) -> Tensor:
+        return ~self.dense.isfinite().all(-1, keepdim=True).all(1, keepdim=True)
+
+    @property
+    def pooled(self) -> Tensor:
+        positions = self.store.side.pool_positions[:, :, None]
+        return (positions == torch.arange(self.length)).any(1)[:, None, :, None]
+
+    @property
+    def room(self) -> Tensor:
+        """Broken tokens that each row still has slots for: ``[B]``.
+
+        As many as the store has, not as many as these tokens leave: a crop gives none back.
+        """
+        free = (self.store.side.pool_positions < 0).sum(1)
+        waiting = (self.broken & self.recent & ~self.pooled).flatten(1).sum(1)
+        return free.clamp(max=SPARE) - waiting  # strained tokens may take all but SPARE
+
+    def each(self, operation: Callable[[Tensor], Tensor]) -> CodedPair:
+        before = self.coded_count
+        made = super().each(operation)
+        assert made.coded_count == min(before, made.length)
+        return made
+
+    def append(self, new: Tensor) -> CodedPair:
+        before, policy, ref = self.coded_count, self.store.policy, self.store.ref
+        places = self.places[:, :, -1:] + 1 + torch.arange(new.shape[2])[:, None]
+        made = CodedPair(
+            torch.cat([self.packed, new], 2),
+            torch.cat([self.dense, new], 2),
+            torch.cat([self.coded, through_code(ref, new, places)], 2),
+            torch.cat([self.places, places], 2),
+        )
+        assert made.coded_count <= max(before, made.length - policy.window)
+        assert made.length - made.coded_count <= policy.ring
+        return made
+
+    def check(self) -> None:
+        """The handle reads exact tokens and coded ones, each where it should."""
+        got = self.packed.unpack()  # type: ignore[attr-defined]
+        assert got.shape == self.dense.shape
+        exact = self.sinks | self.broken | self.recent | self.pooled
+        assert_same_tokens(got, torch.where(exact, self.dense, got), 0)
+        assert_same_tokens(got, torch.where(exact, got, self.coded), 1e-12)  # float64 rounding
+
+    def check_cast(self, dtype: torch.dtype) -> None:
+        """Exact tokens are cast, coded ones rounded once more at most."""
+        got = self.packed.to(dtype).unpack()  # type: ignore[attr-defined]
+        exact = self.sinks | self.broken | self.recent | self.pooled
+        assert_same_tokens(got, torch.where(exact, self.dense.to(dtype), got), 0)
+        close = torch.where(exact, got, self.coded.to(dtype))
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(got, close, rtol=eps, atol=eps, equal_nan=True)
+
+
+def assert_same_tokens(got: Tensor, want: Tensor, atol: float) -> None:
+    torch.testing.assert_close(got, want, rtol=0, atol=atol, equal_nan=True)
+
+
+Blemish = tuple[int, int, float]
+"""Row, token counted from the last one, and what becomes of it: a factor or a broken number."""
+
+blemishes = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(0, 70), st.sampled_from([20.0, 90.0, NAN, INF, -INF])),
+    max_size=3,
+)
+
+
+class PooledHistories(Histories):
+    def tokens(self, room: Tensor, count: int, marks: list[Blemish], among: int = 0) -> Tensor:
+        """Tokens ``[B, 2, count, 8]``; with ``among``, blemishes are in so many last ones."""
+        x = torch.randn(len(room), 2, count, 8, generator=self.generator(), dtype=torch.float64)
+        room = room.tolist()
+        for row, back, mark in marks:
+            row, token = row % len(room), -1 - back % (among or count)
+            if abs(mark) < INF:
+                x[row, :, token] *= mark
+            elif room[row] > 0:
+                x[row, 1, token, 3] = mark
+                room[row] -= 1
+        return x
+
+    @rule(
+        target=pairs,
+        setup=st.sampled_from(list(SETUPS)),
+        pads=st.lists(st.sampled_from([0, 0, 1, 9]), min_size=1, max_size=3),
+        count=st.integers(1, 60),
+        marks=blemishes,
+    )
+    def prefill(self, setup: str, pads: list[int], count: int, marks: list[Blemish]) -> CodedPair:
+        ref, policy = SETUPS[setup]
+        room = torch.full((len(pads),), SPARE)
+        x = self.tokens(room, max(pads) + count, marks, among=count)
+        places = torch.arange(x.shape[2])[:, None] - torch.tensor(pads)[:, None, None, None]
+        packed = PackedKV.pack(x, ref, policy, places[:, 0, :, 0] >= 0 if any(pads) else None)
+        pair = CodedPair(packed, x, through_code(ref, x, places), places)
+        assert pair.coded_count == max(pair.length - policy.window, 0)
+        return self.keep(pair)
+
+    @rule(target=pairs, pair=pairs, count=st.integers(1, 80), marks=blemishes)
+    def append(self, pair: CodedPair, count: int, marks: list[Blemish]) -> CodedPair:
+        return self.keep(pair.append(self.tokens(pair.room, count, marks)))
+
+    @rule(
+        target=pairs,
+        pair=pairs,
+        counts=st.lists(st.integers(1, 5), min_size=1, max_size=10),
+        marks=blemishes,
+    )
+    def decode(self, pair: CodedPair, counts: list[int], marks: list[Blemish]) -> CodedPair:
+        for count in counts:
+            pair = pair.append(self.tokens(pair.room, count, marks[:1]))
+            marks = marks[1:]
+        return self.keep(pair)
+
+    @rule(pair=pairs, dtype=st.sampled_from([torch.float16, torch.bfloat16]))
+    def cast(self, pair: CodedPair, dtype: torch.dtype) -> None:
+        pair.check_cast(dtype)
+
+    @invariant()
+    def every_handle_has_its_tokens(self) -> None:
+        for pair in self.known[-4:]:
+            assert isinstance(pair, CodedPair)
+            pair.check()
+
+
+PooledHistories.TestCase.settings = settings(few, stateful_step_count=30)
+TestPooledHistories = PooledHistories.TestCase

@@ -54,7 +54,7 @@ def attentionpack(
     record = REGISTRY.new()
     packed = any(isinstance(e, PackedKV) for e in example_inputs)
     if not packed and not _may_have_sites(gm.graph):
-        record.reason = why_no_attention(gm.graph)
+        record.reason = NO_ATTENTION
         return StockGraph(gm, example_inputs, stock, record)
     if torch.is_grad_enabled() and any(
         isinstance(e, torch.Tensor) and e.requires_grad for e in example_inputs
@@ -66,24 +66,21 @@ def attentionpack(
     record.skipped = plan.skipped
     record.passed(plan.reports)
     if not plan.sites and not plan.handles:
-        record.reason = "no attention with a growing cache"
+        record.reason = NO_ATTENTION
         return StockGraph(gm, example_inputs, stock, record)
     record.names = tuple(s.cached.site.node.name for s in plan.sites)
     return PackedGraph(gm, plan, parsed, keyed(config), record)
 
 
-def why_no_attention(graph: fx.Graph) -> str:
-    """The reason of a graph without scaled_dot_product_attention."""
-    names = {getattr(n.target, "__name__", str(n.target)) for n in graph.nodes}
-    if names & {"softmax", "_softmax", "flex_attention"}:
-        return "attention other than scaled_dot_product_attention is not recognised yet"
-    return "no attention with a growing cache"
+NO_ATTENTION = "no attention with a growing cache"
+
+ATTENTION = {"scaled_dot_product_attention", "softmax", "flex_attention"}
 
 
 def _may_have_sites(graph: fx.Graph) -> bool:
     """A quick look: most graphs of a vision-language model have no attention at all."""
-    attention = torch._C._nn.scaled_dot_product_attention
-    return any(n.target is attention for n in graph.nodes if n.op == "call_function")
+    names = {getattr(n.target, "__name__", n.target) for n in graph.nodes}
+    return not names.isdisjoint(ATTENTION)
 
 
 def reset() -> None:

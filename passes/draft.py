@@ -21,6 +21,7 @@ from torch import fx
 
 from ..codec import parse_layout
 from .base import output_of, value_of
+from .find_attention import AttentionSite
 from .plan import Plan
 
 ARGUMENTS, LENGTHS, HANDLES = 0, 1, 2
@@ -132,6 +133,7 @@ class Draft:
         self._special: dict[fx.Node, Callable[[Callable[[fx.Node], int]], Output]] = {}
         self.extra: list[fx.Node] = []
         self.written: dict[int, fx.Node] = {}
+        self._turned: dict[fx.Node, fx.Node] = {}
 
     # Inputs --------------------------------------------------------------------------------------
 
@@ -194,6 +196,18 @@ class Draft:
         old = self.map[original]
         self._results = [new if r is old else r for r in self._results]
         self.map[original] = new
+
+    def mask(self, site: AttentionSite) -> fx.Node | None:
+        """The mask of a site in the new graph; if it is bool, True where a token is seen."""
+        if site.mask is None or not site.hides:
+            return None if site.mask is None else self.map[site.mask]
+        if site.mask not in self._turned:
+            node = self.map[site.mask]
+            with self.graph.inserting_before(self.first_user(node)):
+                self._turned[site.mask] = self.graph.call_function(
+                    torch.ops.aten.logical_not.default, (node,)
+                )
+        return self._turned[site.mask]
 
     def is_live(self, node: fx.Node) -> bool:
         """Whether a node of the new graph is read by another, or is a plain result."""

@@ -1,20 +1,25 @@
 """Find attention: every form becomes one record.
 
     scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), attn_mask=m, scale=s, ...)
+    matmul(softmax(matmul(q, repeat_kv(k).transpose(2, 3)) * s + m), repeat_kv(v))
         ->  AttentionSite(q, k, v, mask=m, scale=s, causal=...)
 
-Nothing is changed. Arguments may be positional or named, present or absent.
+Nothing is changed. Arguments may be positional or named, present or absent; what is written out is
+read by ``find_chain.py``.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
+from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_hop
 
 from .base import PassReport, Skip, argument, calls, shape_of, value_of
+from .find_chain import Chain, find_chain
 from .views import walk_up
 
 
@@ -27,6 +32,7 @@ class AttentionSite:
         q: queries ``[B, Hq, Q, D]``.
         k, v: the roots of keys and values, ``[B, H, S, D]``, before any repeat_kv or cast.
         mask: bool or float tensor, or None.
+        hides: whether a bool mask says which tokens are hidden, not which are seen.
         scale: factor of the scores.
         causal: the call's own ``is_causal`` (PyTorch aligns it to the upper left).
     """
@@ -38,6 +44,7 @@ class AttentionSite:
     mask: fx.Node | None
     scale: float
     causal: bool
+    hides: bool = False
 
 
 def find_attention(graph: fx.Graph) -> tuple[tuple[AttentionSite, ...], PassReport]:
@@ -45,13 +52,29 @@ def find_attention(graph: fx.Graph) -> tuple[tuple[AttentionSite, ...], PassRepo
     sites: list[AttentionSite] = []
     skipped: list[Skip] = []
     for node in graph.nodes:
-        if calls(node, torch._C._nn.scaled_dot_product_attention):
-            found = _canonical(node)
-            if isinstance(found, str):
-                skipped.append(Skip(node.name, found))
-            else:
-                sites.append(found)
+        found = _attention(node)
+        if isinstance(found, str):
+            skipped.append(Skip(node.name, found))
+        elif found is not None:
+            sites.append(found)
     return tuple(sites), PassReport("find_attention", len(sites), tuple(skipped))
+
+
+def _attention(node: fx.Node) -> AttentionSite | str | None:
+    """The record of a call, or why there is none; None if it is no attention."""
+    if calls(node, torch._C._nn.scaled_dot_product_attention):
+        return _canonical(node)
+    if calls(node, flex_attention_hop):
+        return "flex_attention: left dense"
+    chain = find_chain(node)
+    if not isinstance(chain, Chain):
+        return chain
+    if chain.mask is not None and not isinstance(value_of(chain.mask), torch.Tensor):
+        return "the mask is not a tensor: left dense"
+    site = _checked(chain.node, chain.q, chain.k, chain.v, chain.scale)
+    if isinstance(site, str):
+        return site
+    return replace(site, mask=chain.mask, hides=chain.hides)
 
 
 def _canonical(node: fx.Node) -> AttentionSite | str:
@@ -67,6 +90,17 @@ def _canonical(node: fx.Node) -> AttentionSite | str:
         return "is_causal is not known when compiling"
     if dropout != 0.0:
         return f"dropout_p is {dropout}: training"
+    if scale is None:
+        q_shape = shape_of(q)
+        scale = 1.0 / math.sqrt(q_shape[-1]) if q_shape and isinstance(q_shape[-1], int) else None
+    if isinstance(value_of(scale), torch.SymFloat):
+        scale = float(value_of(scale))  # with dynamic=True; Dynamo then guards this number
+    site = _checked(node, q, k, v, scale)
+    return site if isinstance(site, str) else replace(site, mask=mask, causal=causal)
+
+
+def _checked(node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, scale: Any) -> AttentionSite | str:
+    """The record of an attention without its mask, if its shapes are those of one."""
     q_shape = shape_of(q)
     if q_shape is None or len(q_shape) != 4:
         return "queries are not [B, heads, tokens, head_dim]"
@@ -80,10 +114,6 @@ def _canonical(node: fx.Node) -> AttentionSite | str:
         return "heads or head_dim of keys or values are not known when compiling"
     if q_shape[1] % k_shape[1] or k_shape[1] != v_shape[1] or k_shape[3] != q_shape[3]:
         return f"{q_shape[1]} query heads do not go with {k_shape[1]} and {v_shape[1]} KV heads"
-    if scale is None:
-        scale = 1.0 / math.sqrt(q_shape[3])
-    if isinstance(value_of(scale), torch.SymFloat):
-        scale = float(value_of(scale))  # with dynamic=True; Dynamo then guards this number
     if not isinstance(scale, (int, float)):
         return "the scale is not a constant"
-    return AttentionSite(node, q, keys, values, mask, float(scale), causal)
+    return AttentionSite(node, q, keys, values, None, float(scale), False)

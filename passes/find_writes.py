@@ -32,10 +32,14 @@ _IN_PLACE = (
 
 def is_written(node: fx.Node) -> bool:
     """Whether ``node``, or a view of it, is the target of an in-place operation."""
-    return any(
-        node in written(user) or (_is_view(user) and user.args[:1] == (node,) and is_written(user))
-        for user in node.users
-    )
+    return any(writes(user, node) for user in node.users)
+
+
+def writes(user: fx.Node, node: fx.Node) -> bool:
+    """Whether ``user`` writes to ``node``, or is a view of it that is written to."""
+    if node in written(user):
+        return True
+    return _is_view(user) and user.args[:1] == (node,) and is_written(user)
 
 
 def written(node: fx.Node) -> list[fx.Node]:

@@ -6,7 +6,7 @@
     return o, keys, values                          return o      + handles grown by the runtime
 
 ``append_`` stands where the cat stood. Views and casts between cache and attention vanish with
-their last user.
+their last user, and so does a softmax that is written out.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def rewrite_attend(draft: Draft) -> PassReport:
                 torch.ops.apack.attend.default,
                 (
                     draft.map[site.q],
-                    None if site.mask is None else draft.map[site.mask],
+                    draft.mask(site),
                     draft.side(k),
                     draft.side(v),
                     draft.lengths(k, AFTER),
@@ -64,7 +64,7 @@ def rewrite_attend(draft: Draft) -> PassReport:
         draft.replace(site.node, new)
         draft.graph.erase_node(old)
         for operand in operands:
-            _erase_views(draft, operand, keep=(draft.map[site.k], draft.map[site.v]))
+            _erase_dead(draft, operand, keep=(draft.map[site.k], draft.map[site.v]))
     return PassReport("rewrite_attend", len(sites))
 
 
@@ -79,11 +79,16 @@ def _append(draft: Draft, update: CacheUpdate) -> None:
     draft.result(update.node, lambda _: AppendedOutput(number))
 
 
-def _erase_views(draft: Draft, node: fx.Node, keep: tuple[fx.Node, ...]) -> None:
-    """Erase ``node`` and what it alone used, up to ``keep``: views that lost their user."""
-    while node not in keep and not draft.is_live(node) and node.op != "placeholder":
+def _erase_dead(draft: Draft, node: fx.Node, keep: tuple[fx.Node, ...]) -> None:
+    """Erase ``node`` and what it alone used, up to ``keep``: what lost its last user."""
+    todo, erased = [node], set[fx.Node]()
+    while todo:
+        node = todo.pop()
         sources = node.all_input_nodes
-        if not sources or node.is_impure():
-            return
+        if node in erased or node in keep or draft.is_live(node):
+            continue
+        if node.op == "placeholder" or not sources or node.is_impure():
+            continue
         draft.graph.erase_node(node)
-        node = sources[0]
+        erased.add(node)
+        todo += sources

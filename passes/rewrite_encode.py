@@ -147,7 +147,7 @@ class _Visible:
         if site.mask not in self.known:
             graph = self.draft.graph
             keys = self.draft.map[planned.cached.k.node]
-            mask = self.draft.map[site.mask]
+            mask = self.draft.mask(site)
             with graph.inserting_before(self.draft.map[site.node]):
                 sizes = [
                     graph.call_function(torch.ops.aten.sym_size.int, (keys, d)) for d in (0, 2)

@@ -11,6 +11,7 @@ Only forms that repeat each KV head G times in a row count; anything else stops 
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -27,13 +28,14 @@ def walk_up(node: fx.Node) -> fx.Node:
         step = _repeat_kv(node) or _repeat_interleave(node)
         if step is not None:
             node = step
-        elif calls(node, "contiguous") or _is_cast(node):
+        elif calls(node, "contiguous") or is_cast(node):
             node = node.args[0]
         else:
             return node
 
 
-def _is_cast(node: fx.Node) -> bool:
+def is_cast(node: Any) -> bool:
+    """Whether ``node`` is another floating-point dtype of its operand, on the same device."""
     if not calls(node, *_CASTS) or not isinstance(node.args[0], fx.Node):
         return False
     before, after = node.args[0].meta.get("example_value"), node.meta.get("example_value")

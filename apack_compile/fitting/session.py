@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ..backend import why_no_attention
+from ..backend import NO_ATTENTION
 from ..codec import Code
 from ..codec.fit import fit_transform
 from ..codec.recipe import Recipe
@@ -189,7 +189,7 @@ class Session:
         """Called by Dynamo."""
         plan = make_plan(gm.graph)
         if not plan.having("encode"):
-            reasons = [skip.reason for skip in plan.skipped] or [why_no_attention(gm.graph)]
+            reasons = [skip.reason for skip in plan.skipped] or [NO_ATTENTION]
             self.reasons |= dict.fromkeys(reasons)
             kinds = TokenKinds(gm)
             return lambda *args: kinds.run(gm.forward, args)

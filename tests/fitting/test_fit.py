@@ -185,15 +185,16 @@ def test_a_batch_without_a_packed_cache_is_refused_with_the_reason() -> None:
         [{"input_ids": tokens(400), "use_cache": False}],
         "batch 1 makes no cache that is packed: no cache: keys and values are not stored",
     )
-    eager = zoo.make(
-        "LlamaForCausalLM",
-        transformers.LlamaConfig(**zoo.text_config(), attn_implementation="eager"),
+    capped = zoo.make(
+        "Gemma2ForCausalLM",
+        transformers.Gemma2Config(
+            **zoo.text_config(head_dim=16, query_pre_attn_scalar=16), attn_implementation="eager"
+        ),
     )
     refused(
         [tokens(400)],
-        "batch 1 makes no cache that is packed: attention other than "
-        "scaled_dot_product_attention is not recognised yet",
-        eager,
+        "batch 1 makes no cache that is packed: scores are capped (softcap): left dense",
+        capped,
     )
 
 

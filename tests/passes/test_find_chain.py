@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from apack_compile.passes.find_attention import AttentionSite, find_attention
+
+from .capture import CLOSE, capture, packed, repeat_kv, rewrite, run, tokens
+
+Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
+LOWEST = torch.finfo(torch.float32).min
+
+
+def plain(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-1, -2)
+
+
+# Weights from q, k and a float mask that is 0 or LOWEST, hidden where it is LOWEST.
+FORMS: dict[str, tuple[Weigh, float, bool, bool]] = {
+    "as transformers": (
+        lambda q, k, m: F.dropout(
+            F.softmax(torch.matmul(q, k.transpose(2, 3)) * 0.25 + m, dim=-1, dtype=torch.float32)
+            .to(q.dtype), p=0.0, training=False),
+        0.25, True, False),
+    "divided": (lambda q, k, m: (plain(q, k) / 4 + m).softmax(-1), 0.25, True, False),
+    "scaled before": (lambda q, k, m: torch.softmax(plain(q * 0.5, k) + m, 3), 1.0, True, False),
+    "number first": (lambda q, k, m: (0.5 * plain(q, k) + m).softmax(dim=-1), 0.5, True, False),
+    "mask first": (lambda q, k, m: torch.add(m, plain(q, k)).softmax(-1), 1.0, True, False),
+    "no mask": (lambda q, k, m: (q.matmul(k.mT) * 0.5).softmax(-1), 0.5, False, False),
+    "masked_fill": (
+        lambda q, k, m: (plain(q, k) * 0.5).masked_fill(m < 0, float("-inf")).softmax(-1),
+        0.5, True, True),
+    "scaled behind the mask": (
+        lambda q, k, m: (plain(q, k).masked_fill(m < 0, -1e9) * 0.5).softmax(-1), 0.5, True, True),
+    "where": (
+        lambda q, k, m: torch.where(m == 0, plain(q, k), LOWEST).softmax(-1), 1.0, True, False),
+    "in place": (
+        lambda q, k, m: plain(q, k).mul_(0.5).add_(m).softmax(-1), 0.5, True, False),
+    "permuted": (
+        lambda q, k, m: (q @ k.permute(0, 1, 3, 2) + m).float().softmax(-1).type_as(q),
+        1.0, True, False),
+}  # fmt: skip
+
+
+def decode(weigh: Weigh) -> Callable[..., Any]:
+    def fn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, mask: Tensor) -> Any:
+        keys, values = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        return weigh(q, repeat_kv(keys), mask) @ repeat_kv(values), keys, values
+
+    return fn
+
+
+def given(count: int = 1, past: int = 30) -> tuple[Tensor, ...]:
+    mask = torch.where(torch.rand(2, 1, count, past + count) < 0.8, 0.0, LOWEST)
+    mask[..., -1] = 0.0
+    return tokens(count, 4), tokens(count), tokens(count), packed(past), packed(past), mask
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_written_out_attention_is_attended_on_codes(form: str) -> None:
+    weigh, scale, masked, hides = FORMS[form]
+    captured = capture(decode(weigh), *given(3))
+    (planned,) = captured.plan.sites
+    assert (planned.treatment, captured.reasons) == ("attend", [])
+    site = planned.cached.site
+    assert (site.scale, site.mask is not None, site.hides) == (scale, masked, hides)
+    new = rewrite(captured)
+    want = captured.expected()
+    (got, *_), _ = run(captured, new)
+    torch.testing.assert_close(got, want[0], **CLOSE)
+    left = {"softmax", "matmul", "unpack", "cat", "expand"} & set(new.calls)
+    assert not left, "what was written out is gone"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_prefill_that_is_written_out_leaves_its_cache_packed(form: str) -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Any:
+        return FORMS[form][0](q, repeat_kv(k), mask) @ repeat_kv(v), k + 0, v + 0
+
+    def stored(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Any:
+        k, v = k * 1, v * 1
+        return FORMS[form][0](q, repeat_kv(k), mask) @ repeat_kv(v), k, v
+
+    mask = torch.zeros(2, 1, 9, 9)
+    mask[1, :, :, :4] = LOWEST
+    captured = capture(stored, tokens(9, 4), tokens(9), tokens(9), mask)
+    assert captured.treatments == ["encode"]
+    new = rewrite(captured)
+    results, _ = run(captured, new)
+    torch.testing.assert_close(results[0], captured.expected()[0], **CLOSE)
+    seen = captured.plan.sites[0].cached.site.mask
+    assert (seen is not None) == FORMS[form][2]
+    assert capture(fn, tokens(9, 4), tokens(9), tokens(9), mask).treatments == []
+
+
+REFUSED: dict[str, tuple[Weigh, str]] = {
+    "softcap": (
+        lambda q, k, m: (torch.tanh(plain(q, k) / 50) * 50 + m).softmax(-1), "softcap"),
+    "over queries": (lambda q, k, m: (plain(q, k) + m).softmax(-2), "not over keys"),
+    "two masks": (lambda q, k, m: (plain(q, k) + m + m).softmax(-1), "two masks"),
+    "a mask that is scaled": (lambda q, k, m: ((plain(q, k) + m) * 0.5).softmax(-1), "scaled"),
+    "hidden by a small number": (
+        lambda q, k, m: plain(q, k).masked_fill(m < 0, -10.0).softmax(-1), "unknown way"),
+    "a power": (lambda q, k, m: (plain(q, k) ** 2 + m).softmax(-1), "unknown form"),
+    "a sum of weights": (
+        lambda q, k, m: (lambda p: p / p.sum())((plain(q, k) + m).softmax(-1)), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", REFUSED)
+def test_other_forms_are_left_alone_with_the_reason(form: str) -> None:
+    weigh, reason = REFUSED[form]
+    captured = capture(decode(weigh), *given())
+    assert captured.treatments == []
+    if reason:
+        assert reason in captured.reasons[0]
+
+
+def test_scores_that_are_masked_by_a_statement_are_left_alone() -> None:
+    """The graph then has a softmax of the product itself: the mask is nowhere on the way."""
+
+    def weigh(q: Tensor, k: Tensor, m: Tensor) -> Tensor:
+        scores = plain(q, k)
+        scores.masked_fill_(m < 0, float("-inf"))
+        return scores.softmax(-1)
+
+    def through_a_view(q: Tensor, k: Tensor, m: Tensor) -> Tensor:
+        scores = plain(q, k)
+        scores[:, :, :, :3] = -1e9
+        return scores.softmax(-1)
+
+    for each in (weigh, through_a_view):
+        captured = capture(decode(each), *given())
+        assert captured.treatments == []
+        assert "in place" in captured.reasons[0]
+
+
+def test_weights_that_are_returned_are_left_alone() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, mask: Tensor) -> Any:
+        keys, values = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        p = (plain(q, repeat_kv(keys)) + mask).softmax(-1)
+        return p @ repeat_kv(values), p, keys, values
+
+    captured = capture(fn, *given())
+    assert captured.treatments == []
+    assert "used by more than the values" in captured.reasons[0]
+
+
+def sites(fn: Callable[..., Any], *args: Any) -> tuple[AttentionSite, ...]:
+    found, report = find_attention(capture(fn, *args).graph)
+    assert report.matched == len(found)
+    return found
+
+
+def test_a_softmax_without_values_is_no_attention() -> None:
+    def router(x: Tensor, w: Tensor) -> Tensor:
+        return (x @ w).softmax(-1).topk(2).values
+
+    captured = capture(router, torch.randn(2, 3, 8), torch.randn(8, 4))
+    assert captured.reasons == [] and sites(router, torch.randn(2, 3, 8), torch.randn(8, 4)) == ()
+
+
+def test_the_scale_of_a_symbol_is_guarded() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return (plain(q, k) * scale).softmax(-1) @ v
+
+    (site,) = sites(fn, tokens(3), tokens(3), tokens(3), 1 / math.sqrt(8))
+    assert site.scale == 1 / math.sqrt(8)

@@ -49,15 +49,17 @@ def fill_pool(
         strain: ``[B, T]``: error of each token over the expected one; None: nothing is expected.
 
     Returns:
-        The new pool and positions. Non-finite tokens that find no free slot turn slot 0 of their
-        row into NaN: the row's output then is NaN, as it would be with the dense cache, instead
-        of silently wrong.
+        The new pool and positions. Where non-finite tokens find no free slot, the last of those
+        that have one becomes NaN as a whole: the row's output then is NaN, as it would be with the
+        dense cache, instead of silently wrong, until that token is cropped away.
     """
     here = start + torch.arange(x.shape[2], device=x.device)
     known = positions[:, :, None] == here  # [B, E, T]
     broken = ~x.isfinite().all(-1).all(1)  # [B, T]
     free = positions < 0  # [B, E]
-    demand = torch.where(broken, float("inf"), 0.0 if strain is None else strain)  # [B, T]
+    most = torch.finfo(torch.float32).max  # less than infinity: broken tokens come first
+    strain = torch.zeros(()) if strain is None else strain.nan_to_num(nan=most, posinf=most)
+    demand = torch.where(broken, float("inf"), strain.to(x.device))  # [B, T]
     eligible = ~known.any(1) if visible is None else visible & ~known.any(1)
     broken = broken & eligible
     worst, which = torch.where(eligible, demand, 0.0).sort(dim=1, descending=True, stable=True)
@@ -74,9 +76,10 @@ def fill_pool(
     pool = torch.where(hit[:, None, :, None], picked, pool)
     positions = torch.where(taken.any(-1), index + start, positions)
     overflow = broken.sum(1) > room[:, 0]  # [B]
-    slot0 = torch.arange(pool.shape[2], device=x.device) == 0
-    poison = overflow[:, None, None, None] & slot0[:, None]
-    return torch.where(poison, float("nan"), pool), positions
+    held = (positions >= 0) & ~pool.isfinite().all(-1).all(1)  # [B, E]
+    last = torch.where(held, positions, -1).argmax(1, keepdim=True)  # slot 0 if there is none
+    poison = overflow[:, None] & (torch.arange(pool.shape[2], device=x.device) == last)
+    return torch.where(poison[:, None, :, None], float("nan"), pool), positions
 
 
 def make_pool(
@@ -105,15 +108,17 @@ def override(dense: Tensor, positions: Tensor, values: Tensor, dim: int) -> Tens
         positions: ``[B, E]``; slots that are free or lie beyond ``dense`` do nothing.
         values: as ``dense``, with E along ``dim``.
 
-    An unused slot repeats what slot 0 writes (or what is there already), so that no two slots
-    write different values to one place.
+    An unused slot repeats what the first used one writes (or what is there already), so that no
+    two slots write different values to one place.
     """
     used = in_reach(positions, dense.shape[dim])
     shape = (-1, 1, 1, positions.shape[1]) if dim == 3 else (-1, 1, positions.shape[1], 1)
-    first_used = used[:, :1]
-    index = torch.where(used, positions, torch.where(first_used, positions[:, :1], 0))
+    first, some = used.to(torch.int8).argmax(1, keepdim=True), used.any(1, keepdim=True)  # [B, 1]
+    index = torch.where(used, positions, torch.where(some, positions.gather(1, first), 0))
+    place = first.view(-1, 1, 1, 1)
+    sizes = [-1 if d == 0 else 1 if d == dim else n for d, n in enumerate(values.shape)]
     repeat = torch.where(
-        first_used.view(-1, 1, 1, 1), values.narrow(dim, 0, 1), dense.narrow(dim, 0, 1)
+        some.view(-1, 1, 1, 1), values.gather(dim, place.expand(sizes)), dense.narrow(dim, 0, 1)
     )
     written = torch.where(used.view(shape), values, repeat)
     return dense.scatter(dim, index.view(shape).expand_as(values), written)

@@ -161,6 +161,9 @@ class SideStore:
             # The window is gone with the tokens behind `length`; the coded ones stay coded.
             self.coded = length
             self.factored = min(self.factored, length)
+            taken = self.side.pool_positions[:, self.policy.sinks :]  # sinks are reserved for good
+            with writing(self.tensors(), self.device):
+                taken.masked_fill_(taken >= length, -1)
         self.length = length
 
     def _copy(self, length: int) -> SideStore:

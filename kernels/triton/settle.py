@@ -33,7 +33,8 @@ def _demand(
         live = live & (tl.load(seen + b.to(tl.int64) * tokens + n, mask=live, other=0) != 0)
     held = tl.sum((pos[:, None] == (start + n)[None, :]).to(tl.int32), 0) > 0
     broken = live & (bad > 0.0)
-    demand = tl.where(broken, float("inf"), error)
+    # An error that is too large for a number (or none) comes right behind tokens that are broken.
+    demand = tl.where(broken, float("inf"), tl.where(error < 3e38, error, 3e38))
     return tl.where(live & (held == 0), demand, 0.0), error, size, live, broken, held
 
 
@@ -112,6 +113,26 @@ def settle_kernel(
     tl.store(positions + b * E + slot, pos.to(tl.int64), mask=slot < E)
     h, d = tl.arange(0, HP), tl.arange(0, DP)
     inside = (h < H)[:, None] & (d < D)[None, :]
+    spoil = room * 0 - 1  # the slot that becomes NaN
+    if spoilt > room:
+        spoil = room * 0
+        last = room * 0 - 1
+        for i in tl.static_range(0, E):
+            place = tl.sum(tl.where(slot == i, pos, 0), 0)
+            token = place - start
+            hit = (token >= 0) & (token < tokens)
+            token = tl.where(hit, token, 0)
+            where = x + b.to(tl.int64) * x_b + h[:, None].to(tl.int64) * x_h + d[None, :]
+            value = tl.load(where + token.to(tl.int64) * x_t, mask=inside & hit, other=0.0)
+            value = value.to(tl.float32)
+            if not NEW:
+                cell = pool + ((b * H + h[:, None]).to(tl.int64) * E + i) * D + d[None, :]
+                there = tl.load(cell, mask=inside & (hit == 0), other=0.0).to(tl.float32)
+                value = tl.where(hit, value, there)
+            bad = tl.sum(tl.sum((value - value != 0.0).to(tl.int32), 1), 0) > 0
+            later = bad & (place > last)
+            spoil = tl.where(later, i, spoil)
+            last = tl.where(later, place, last)
     for i in tl.static_range(0, E):
         token = tl.sum(tl.where(slot == i, pos, 0), 0) - start
         hit = (token >= 0) & (token < tokens)
@@ -122,7 +143,6 @@ def settle_kernel(
         wanted = hit
         if NEW:
             wanted = hit | (i >= 0)
-        if i == 0:
-            value = tl.where(spoilt > room, float("nan"), value.to(tl.float32))
-            wanted = wanted | (spoilt > room)
+        value = tl.where(spoil == i, float("nan"), value.to(tl.float32))
+        wanted = wanted | (spoil == i)
         tl.store(cell, value.to(pool.dtype.element_ty), mask=inside & wanted)

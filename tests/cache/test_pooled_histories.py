@@ -213,3 +213,82 @@ class PooledHistories(Histories):
 
 PooledHistories.TestCase.settings = settings(few, stateful_step_count=30)
 TestPooledHistories = PooledHistories.TestCase
+
+
+def pack(x: Tensor, sinks: int = 2, extra: int = SPARE + 2) -> PackedKV:
+    return PackedKV.pack(x, KEYS, replace(POLICY, sinks=sinks, extra=extra))
+
+
+def with_tokens(count: int, marks: dict[int, float]) -> Tensor:
+    """One row; the tokens marked are multiplied, or broken in one number."""
+    x = torch.randn(1, 2, count, 8, dtype=torch.float64)
+    for token, mark in marks.items():
+        if abs(mark) < INF:
+            x[:, :, token] *= mark
+        else:
+            x[:, 0, token, 0] = mark
+    return x
+
+
+def broken_tokens(handle: PackedKV) -> list[int]:
+    return (~handle.unpack().isfinite()).any(-1).any(1)[0].nonzero()[:, 0].tolist()
+
+
+def test_strained_and_broken_tokens_take_slots_when_they_are_coded() -> None:
+    """What the histories above are made of: without it they would compare codes alone."""
+    parts = with_tokens(40, {9: 90.0}), with_tokens(60, {12: 20.0}), with_tokens(40, {5: INF})
+    handle = pack(parts[0])
+    for part in parts[1:]:
+        handle = torch.cat([handle, part], 2)
+    exact = [0, 1, 9, 52, 105]
+    assert handle.store.side.pool_positions.tolist() == [[*exact, -1, -1, -1]]
+    assert_same_tokens(handle.unpack()[:, :, exact], torch.cat(parts, 2)[:, :, exact], 0)
+
+
+def test_a_crop_gives_back_the_slots_of_the_tokens_it_drops() -> None:
+    """Bug: a crop leaves slots to tokens that are gone."""
+    handle = pack(with_tokens(60, {40: NAN, 41: NAN}), extra=2)
+    grown = torch.cat([handle[:, :, :30], with_tokens(40, {3: NAN})], 2)
+    assert broken_tokens(grown) == [33]
+
+
+def test_an_overflow_does_not_outlive_a_crop() -> None:
+    """Bug: a sink that an overflow spoilt stays so."""
+    handle = pack(with_tokens(60, {40: NAN, 41: NAN, 42: NAN}), extra=2)
+    assert broken_tokens(handle[:, :, :30]) == []
+
+
+def test_an_older_handle_knows_nothing_of_an_overflow() -> None:
+    """Bug: an overflow spoils a sink that older handles share."""
+    handle = pack(with_tokens(40, {}), extra=2)
+    grown = torch.cat([handle, with_tokens(60, {3: NAN, 4: NAN, 5: NAN})], 2)
+    assert grown.store is handle.store
+    assert broken_tokens(handle) == []
+
+
+def test_an_overflow_without_sinks_is_not_silent() -> None:
+    """Bug: an overflow is marked in a slot whose token is gone."""
+    handle = pack(with_tokens(60, {40: NAN, 41: NAN}), sinks=0, extra=2)
+    grown = torch.cat([handle[:, :, :5], with_tokens(30, {0: NAN})], 2)
+    assert broken_tokens(grown) != []
+
+
+def test_a_copy_keeps_a_strained_token_when_slot_0_lies_behind_its_end() -> None:
+    """Bug: unused slots write over a slot behind slot 0."""
+    x = with_tokens(60, {0: 20.0, 20: 90.0})
+    handle = pack(x, sinks=0)
+    assert handle.store.side.pool_positions[0, :2].tolist() == [20, 0]  # the worst first
+    assert torch.equal(handle[:, :, :10].unpack()[:, :, 0], x[:, :, 0])
+    assert torch.equal(handle[:, :, :10].clone().unpack()[:, :, 0], x[:, :, 0])
+
+
+def test_a_huge_token_is_strained() -> None:
+    """Bug: the strain of a token whose square overflows is NaN."""
+    x = with_tokens(60, {10: 1e20}).float()
+    assert torch.equal(pack(x).unpack()[:, :, 10], x[:, :, 10])
+
+
+def test_huge_tokens_do_not_hide_a_broken_one() -> None:
+    """Bug: tokens of NaN strain are taken for the worst."""
+    handle = pack(with_tokens(60, {**dict.fromkeys(range(10, 16), 1e20), 30: NAN}).float())
+    assert broken_tokens(handle) != []

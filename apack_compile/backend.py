@@ -14,6 +14,7 @@ from . import hooks, ops  # noqa: F401  (registers the operators)
 from .cache import PackedKV
 from .compat import compile_inner
 from .fitting.layer import PROFILES
+from .fitting.learn import first_line
 from .ops.region import clear_regions
 from .options import Options, inductor_config
 from .passes.plan import make_plan
@@ -62,7 +63,12 @@ def attentionpack(
         record.reason = "inputs require grad: wrap inference in torch.no_grad()"
         log.warning("attentionpack: %s; this graph runs as stock Inductor runs it", record.reason)
         return StockGraph(gm, example_inputs, stock, record)
-    plan = make_plan(gm.graph)
+    try:
+        plan = make_plan(gm.graph)
+    except Exception as error:  # the model must run, whatever goes wrong here
+        record.reason = f"a pass failed ({first_line(error)}): please report it"
+        log.warning("attentionpack: %s; caches are left dense", record.reason, exc_info=True)
+        return StockGraph(gm, example_inputs, stock, record)
     record.skipped = plan.skipped
     record.passed(plan.reports)
     if not plan.sites and not plan.handles:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from ..cache import PackedKV, SideStore
 from ..codec import CodeRef
@@ -27,6 +29,8 @@ from ..passes.rewrite_encode import encoded_updates
 from .arguments import in_step, lengths_of
 from .flush import Flush
 from .stats import GraphRecord
+
+log = logging.getLogger(__name__)
 
 
 class Boundary:
@@ -143,7 +147,7 @@ class Boundary:
     def _handle(
         self, args: Sequence[Any], interface: Interface, results: list[Any],
         refs: Sequence[CodeRef], visible: Mapping[fx.Node, Any], recipe: Any,
-    ) -> PackedKV:  # fmt: skip
+    ) -> Tensor:  # fmt: skip
         policy = self._options.policy
         if isinstance(recipe, ArgumentOutput):
             return args[recipe.argument]
@@ -161,9 +165,12 @@ class Boundary:
         else:
             assert isinstance(recipe, DenseOutput)
             dense, results[recipe.value] = results[recipe.value], None
-            store = SideStore.encode(
-                dense, ref, policy, visible.get(self.updates[recipe.code].node)
-            )
+            try:
+                seen = visible.get(self.updates[recipe.code].node)
+                store = SideStore.encode(dense, ref, policy, seen)
+            except torch.OutOfMemoryError:
+                log.warning("attentionpack: memory ran out while a cache was packed: left dense")
+                return dense
         store.name = self._names[self.updates[recipe.code].node]
         store.known_to(self._record.stores)
         return PackedKV.of(store)

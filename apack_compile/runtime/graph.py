@@ -24,7 +24,7 @@ from ..compat import compile_inner
 from ..fitting.file import ProfileError
 from ..fitting.keep import Identity, identify, recall, remember
 from ..fitting.layer import LEARNING, PROFILES, LayerProfile, Profiles
-from ..fitting.learn import learn
+from ..fitting.learn import first_line, learn
 from ..fitting.progress import Progress
 from ..lower.decode import CUDAGRAPHS
 from ..ops.region import CALLER, Caller, config_key
@@ -40,6 +40,7 @@ from .boundary import Boundary
 from .paper import paper_code, paper_sites
 from .specialise import Specialised
 from .stats import GraphRecord
+from .stock import on_dense, written_inputs
 from .study import Studies, Study
 
 log = logging.getLogger(__name__)
@@ -95,6 +96,8 @@ class PackedGraph:
         return self.studies.prompts.run(self._call, args)
 
     def _call(self, *args: Any) -> tuple[Any, ...]:
+        if self.record.reason:
+            return self._dense(args)
         if self.options.codec == "svd" and self._encode_sites:
             return self._factor(args)
         profiles = self.profiles(args, PROFILES)
@@ -231,19 +234,14 @@ class PackedGraph:
         """Run the compiled graph."""
         boundary = self.boundary
         args = boundary.make_room(args)
-        layouts, together = boundary.layouts(args), boundary.in_step(args)
-        specs = tuple(ref.layout.spec for ref in refs)
-        key = (layouts, specs, boundary.policies(args), together)
-        lowered = self._lowered.get(key)
-        if lowered is None:
-            lowered = self._lowered[key] = self._lower(layouts, refs, together)
-        interface = lowered.interface
-        inputs = boundary.inputs(args, interface, refs)
-        for artifact in lowered.artifacts:
-            if artifact.accepts(inputs):
-                break
-        else:
-            artifact = self._compile(lowered, inputs)
+        try:
+            artifact, interface, inputs = self._artifact(args, refs)
+        except Exception as error:  # the model must run, whatever goes wrong here
+            reason = f"a graph could not be rewritten or compiled ({first_line(error)})"
+            log.warning("attentionpack: %s; it runs uncompiled, its caches are dense", reason)
+            log.debug("what failed", exc_info=True)
+            self.record.reason = f"{reason}: please report it"
+            return self._dense(args)
         token = CALLER.set(self._caller)
         try:
             results = artifact(inputs)
@@ -253,6 +251,29 @@ class PackedGraph:
         self.record.attends += attended
         self.record.ran("decode" if boundary.handles else "encode")
         return boundary.outputs(args, interface, list(results), refs, {})
+
+    def _dense(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The Dynamo graph as it is, on dense caches."""
+        self.record.ran("uncompiled")
+        written = written_inputs(self.gm.graph, self.boundary.handles)
+        return tuple(on_dense(lambda dense: self.gm(*dense), args, written))
+
+    def _artifact(
+        self, args: tuple[Any, ...], refs: list[CodeRef]
+    ) -> tuple[Specialised, Interface, list[Any]]:
+        """What to call for these arguments, made now if need be, and its inputs."""
+        boundary = self.boundary
+        layouts, together = boundary.layouts(args), boundary.in_step(args)
+        specs = tuple(ref.layout.spec for ref in refs)
+        key = (layouts, specs, boundary.policies(args), together)
+        lowered = self._lowered.get(key)
+        if lowered is None:
+            lowered = self._lowered[key] = self._lower(layouts, refs, together)
+        inputs = boundary.inputs(args, lowered.interface, refs)
+        for artifact in lowered.artifacts:
+            if artifact.accepts(inputs):
+                return artifact, lowered.interface, inputs
+        return self._compile(lowered, inputs), lowered.interface, inputs
 
     def _lower(self, layouts: tuple[str, ...], refs: list[CodeRef], together: bool) -> Lowered:
         draft = Draft(self.gm, self.plan, layouts, together)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import fx
@@ -22,9 +23,8 @@ class StockGraph:
         record: GraphRecord,
     ) -> None:  # fmt: skip
         self.record = record
-        arguments = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.handles = [i for i, e in enumerate(example_inputs) if isinstance(e, PackedKV)]
-        self.written = [i for i in self.handles if is_written(arguments[i])]
+        self.written = written_inputs(gm.graph, self.handles)
         fakes = [e.unpack() if isinstance(e, PackedKV) else e for e in example_inputs]
         self._tokens = TokenKinds.of_copy(gm)
         self._call = compiler(gm, fakes)
@@ -37,8 +37,21 @@ class StockGraph:
         self.record.ran("stock")
         if not self.handles:
             return self._tokens.run(self._call, args)
-        dense = tuple(a.unpack() if isinstance(a, PackedKV) else a for a in args)
-        result = self._tokens.run(self._call, dense)
-        for i in self.written:
-            args[i].replace(dense[i])
-        return result
+        return on_dense(partial(self._tokens.run, self._call), args, self.written)
+
+
+def on_dense(
+    call: Callable[[tuple[Any, ...]], Any], args: Sequence[Any], written: Sequence[int]
+) -> Any:
+    """Call with packed arguments made dense; those at ``written`` take their new content over."""
+    dense = tuple(a.unpack() if isinstance(a, PackedKV) else a for a in args)
+    result = call(dense)
+    for i in written:
+        args[i].replace(dense[i])
+    return result
+
+
+def written_inputs(graph: fx.Graph, among: Sequence[int]) -> list[int]:
+    """Which inputs the graph writes to in place."""
+    arguments = [n for n in graph.nodes if n.op == "placeholder"]
+    return [i for i in among if is_written(arguments[i])]

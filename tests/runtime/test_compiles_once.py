@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 
 import apack_compile
@@ -41,22 +40,6 @@ def test_capacity_grows_without_a_recompile_even_where_it_equals_the_prompt() ->
     report = apack_compile.report(case.model)
     assert (report.graphs, report.recompiles) == (2, 0)
     assert runs(case.model, "decode") == 199
-
-
-@pytest.mark.slow
-def test_inductor_compiles_packed_attention_once_while_the_cache_grows() -> None:
-    """The graphs above run without Inductor, which compiles packed attention apart from them."""
-    model = zoo.plain_decoder()
-    compiled = torch.compile(model, backend="attentionpack", options={"codec": "int8"})
-    ids = torch.arange(100)[None]
-    counts = []
-    for steps in (20, 150):  # the second grows the payload twice: by 64 tokens at a time
-        zoo.plain_generate(compiled, ids, torch.ones_like(ids), steps, "bool")
-        graphs = apack_compile.report(model).graph_reports
-        counts.append((sum(g.compiles for g in graphs), sum(g.regions for g in graphs)))
-    assert counts[0] == counts[1]
-    assert counts[0][0] == 2
-    assert 0 < counts[0][1] <= 2, "one for attention and one for encoding, shared by all layers"
 
 
 def test_other_lengths_and_batches_recompile_a_bounded_number_of_times() -> None:

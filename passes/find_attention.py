@@ -57,6 +57,8 @@ def find_attention(graph: fx.Graph) -> tuple[tuple[AttentionSite, ...], PassRepo
             skipped.append(Skip(node.name, found))
         elif found is not None:
             sites.append(found)
+    place = {node: number for number, node in enumerate(graph.nodes)}
+    sites.sort(key=lambda site: place[site.node])  # a softmax stands before its product
     return tuple(sites), PassReport("find_attention", len(sites), tuple(skipped))
 
 

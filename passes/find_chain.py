@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from .base import argument, calls, shape_of, value_of
-from .find_writes import writes
+from .find_writes import is_written, writes
 from .views import is_cast
 
 _SOFTMAX = ("softmax", torch.softmax, F.softmax)
@@ -84,7 +84,7 @@ def find_chain(softmax: fx.Node) -> Chain | str | None:
         return "the softmax is not over keys: left dense"
     if any(len(step.users) > 1 for step in path):
         return "attention weights are used by more than the values: left dense"
-    v = node.args[1]
+    v = argument(node, 1, "other")
     scores = _scores(argument(softmax, 0, "input"), softmax)
     if isinstance(scores, str):
         return scores
@@ -99,7 +99,7 @@ def _product_above(softmax: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
     while True:
         following = None
         for user in path[-1].users:
-            if calls(user, *_MATMUL) and user.args[0] is path[-1]:
+            if calls(user, *_MATMUL) and argument(user, 0, "input") is path[-1]:
                 return user, path
             if is_cast(user) or calls(user, "contiguous") or _is_idle_dropout(user):
                 following = user
@@ -123,7 +123,7 @@ def _scores(node: Any, reader: fx.Node) -> _Found:
     if any(user is not reader and writes(user, node) for user in node.users):
         return "scores are written to in place: left dense"
     if is_cast(node) or calls(node, "contiguous"):
-        return _scores(node.args[0], node)
+        return _scores(argument(node, 0, "input"), node)
     if calls(node, *_MATMUL):
         return _product(node)
     if calls(node, *_MUL, *_DIV):
@@ -143,16 +143,18 @@ def _scores(node: Any, reader: fx.Node) -> _Found:
 
 
 def _product(node: fx.Node) -> _Scores | None:
-    q, transposed = node.args[:2]
+    q, transposed = argument(node, 0, "input"), argument(node, 1, "other")
     if not isinstance(q, fx.Node) or not isinstance(transposed, fx.Node):
+        return None
+    if is_written(transposed):
         return None
     if calls(transposed, "transpose", torch.transpose, "swapaxes"):
         dims = {argument(transposed, 1, "dim0"), argument(transposed, 2, "dim1")}
         if {d % 4 for d in dims if isinstance(d, int)} != {2, 3}:
             return None
     elif calls(transposed, "permute"):
-        order = transposed.args[1:]
-        order = order[0] if isinstance(order[0], (tuple, list)) else order
+        order = argument(transposed, 1, "dims", ())
+        order = order if isinstance(order, (tuple, list)) else transposed.args[1:]
         if tuple(order) != (0, 1, 3, 2):
             return None
     elif not (calls(transposed, getattr) and transposed.args[1] == "mT"):
@@ -162,7 +164,7 @@ def _product(node: fx.Node) -> _Scores | None:
 
 
 def _scaled(node: fx.Node) -> _Found:
-    first, second = node.args[:2]
+    first, second = argument(node, 0, "input"), argument(node, 1, "other")
     if calls(node, *_MUL) and _number(first) is not None:
         first, second = second, first
     factor = _number(second)
@@ -185,7 +187,7 @@ def _number(value: Any) -> float | None:
 
 
 def _added(node: fx.Node) -> _Found:
-    first, second = node.args[:2]
+    first, second = argument(node, 0, "input"), argument(node, 1, "other")
     if node.kwargs.get("alpha", 1) != 1:
         return None
     for scores, mask in ((first, second), (second, first)):
@@ -197,6 +199,8 @@ def _added(node: fx.Node) -> _Found:
         value = value_of(mask)
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return "what is added to the scores is no mask of numbers: left dense"
+        if not value.dim():
+            return "a number is added to all scores: left dense"
         if found.mask is not None:
             return "two masks are laid over the scores: left dense"
         return replace(found, mask=mask, added=True)
@@ -209,6 +213,8 @@ def _hidden(found: _Found, mask: Any, value: Any, hides: bool) -> _Found:
     value, shown = _number(value), value_of(mask)
     if value is None or value > HIDDEN or not isinstance(shown, torch.Tensor):
         return "tokens are hidden in an unknown way: left dense"
-    if found.mask is not None or shown.dtype != torch.bool:
+    if not shown.dim() or shown.dtype != torch.bool:
+        return "tokens are hidden in an unknown way: left dense"
+    if found.mask is not None:
         return "two masks are laid over the scores: left dense"
     return replace(found, mask=mask, hides=hides)

@@ -21,6 +21,9 @@ _VIEWS = frozenset(
         "unsqueeze", "squeeze", "flatten", "unflatten", "chunk", "split", "detach", "contiguous",
         "view_as", "swapaxes", "swapdims", "movedim", "moveaxis", "unbind", "t", "mT", "expand_as",
         "diagonal", "as_strided", "unfold", "tensor_split", "slice", "alias", "real", "imag",
+        "ravel", "broadcast_to", "data",
+        # these are their operand itself if there is nothing to convert
+        "to", "type", "type_as", "float", "half", "bfloat16", "double", "cuda", "cpu",
     )
 )  # fmt: skip
 
@@ -88,7 +91,9 @@ def _is_view(node: fx.Node) -> bool:
 
 def _name(node: fx.Node) -> str:
     """Of the function or method called, without its overload."""
-    target = node.target
+    target: Any = node.target
+    if target is getattr:
+        target = node.args[1]
     if isinstance(target, torch._ops.OpOverload):
         target = target.overloadpacket
     return target if isinstance(target, str) else getattr(target, "__name__", "")

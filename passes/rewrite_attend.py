@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .base import PassReport, shape_of
+from .base import PassReport, shape_of, value_of
 from .draft import AFTER, AppendedOutput, Draft
 from .find_updates import CacheUpdate
 from .plan import Plan
@@ -58,6 +58,9 @@ def rewrite_attend(draft: Draft) -> PassReport:
                     draft.layouts[v],
                 ),
             )
+            wanted, given = value_of(site.node), value_of(site.q)
+            if wanted.dtype != given.dtype:  # written out: as the weights were cast
+                new = draft.graph.call_function(torch.ops.aten.to.dtype, (new, wanted.dtype))
         new.meta = dict(old.meta)
         operands = list(old.all_input_nodes)
         old.replace_all_uses_with(new)

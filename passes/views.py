@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from .base import argument, calls, same_size, shape_of
+from .find_writes import is_written
 
 _CASTS = ("to", "float", "half", "bfloat16", "double", "type_as")
 _FULL = slice(None)
@@ -24,14 +25,15 @@ _FULL = slice(None)
 
 def walk_up(node: fx.Node) -> fx.Node:
     """The root of an operand: ``[B, H, S, D]``, neither a view nor a cast of another tensor."""
-    while True:
+    while not is_written(node):  # else that is what attention reads, and not a view of the cache
         step = _repeat_kv(node) or _repeat_interleave(node)
         if step is not None:
             node = step
         elif calls(node, "contiguous") or is_cast(node):
             node = node.args[0]
         else:
-            return node
+            break
+    return node
 
 
 def is_cast(node: Any) -> bool:

@@ -30,6 +30,7 @@ class Flush:
     def __init__(self, capture: bool) -> None:
         self.capture = capture
         self._calls: dict[Any, Captured] = {}
+        self._done: list[str] = []
 
     def __call__(self, stores: Sequence[SideStore], new: Sequence[int]) -> None:
         """Let ``new`` tokens, at most a block, fit into the ring of each store."""
@@ -55,11 +56,18 @@ class Flush:
         specs = tuple(s.ref.layout.spec for s in stores)
         key = (specs, tuple(counts), tokens, live)
         if key not in self._calls:
-            every = partial(_code_all, kernels.code_oldest, specs, tuple(counts), tokens, live)
+            every = partial(
+                _code_all, self._done, kernels.code_oldest, specs, tuple(counts), tokens, live
+            )
             # All are read and written where they are, except for the place, which is copied.
             self._calls[key] = Captured(every, frozenset(range(1, len(inputs))))
-        with writing(inputs, device):
-            self._calls[key](inputs)
+        try:
+            with writing(inputs, device):
+                self._calls[key](inputs)
+        except BaseException:
+            for store in stores[: len(self._done)]:  # their rings have been shifted
+                store.coded = start + tokens
+            raise
         for store in stores:
             store.coded = start + tokens
 
@@ -78,10 +86,11 @@ def _kernels(stores: Sequence[SideStore]) -> Any:
 
 
 def _code_all(
-    code_oldest: Callable[..., None], specs: Sequence[str], counts: Sequence[int], tokens: int,
-    live: int, begin: Tensor, *tensors: Tensor,
+    done: list[str], code_oldest: Callable[..., None], specs: Sequence[str],
+    counts: Sequence[int], tokens: int, live: int, begin: Tensor, *tensors: Tensor,
 ) -> list[Any]:  # fmt: skip
-    """What is captured: one store after the other."""
+    """What is captured: one store after the other; ``done`` grows with them."""
+    done.clear()
     at = 0
     for spec, count in zip(specs, counts, strict=True):
         layout: Layout = parse_layout(spec)
@@ -90,4 +99,5 @@ def _code_all(
         *payload, pool, positions, ring = mine[: len(mine) - layout.param_count]
         params = mine[len(mine) - layout.param_count :]
         code_oldest(tokens, live, params, layout, payload, pool, positions, ring, sums, begin)
+        done.append(spec)
     return []

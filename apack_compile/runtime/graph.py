@@ -41,7 +41,7 @@ from .paper import paper_code, paper_sites
 from .specialise import Specialised
 from .stats import GraphRecord
 from .stock import on_dense, written_inputs
-from .study import Studies, Study
+from .study import Studies, Study, Unprepared
 
 log = logging.getLogger(__name__)
 
@@ -93,11 +93,18 @@ class PackedGraph:
         """The results of the Dynamo graph, caches packed."""
         if not self.record.runs:
             self.record.belongs_to((*args, *self.gm.parameters()))
-        return self.studies.prompts.run(self._call, args)
+        return self.studies.prompts.run(self._packed, args)
 
-    def _call(self, *args: Any) -> tuple[Any, ...]:
+    def _packed(self, *args: Any) -> tuple[Any, ...]:
         if self.record.reason:
             return self._dense(args)
+        try:
+            return self._call(*args)
+        except Unprepared as error:
+            self._give_up(error)
+            return self._dense(args)
+
+    def _call(self, *args: Any) -> tuple[Any, ...]:
         if self.options.codec == "svd" and self._encode_sites:
             return self._factor(args)
         profiles = self.profiles(args, PROFILES)
@@ -237,11 +244,7 @@ class PackedGraph:
         try:
             artifact, interface, inputs = self._artifact(args, refs)
         except Exception as error:  # the model must run, whatever goes wrong here
-            reason = f"a graph could not be rewritten or compiled ({first_line(error)})"
-            log.warning("attentionpack: %s; it runs uncompiled, its caches are dense", reason)
-            log.debug("what failed", exc_info=True)
-            self.record.reason = f"{reason}: please report it"
-            return self._dense(args)
+            raise Unprepared(first_line(error)) from error
         token = CALLER.set(self._caller)
         try:
             results = artifact(inputs)
@@ -251,6 +254,12 @@ class PackedGraph:
         self.record.attends += attended
         self.record.ran("decode" if boundary.handles else "encode")
         return boundary.outputs(args, interface, list(results), refs, {})
+
+    def _give_up(self, error: Exception) -> None:
+        reason = f"a graph could not be rewritten or compiled ({first_line(error)})"
+        log.warning("attentionpack: %s; it runs uncompiled, its caches are dense", reason)
+        log.debug("what failed", exc_info=True)
+        self.record.reason = f"{reason}: please report it"
 
     def _dense(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The Dynamo graph as it is, on dense caches."""

@@ -30,6 +30,10 @@ from .visual import Prompts
 log = logging.getLogger(__name__)
 
 
+class Unprepared(Exception):
+    """A graph could not be rewritten, and nothing has run; says why."""
+
+
 @dataclass(frozen=True)
 class Study:
     """What came out of one prefill.
@@ -87,14 +91,20 @@ class Studies:
         Args:
             args: of the Dynamo graph.
             layouts: specs of its packed inputs.
+
+        Raises:
+            Unprepared: the graph could not be rewritten.
         """
-        draft = Draft(self.gm, self.plan, layouts)
-        rewrite_unpack(draft)
         length = self.length(args)
         visual = self.prompts.visual(args, self._batch(args), length)
         images = (visual,) if isinstance(visual, Tensor) else ()
-        collect(draft, self.options.sinks, bool(images))
-        gm, interface = draft.finish()
+        try:
+            draft = Draft(self.gm, self.plan, layouts)
+            rewrite_unpack(draft)
+            collect(draft, self.options.sinks, bool(images))
+            gm, interface = draft.finish()
+        except Exception as error:
+            raise Unprepared(first_line(error)) from error
         with torch.no_grad():
             results = list(gm(*self._inputs((*args, *images), interface)))
         told = results[interface.extra : interface.extra + TOLD * len(self.sites)]

@@ -42,6 +42,11 @@ FORMS: dict[str, tuple[Weigh, float, bool, bool]] = {
         lambda q, k, m: torch.where(m == 0, plain(q, k), LOWEST).softmax(-1), 1.0, True, False),
     "in place": (
         lambda q, k, m: plain(q, k).mul_(0.5).add_(m).softmax(-1), 0.5, True, False),
+    # Bug: operands given by name stopped the compilation of the whole graph.
+    "all named": (
+        lambda q, k, m: torch.add(
+            torch.mul(torch.matmul(input=q, other=k.permute(dims=(0, 1, 3, 2))), other=0.5), other=m
+        ).softmax(dim=-1), 0.5, True, False),
     "permuted": (
         lambda q, k, m: (q @ k.permute(0, 1, 3, 2) + m).float().softmax(-1).type_as(q),
         1.0, True, False),
@@ -108,6 +113,10 @@ REFUSED: dict[str, tuple[Weigh, str]] = {
     "hidden by a small number": (
         lambda q, k, m: plain(q, k).masked_fill(m < 0, -10.0).softmax(-1), "unknown way"),
     "a power": (lambda q, k, m: (plain(q, k) ** 2 + m).softmax(-1), "unknown form"),
+    "a number for all": (
+        lambda q, k, m: (plain(q, k) + m.sum() * 0).softmax(-1), "a number is added"),
+    "keys that are written to": (
+        lambda q, k, m: (plain(q, k.float().clone().mul_(2)) + m).softmax(-1), ""),
     "a sum of weights": (
         lambda q, k, m: (lambda p: p / p.sum())((plain(q, k) + m).softmax(-1)), ""),
 }  # fmt: skip
@@ -139,6 +148,43 @@ def test_scores_that_are_masked_by_a_statement_are_left_alone() -> None:
         captured = capture(decode(each), *given())
         assert captured.treatments == []
         assert "in place" in captured.reasons[0]
+
+
+def test_casts_of_the_cache_that_are_written_to_are_not_the_cache() -> None:
+    """Bug: what a decode step wrote to a cast or a repetition of its keys was dropped."""
+
+    def weigh(q: Tensor, k: Tensor, m: Tensor) -> Tensor:
+        k = k.float()
+        k[:, :, 0] = 0
+        return (plain(q, k) + m).softmax(-1)
+
+    captured = capture(decode(weigh), *given())
+    assert captured.treatments == [] or captured.treatments == ["unpack"]
+    new = rewrite(captured)
+    torch.testing.assert_close(run(captured, new)[0][0], captured.expected()[0], **CLOSE)
+
+
+def test_an_output_has_the_dtype_of_the_weights() -> None:
+    """Bug: float32 queries made a float32 output of what was cast for the next layer."""
+
+    def weigh(q: Tensor, k: Tensor, m: Tensor) -> Tensor:
+        return (plain(q.double(), k.double()) + m).softmax(-1).to(q.dtype)
+
+    captured = capture(decode(weigh), *given())
+    assert captured.treatments == ["attend"]
+    (got, *_), _ = run(captured, rewrite(captured))
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, captured.expected()[0], **CLOSE)
+
+
+def test_sites_are_in_the_order_of_their_outputs() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        first, second = plain(q, k).softmax(-1), plain(k, q).softmax(-1)
+        late = second @ v
+        return late, first @ v
+
+    found = sites(fn, tokens(3), tokens(3), tokens(3))
+    assert [site.q.name for site in found] == ["l_k_", "l_q_"]
 
 
 def test_weights_that_are_returned_are_left_alone() -> None:

@@ -31,6 +31,8 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     "a view by function": lambda x: torch.narrow(x, 2, 0, 1).zero_(),
     "a view of a view by function": lambda x: torch.select(torch.transpose(x, 1, 2), 1, 0).fill_(1),
     "one of several views": lambda x: torch.chunk(x, 2, 1)[0].zero_(),
+    "a cast that does nothing": lambda x: x.to(torch.float32).zero_(),
+    "an attribute": lambda x: x.mT.zero_(),
     "an overload": lambda x: torch.ops.aten.add_.Tensor(x, x),
     "an overload packet": lambda x: torch.ops.aten.copy_(x, x),
     "a view by an overload": lambda x: torch.ops.aten.slice.Tensor(x, 2, 0, 1).zero_(),

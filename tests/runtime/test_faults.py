@@ -11,7 +11,7 @@ import torch
 import apack_compile
 from apack_compile import backend
 from apack_compile.cache import SideStore
-from apack_compile.runtime import graph
+from apack_compile.runtime import graph, study
 
 from .. import zoo
 
@@ -58,6 +58,19 @@ def test_a_rewriting_or_compilation_that_fails_leaves_caches_dense(
     assert (report.packed_graphs, report.attends) == (0, 0)
     assert "could not be rewritten or compiled (injected)" in str(report)
     assert 1 <= len(warnings(caplog)) <= report.graphs
+
+
+def test_a_first_prefill_that_cannot_be_learnt_from_runs_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = zoo.llama(text=100)
+    expected = generate(case.model, case)
+    monkeypatch.setattr(study, "collect", broken)
+    options = {"ratio": 4, "inner": "eager"}
+    compiled = torch.compile(case.model, backend="attentionpack", options=options)
+    assert torch.equal(generate(compiled, case), expected)
+    assert "(injected)" in str(apack_compile.report(case.model))
+    assert warnings(caplog)
 
 
 def test_a_decode_step_that_cannot_be_compiled_goes_on_with_a_packed_past(

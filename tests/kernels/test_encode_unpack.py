@@ -115,10 +115,11 @@ def test_tokens_that_are_not_finite_stay_exact(token: int, broken: float) -> Non
 def test_more_broken_tokens_than_slots_spoil_their_row_and_no_other() -> None:
     code = transform()
     x = torch.randn(2, 2, 40, 4)
-    x[0, :, 5:8] = NAN
+    x[0, 0, 5:8, 1] = NAN
     side, lengths = encoded(x, code, POOLED)
     back = unpack(side, lengths, 40, code)
-    assert back[0, :, 0].isnan().all()
+    assert back[0, :, 6].isnan().all(), "the last that found a slot, in all heads"
+    assert torch.equal(back[0, :, :2], x[0, :, :2]), "sinks stay as they are"
     assert back[1].isfinite().all()
 
 

@@ -97,11 +97,10 @@ class CodedPair(Pair):
     def room(self) -> Tensor:
         """Broken tokens that each row still has slots for: ``[B]``.
 
-        As many as the store has, not as many as these tokens leave: a crop gives none back.
+        By the tokens that are there: a crop gives the others' slots back, and strained tokens leave
+        SPARE of them.
         """
-        free = (self.store.side.pool_positions < 0).sum(1)
-        waiting = (self.broken & self.recent & ~self.pooled).flatten(1).sum(1)
-        return free.clamp(max=SPARE) - waiting  # strained tokens may take all but SPARE
+        return SPARE - (self.broken & ~self.sinks).flatten(1).sum(1)
 
     def each(self, operation: Callable[[Tensor], Tensor]) -> CodedPair:
         before = self.coded_count

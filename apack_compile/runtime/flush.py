@@ -7,6 +7,7 @@ full. By itself that would be half a dozen launches for keys and for values of e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,13 @@ from ..lower.capture import Captured
 from ..ops.encode_cuda import encode_kernels
 
 
+@dataclass
+class Count:
+    """How many stores have had their ring shifted, should coding fail half-way."""
+
+    value: int = 0
+
+
 class Flush:
     """Codes oldest tokens.
 
@@ -30,7 +38,7 @@ class Flush:
     def __init__(self, capture: bool) -> None:
         self.capture = capture
         self._calls: dict[Any, Captured] = {}
-        self._done: list[str] = []
+        self._shifted = Count()
 
     def __call__(self, stores: Sequence[SideStore], new: Sequence[int]) -> None:
         """Let ``new`` tokens, at most a block, fit into the ring of each store."""
@@ -57,7 +65,7 @@ class Flush:
         key = (specs, tuple(counts), tokens, live)
         if key not in self._calls:
             every = partial(
-                _code_all, self._done, kernels.code_oldest, specs, tuple(counts), tokens, live
+                _code_all, self._shifted, kernels.code_oldest, specs, tuple(counts), tokens, live
             )
             # All are read and written where they are, except for the place, which is copied.
             self._calls[key] = Captured(every, frozenset(range(1, len(inputs))))
@@ -65,7 +73,7 @@ class Flush:
             with writing(inputs, device):
                 self._calls[key](inputs)
         except BaseException:
-            for store in stores[: len(self._done)]:  # their rings have been shifted
+            for store in stores[: self._shifted.value]:
                 store.coded = start + tokens
             raise
         for store in stores:
@@ -86,11 +94,11 @@ def _kernels(stores: Sequence[SideStore]) -> Any:
 
 
 def _code_all(
-    done: list[str], code_oldest: Callable[..., None], specs: Sequence[str],
+    shifted: Count, code_oldest: Callable[..., None], specs: Sequence[str],
     counts: Sequence[int], tokens: int, live: int, begin: Tensor, *tensors: Tensor,
 ) -> list[Any]:  # fmt: skip
-    """What is captured: one store after the other; ``done`` grows with them."""
-    done.clear()
+    """What is captured: one store after the other, each one counted."""
+    shifted.value = 0
     at = 0
     for spec, count in zip(specs, counts, strict=True):
         layout: Layout = parse_layout(spec)
@@ -99,5 +107,5 @@ def _code_all(
         *payload, pool, positions, ring = mine[: len(mine) - layout.param_count]
         params = mine[len(mine) - layout.param_count :]
         code_oldest(tokens, live, params, layout, payload, pool, positions, ring, sums, begin)
-        done.append(spec)
+        shifted.value += 1
     return []

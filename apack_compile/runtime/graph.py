@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -88,6 +88,7 @@ class PackedGraph:
         self._positions = {n: i for i, n in enumerate(arguments)}
         self._encode_sites = plan.having("encode")
         self._told: tuple[Any, ...] = ()
+        self._given_up = False
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         """The results of the Dynamo graph, caches packed."""
@@ -96,7 +97,7 @@ class PackedGraph:
         return self.studies.prompts.run(self._packed, args)
 
     def _packed(self, *args: Any) -> tuple[Any, ...]:
-        if self.record.reason:
+        if self._given_up:
             return self._dense(args)
         try:
             return self._call(*args)
@@ -260,12 +261,16 @@ class PackedGraph:
         log.warning("attentionpack: %s; it runs uncompiled, its caches are dense", reason)
         log.debug("what failed", exc_info=True)
         self.record.reason = f"{reason}: please report it"
+        self._given_up = True
 
     def _dense(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The Dynamo graph as it is, on dense caches."""
         self.record.ran("uncompiled")
-        written = written_inputs(self.gm.graph, self.boundary.handles)
-        return tuple(on_dense(lambda dense: self.gm(*dense), args, written))
+        return tuple(on_dense(lambda dense: self.gm(*dense), args, self._written))
+
+    @cached_property
+    def _written(self) -> list[int]:
+        return written_inputs(self.gm.graph, self.boundary.handles)
 
     def _artifact(
         self, args: tuple[Any, ...], refs: list[CodeRef]

@@ -47,6 +47,22 @@ def milliseconds(call: Any, repeats: int = 7) -> float:
     return sorted(times)[repeats // 2]
 
 
+def kernels_ms(call: Any, repeats: int = 5) -> dict[str, float]:
+    """GPU time of one call by kernel: what a prefill pays, whose host runs ahead of the GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    return {
+        event.key[:60]: event.self_device_time_total / repeats / 1e3
+        for event in trace.key_averages()
+        if event.self_device_time_total
+    }
+
+
 def layer_ms(batch: int, tokens: int) -> float:
     """One decoder layer of the Qwen2.5-VL-7B shape over a whole prompt."""
     config = Qwen2Config(
@@ -61,8 +77,9 @@ def layer_ms(batch: int, tokens: int) -> float:
     return milliseconds(lambda: compiled(x, position_embeddings=turns, position_ids=positions), 5)
 
 
-def prefill(batch: int, tokens: int, mixed: bool) -> dict[str, float]:
-    """Keys and values of one layer: milliseconds and the most memory above what goes in."""
+def prefill(batch: int, tokens: int, mixed: bool) -> dict[str, Any]:
+    """Keys and values of one layer: time by the clock, with the host's part, and of the GPU alone;
+    the most memory above what goes in."""
     x = torch.randn(batch, HEADS, tokens, DIM, device="cuda", dtype=DTYPE)
     policy = Policy()
     given: list[tuple[Any, ...]] = [
@@ -79,7 +96,11 @@ def prefill(batch: int, tokens: int, mixed: bool) -> dict[str, float]:
     torch.cuda.reset_peak_memory_stats()
     compiled(x)
     torch.cuda.synchronize()
-    return {"ms": ms, "peak_mb": (torch.cuda.max_memory_allocated() - before) / 1e6}
+    peak = torch.cuda.max_memory_allocated() - before
+    kernels = kernels_ms(lambda: compiled(x))
+    return {
+        "ms": ms, "gpu_ms": sum(kernels.values()), "kernels_ms": kernels, "peak_mb": peak / 1e6,
+    }  # fmt: skip
 
 
 def flush(batch: int, tokens: int, mixed: bool) -> dict[str, float]:
@@ -148,6 +169,7 @@ def main() -> None:
             row["layer_ms"] = layer
             row["encode"] = prefill(batch, tokens, kind == "mixed")
             row["share"] = row["encode"]["ms"] / layer
+            row["gpu_share"] = row["encode"]["gpu_ms"] / layer
             row["flush"] = flush(batch, tokens, kind == "mixed")
             report["rows"].append(row)
             print(json.dumps(row), flush=True)

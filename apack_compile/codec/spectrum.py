@@ -11,7 +11,7 @@ from torch import Tensor
 RUN = 16
 """Runs are multiples of this many components."""
 
-GROUP = 1024
+GROUP = 512
 """A group of heads has at most this many channels (or is one head): one eigh each."""
 
 

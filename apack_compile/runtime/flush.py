@@ -6,7 +6,7 @@ full. By itself that would be half a dozen launches for keys and for values of e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from ..cache import SideStore
 from ..cache.store import writing
 from ..codec import Layout, parse_layout
 from ..lower.capture import Captured
+from ..lower.streams import Streams
 from ..ops.encode_cuda import encode_kernels
 
 
@@ -39,6 +40,7 @@ class Flush:
         self.capture = capture
         self._calls: dict[Any, Captured] = {}
         self._shifted = Count()
+        self._streams = Streams()
 
     def __call__(self, stores: Sequence[SideStore], new: Sequence[int]) -> None:
         """Let ``new`` tokens, at most a block, fit into the ring of each store."""
@@ -65,8 +67,9 @@ class Flush:
         key = (specs, tuple(counts), tokens, live)
         if key not in self._calls:
             every = partial(
-                _code_all, self._shifted, kernels.code_oldest, specs, tuple(counts), tokens, live
-            )
+                _code_all, self._shifted, self._streams, kernels.code_oldest, specs,
+                tuple(counts), tokens, live,
+            )  # fmt: skip
             # All are read and written where they are, except for the place, which is copied.
             self._calls[key] = Captured(every, frozenset(range(1, len(inputs))))
         try:
@@ -94,18 +97,24 @@ def _kernels(stores: Sequence[SideStore]) -> Any:
 
 
 def _code_all(
-    shifted: Count, code_oldest: Callable[..., None], specs: Sequence[str],
+    shifted: Count, streams: Streams, code_oldest: Callable[..., None], specs: Sequence[str],
     counts: Sequence[int], tokens: int, live: int, begin: Tensor, *tensors: Tensor,
 ) -> list[Any]:  # fmt: skip
-    """What is captured: one store after the other, each one counted."""
-    shifted.value = 0
-    at = 0
-    for spec, count in zip(specs, counts, strict=True):
-        layout: Layout = parse_layout(spec)
-        sums, *mine = tensors[at : at + count]
-        at += count
-        *payload, pool, positions, ring = mine[: len(mine) - layout.param_count]
-        params = mine[len(mine) - layout.param_count :]
-        code_oldest(tokens, live, params, layout, payload, pool, positions, ring, sums, begin)
-        shifted.value += 1
+    """What is captured: every store by itself; those whose ring is shifted are counted."""
+
+    def pieces() -> Iterator[Callable[[], None]]:
+        shifted.value = at = 0
+        for spec, count in zip(specs, counts, strict=True):
+            layout: Layout = parse_layout(spec)
+            sums, *mine = tensors[at : at + count]
+            at += count
+            *payload, pool, positions, ring = mine[: len(mine) - layout.param_count]
+            params = mine[len(mine) - layout.param_count :]
+            yield partial(
+                code_oldest, tokens, live, params, layout, payload, pool, positions, ring, sums,
+                begin,
+            )  # fmt: skip
+            shifted.value += 1
+
+    streams(pieces(), begin.device)
     return []

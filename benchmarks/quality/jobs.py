@@ -1,4 +1,4 @@
-"""Several processes on one device: most of a cell is compiling, which is a processor's work."""
+"""Several processes: most of a cell is a processor's work. They take turns with the devices."""
 
 from __future__ import annotations
 
@@ -10,28 +10,38 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from .methods import Method
 
 
 def share(methods: Sequence[Method], number: int, count: int) -> list[Method]:
     """The methods of process ``number`` of ``count``.
 
-    The first process has all rivals, so that the dense caches are held once; the others have
-    ours in turn.
+    Rivals have the first quarter of the processes, as each of those holds the dense caches; ours
+    the others, in turn.
 
     Raises:
         ValueError: there are fewer than two processes, or not so many.
     """
     if count < 2 or not 0 <= number < count:
         raise ValueError(f"share {number} of {count}: accepted are 0 of 2 and more")
-    if number == 0:
-        return [m for m in methods if not m.ours]
-    return [m for m in methods if m.ours][number - 1 :: count - 1]
+    first = max(count // 4, 1)
+    if number < first:
+        return [m for m in methods if not m.ours][number::first]
+    return [m for m in methods if m.ours][number - first :: count - first]
 
 
 def part_of(path: Path, number: int) -> Path:
     """The result file of one process."""
     return path.with_suffix(f".{number}.json")
+
+
+def device_of(number: int) -> dict[str, str]:
+    """The variable that gives a process one of several GPUs."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+    return {"CUDA_VISIBLE_DEVICES": names[number % len(names)]} if len(names) > 1 else {}
 
 
 def run_jobs(arguments: Sequence[str], count: int, path: Path) -> bool:
@@ -57,7 +67,7 @@ def run_jobs(arguments: Sequence[str], count: int, path: Path) -> bool:
         words = [*arguments, "--share", str(number), str(count)]
         words += ["--output", str(part_of(path, number))]
         program = [sys.executable, "-m", "benchmarks.quality", *words]
-        processes.append(subprocess.Popen(program, env=environment))
+        processes.append(subprocess.Popen(program, env={**environment, **device_of(number)}))
     codes = [process.wait() for process in processes]
     merge([part_of(path, number) for number in range(count)], path, " ".join(arguments))
     return not any(codes)

@@ -1,4 +1,4 @@
-"""Tokens into a packed side by two Triton kernels: encode and settle."""
+"""Tokens into a packed side by Triton kernels: encode, survey and settle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...codec.transform import LEAST_GAIN, MOST_GAIN
 from ..pool import SPARE, STRAINED
 from .encode import encode_kernel
 from .launch import DTYPES
-from .settle import settle_kernel
+from .settle import FIELDS, settle_kernel, survey_kernel
 
 MOST_COLUMNS = 1024
 """Accumulators of a token, padded: more do not fit into registers."""
@@ -22,6 +22,9 @@ LONG = 2048
 
 CHANNELS = 32
 """Channels that one product takes."""
+
+BLOCK, CHUNK = 64, 256
+"""Tokens that are judged at a time: those of a ring all at once."""
 
 
 def _pad(n: int, least: int = 16) -> int:
@@ -112,7 +115,7 @@ def _run(
     payload: Sequence[Tensor], pool: Tensor, positions: Tensor, begin: Tensor, counted: int,
     sinks: int | None,
 ) -> Tensor:  # fmt: skip
-    """Both kernels. sinks: slots to reserve in a new pool; None: the pool is there."""
+    """All kernels. sinks: slots to reserve in a new pool; None: the pool is there."""
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, heads, tokens, dim = x.shape
     groups, padded = layout.groups, _pad(dim)
@@ -134,11 +137,20 @@ def _run(
     tallies = torch.empty(batch, 3, device=x.device)
     slots = positions.shape[1]
     seen = None if visible is None else visible.expand(batch, tokens).contiguous()
+    chunk = CHUNK if tokens > BLOCK else BLOCK
+    chunks, flags = -(-tokens // chunk), {"G": groups, "SEEN": int(seen is not None), "N": chunk}
+    told = judged
+    if chunks > 1:
+        told = torch.empty(FIELDS, batch, chunks, device=x.device)
+        survey_kernel[(chunks, batch)](
+            judged, judged if seen is None else seen, told, tokens, counted, batch, chunks,
+            **flags, num_warps=1,
+        )  # fmt: skip
     settle_kernel[(batch,)](
-        judged, x, judged if seen is None else seen, pool, positions, tallies, *x.stride()[:3],
-        begin, tokens, counted, batch, H=heads, HP=_pad(heads, 1), D=dim, DP=padded, G=groups,
-        E=slots, EP=_pad(slots), SINKS=sinks or 0, NEW=int(sinks is not None),
-        SEEN=int(seen is not None), SPARE=SPARE, STRAINED=STRAINED,
-        N=1024 if tokens >= LONG else 64, num_warps=4,
+        judged, x, judged if seen is None else seen, told, pool, positions, tallies,
+        *x.stride()[:3], begin, tokens, counted, batch, chunks,
+        H=heads, D=dim, DP=padded, E=slots, EP=_pad(slots), SINKS=sinks or 0,
+        NEW=int(sinks is not None), SPARE=SPARE, STRAINED=STRAINED, CP=_pad(chunks, 1),
+        **flags, num_warps=4,
     )  # fmt: skip
     return tallies.sum(0)

@@ -1,14 +1,18 @@
 """Which tokens the pool takes of those that have been coded, and what the codes are charged with.
 
-The rules are those of ``kernels/pool.py``; the sums are those of ``kernels.encode.tally``. One
-program a sequence: tokens that a pool wants are few, so looking for the worst one again and again
-costs a pass each, and most often there is none after the first.
+The rules are those of ``kernels/pool.py``; the sums are those of ``kernels.encode.tally``. Tokens
+come in chunks: of each one its worst token and its sums are kept, by a program of their own where
+there are many. One program a sequence then takes the worst of the worst, again and again, and looks
+anew at the chunk it came from: tokens that a pool wants are few, and most often there is none.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+FIELDS = 7
+"""Numbers that are kept of a chunk."""
 
 
 @triton.jit
@@ -38,30 +42,80 @@ def _demand(
     return tl.where(live & (held == 0), demand, 0.0), error, size, live, broken, held
 
 
-@triton.jit(do_not_specialize=["tokens", "counted", "batch"])
+@triton.jit
+def _scan(
+    judged, seen, pos, b, chunk, tokens, counted, start, batch,
+    G: tl.constexpr, SEEN: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Of a chunk: the worst demand, whose it is, sums (error, size, count), broken, first seen."""
+    i = tl.arange(0, N)
+    n = chunk * N + i
+    demand, error, size, live, broken, held = _demand(
+        judged, seen, pos, b, n, tokens, start, batch, G, SEEN
+    )
+    counts = live & (held == 0) & (n < counted)
+    return (
+        tl.max(demand, 0), tl.argmax(demand, 0),
+        tl.sum(tl.where(counts, error, 0.0), 0), tl.sum(tl.where(counts, size, 0.0), 0),
+        tl.sum(counts.to(tl.int32), 0), tl.sum(broken.to(tl.int32), 0),
+        tl.min(tl.where(live, i, N), 0),
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens", "counted", "batch", "chunks"])
+def survey_kernel(
+    judged, seen, told, tokens, counted, batch, chunks,
+    G: tl.constexpr, SEEN: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one sequence, to ``told [7, B, chunks]`` (float32), as if no pool had any."""
+    chunk, b = tl.program_id(0), tl.program_id(1)
+    nothing = tl.full([1], -1, tl.int32)
+    worst, which, error, size, count, broken, first = _scan(
+        judged, seen, nothing, b, chunk, tokens, counted, 0, batch, G, SEEN, N
+    )
+    field = batch * chunks
+    to = told + b * chunks + chunk
+    tl.store(to, worst)
+    tl.store(to + field, which.to(tl.float32))
+    tl.store(to + 2 * field, error)
+    tl.store(to + 3 * field, size)
+    tl.store(to + 4 * field, count.to(tl.float32))
+    tl.store(to + 5 * field, broken.to(tl.float32))
+    tl.store(to + 6 * field, first.to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["tokens", "counted", "batch", "chunks"])
 def settle_kernel(
-    judged, x, seen, pool, positions, tallies, x_b, x_h, x_t, begin, tokens, counted, batch,
-    H: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr,
+    judged, x, seen, told, pool, positions, tallies, x_b, x_h, x_t, begin, tokens, counted, batch,
+    chunks, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr,
     E: tl.constexpr, EP: tl.constexpr, SINKS: tl.constexpr, NEW: tl.constexpr,
-    SEEN: tl.constexpr, SPARE: tl.constexpr, STRAINED: tl.constexpr, N: tl.constexpr,
+    SEEN: tl.constexpr, SPARE: tl.constexpr, STRAINED: tl.constexpr,
+    N: tl.constexpr, CP: tl.constexpr,
 ):  # fmt: skip
     """Fills ``pool [B, H, E, D]`` and ``positions [B, E]``; ``tallies [B, 3]``.
 
     Tokens ``start .. start + tokens``, ``x [B, H, T, D]``; ``start`` is read from ``begin``. The
     first ``counted`` of them count in the sums.
     NEW: pool and positions are made here; SINKS slots are the first that are seen.
+    N: tokens of a chunk; CP: chunks, padded. If that is 1, ``told`` is not read.
     """
     b = tl.program_id(0)
     start = tl.load(begin).to(tl.int32)
     slot = tl.arange(0, EP)
+    c = tl.arange(0, CP)
+    field = batch * chunks
+    row = told + b * chunks + c
+    exists = c < chunks
     if NEW:
         first = tokens * 0
         if SEEN:
-            first = first + tokens
-            for at in tl.range(0, tokens, N):
-                n = at + tl.arange(0, N)
+            if CP == 1:
+                n = tl.arange(0, N)
                 some = tl.load(seen + b.to(tl.int64) * tokens + n, mask=n < tokens, other=0) != 0
-                first = tl.minimum(first, tl.min(tl.where(some, n, tokens), 0))
+                first = tl.min(tl.where(some, n, tokens), 0)
+            else:
+                begins = tl.load(row + 6 * field, mask=exists, other=N).to(tl.int32)
+                first = tl.min(tl.where(begins < N, c * N + begins, tokens), 0)
             first = tl.where(first == tokens, 0, first)
         pos = tl.where(slot < SINKS, first + slot, -1)
     else:
@@ -71,78 +125,91 @@ def settle_kernel(
     turn = tl.where(free, tl.cumsum(free.to(tl.int32), 0), -1)
     room = tl.sum(free.to(tl.int32), 0)
 
+    if CP == 1:
+        w, a, e, s, k, broken, _f = _scan(
+            judged, seen, pos, b, 0, tokens, counted, start, batch, G, SEEN, N
+        )
+        worst = tl.full([CP], 0.0, tl.float32) + w
+        which = tl.full([CP], 0, tl.int32) + a
+        error = tl.full([CP], 0.0, tl.float32) + e
+        size = tl.full([CP], 0.0, tl.float32) + s
+        count = tl.full([CP], 0, tl.int32) + k
+    else:
+        worst = tl.load(row, mask=exists, other=0.0)
+        which = tl.load(row + field, mask=exists, other=0.0).to(tl.int32)
+        error = tl.load(row + 2 * field, mask=exists, other=0.0)
+        size = tl.load(row + 3 * field, mask=exists, other=0.0)
+        count = tl.load(row + 4 * field, mask=exists, other=0.0).to(tl.int32)
+        broken = tl.sum(tl.load(row + 5 * field, mask=exists, other=0.0), 0).to(tl.int32)
+        before = room * 0 - 1
+        for j in tl.range(0, E):  # chunks with tokens that have a slot already
+            token = tl.sum(tl.where(slot == j, pos, 0), 0) - start
+            chunk = tl.where((token >= 0) & (token < tokens), token // N, before)
+            if chunk != before:
+                w, a, e, s, k, _b, _f = _scan(
+                    judged, seen, pos, b, chunk, tokens, counted, start, batch, G, SEEN, N
+                )
+                worst, which = tl.where(c == chunk, w, worst), tl.where(c == chunk, a, which)
+                error, size = tl.where(c == chunk, e, error), tl.where(c == chunk, s, size)
+                count = tl.where(c == chunk, k, count)
+                before = chunk
+
     rank = room * 0 + 1
     while rank <= room:
-        most = tl.sum(tl.full([1], 0.0, tl.float32), 0)
-        which = room * 0
-        for at in tl.range(0, tokens, N):
-            n = at + tl.arange(0, N)
-            demand, _e, _s, _l, _b, _h = _demand(
-                judged, seen, pos, b, n, tokens, start, batch, G, SEEN
-            )
-            best = tl.max(demand, 0)
-            if best > most:
-                which = at + tl.argmax(demand, 0)
-                most = best
+        most = tl.max(worst, 0)
         wanted = (most == float("inf")) | ((most > STRAINED) & (rank <= room - SPARE))
         if wanted:
-            pos = tl.where(turn == rank, start + which, pos)
+            chunk = tl.argmax(worst, 0)
+            token = chunk * N + tl.sum(tl.where(c == chunk, which, 0), 0)
+            pos = tl.where(turn == rank, start + token, pos)
             rank += 1
+            w, a, e, s, k, _b, _f = _scan(
+                judged, seen, pos, b, chunk, tokens, counted, start, batch, G, SEEN, N
+            )
+            worst, which = tl.where(c == chunk, w, worst), tl.where(c == chunk, a, which)
+            error, size = tl.where(c == chunk, e, error), tl.where(c == chunk, s, size)
+            count = tl.where(c == chunk, k, count)
         else:  # nor is any other
             rank = room + 1
 
-    spoilt = room * 0
-    error = tl.full([N], 0.0, tl.float32)
-    size = tl.full([N], 0.0, tl.float32)
-    count = tl.full([N], 0.0, tl.float32)
-    for at in tl.range(0, tokens, N):
-        n = at + tl.arange(0, N)
-        _d, wrong, whole, live, broken, held = _demand(
-            judged, seen, pos, b, n, tokens, start, batch, G, SEEN
-        )
-        before = tl.sum((given[:, None] == (start + n)[None, :]).to(tl.int32), 0) > 0
-        spoilt += tl.sum((broken & (before == 0)).to(tl.int32), 0)
-        counts = live & (held == 0) & (n < counted)
-        error += tl.where(counts, wrong, 0.0)
-        size += tl.where(counts, whole, 0.0)
-        count += counts.to(tl.float32)
+    known = given - start  # [EP], tokens that had a slot before: no demand, broken or not
+    among = (given >= 0) & (known >= 0) & (known < tokens)
+    if SEEN:
+        told_of = seen + b.to(tl.int64) * tokens + known
+        among = among & (tl.load(told_of, mask=among, other=0) != 0)
+    faults = tl.full([EP], 0.0, tl.float32)
+    for g in tl.static_range(0, G):
+        of = judged + ((3 * batch + b) * G + g).to(tl.int64) * tokens + known
+        faults += tl.load(of, mask=among, other=0.0)
+    spoilt = broken - tl.sum((faults > 0.0).to(tl.int32), 0)
     tl.store(tallies + b * 3, tl.sum(error, 0))
     tl.store(tallies + b * 3 + 1, tl.sum(size, 0))
-    tl.store(tallies + b * 3 + 2, tl.sum(count, 0))
+    tl.store(tallies + b * 3 + 2, tl.sum(count, 0).to(tl.float32))
 
     tl.store(positions + b * E + slot, pos.to(tl.int64), mask=slot < E)
-    h, d = tl.arange(0, HP), tl.arange(0, DP)
-    inside = (h < H)[:, None] & (d < D)[None, :]
+    token = pos - start
+    hit = (token >= 0) & (token < tokens) & (slot < E)
+    d = tl.arange(0, DP)
+    inside = (d < D)[None, :]
+    source = x + b.to(tl.int64) * x_b + token[:, None].to(tl.int64) * x_t + d[None, :]
+    cells = pool + (b.to(tl.int64) * H * E + slot[:, None]) * D + d[None, :]
     spoil = room * 0 - 1  # the slot that becomes NaN
     if spoilt > room:
-        spoil = room * 0
-        last = room * 0 - 1
-        for i in tl.static_range(0, E):
-            place = tl.sum(tl.where(slot == i, pos, 0), 0)
-            token = place - start
-            hit = (token >= 0) & (token < tokens)
-            token = tl.where(hit, token, 0)
-            where = x + b.to(tl.int64) * x_b + h[:, None].to(tl.int64) * x_h + d[None, :]
-            value = tl.load(where + token.to(tl.int64) * x_t, mask=inside & hit, other=0.0)
+        strays = tl.full([EP], 0, tl.int32)
+        for h in tl.range(0, H):
+            value = tl.load(source + h * x_h, mask=hit[:, None] & inside, other=0.0)
             value = value.to(tl.float32)
             if not NEW:
-                cell = pool + ((b * H + h[:, None]).to(tl.int64) * E + i) * D + d[None, :]
-                there = tl.load(cell, mask=inside & (hit == 0), other=0.0).to(tl.float32)
-                value = tl.where(hit, value, there)
-            bad = tl.sum(tl.sum((value - value != 0.0).to(tl.int32), 1), 0) > 0
-            later = bad & (place > last)
-            spoil = tl.where(later, i, spoil)
-            last = tl.where(later, place, last)
-    for i in tl.static_range(0, E):
-        token = tl.sum(tl.where(slot == i, pos, 0), 0) - start
-        hit = (token >= 0) & (token < tokens)
-        token = tl.where(hit, token, 0)
-        where = x + b.to(tl.int64) * x_b + h[:, None].to(tl.int64) * x_h + d[None, :]
-        value = tl.load(where + token.to(tl.int64) * x_t, mask=inside & hit, other=0.0)
-        cell = pool + ((b * H + h[:, None]).to(tl.int64) * E + i) * D + d[None, :]
-        wanted = hit
-        if NEW:
-            wanted = hit | (i >= 0)
-        value = tl.where(spoil == i, float("nan"), value.to(tl.float32))
-        wanted = wanted | (spoil == i)
-        tl.store(cell, value.to(pool.dtype.element_ty), mask=inside & wanted)
+                kept = (hit == 0) & (slot < E)
+                value += tl.load(cells + h * E * D, mask=kept[:, None] & inside, other=0.0)
+            strays += tl.sum((value - value != 0.0).to(tl.int32), 1)
+        spoil = tl.argmax(tl.where(strays > 0, pos, -1), 0)
+    spoils = slot == spoil
+    wanted = hit | spoils
+    if NEW:
+        wanted = slot < E
+    for h in tl.range(0, H):
+        value = tl.load(source + h * x_h, mask=hit[:, None] & inside, other=0.0)
+        value = tl.where(spoils[:, None], float("nan"), value.to(tl.float32))
+        value = value.to(pool.dtype.element_ty)
+        tl.store(cells + h * E * D, value, mask=wanted[:, None] & inside)

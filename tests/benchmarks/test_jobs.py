@@ -19,9 +19,11 @@ def test_every_method_is_in_one_share(count: int) -> None:
     shares = [jobs.share(METHODS, number, count) for number in range(count)]
     names = [m.name for methods in shares for m in methods]
     assert sorted(names) == sorted(m.name for m in METHODS)
-    assert not any(m.ours for m in shares[0])
-    sizes = [len(methods) for methods in shares[1:]]
-    assert max(sizes) - min(sizes) <= 1
+    rivals = max(count // 4, 1)
+    assert not any(m.ours for methods in shares[:rivals] for m in methods)
+    for part in (shares[:rivals], shares[rivals:]):
+        sizes = [len(methods) for methods in part]
+        assert max(sizes) - min(sizes) <= 1
 
 
 @pytest.mark.parametrize(("number", "count"), [(0, 1), (2, 2), (-1, 2)])
@@ -69,6 +71,16 @@ def test_processes_share_the_work_and_go_on_from_what_is_there(
     assert [words[1:4] for words in started] == [["-m", "benchmarks.quality", "--full"]] * 2
     cells = json.loads(path.read_text())["cells"]
     assert [c["method"] for c in cells] == ["A", "job 0", "job 1"]
+
+
+def test_processes_take_turns_with_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: 2)
+    assert [jobs.device_of(i)["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert jobs.device_of(1) == {"CUDA_VISIBLE_DEVICES": "5"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert jobs.device_of(1) == {}
 
 
 def test_nothing_measured_leaves_no_file(tmp_path: Path) -> None:

@@ -106,6 +106,16 @@ def odd_tokens(layout: TransformLayout, broken: int) -> Tensor:
     return x.bfloat16()
 
 
+@pytest.fixture(params=[1, 5], ids=["one chunk", "five chunks"])
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Chunks in which some 70 tokens are judged."""
+    if request.param > 1:
+        monkeypatch.setattr(launch_encode, "BLOCK", 16)
+        monkeypatch.setattr(launch_encode, "CHUNK", 16)
+    return request.param
+
+
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize(("broken", "seen"), [(0, True), (2, False), (7, False)])
 def test_far_and_broken_tokens_take_slots_the_worst_first(broken: int, seen: bool) -> None:
     """More broken ones than slots make the row NaN."""
@@ -118,6 +128,7 @@ def test_far_and_broken_tokens_take_slots_the_worst_first(broken: int, seen: boo
     assert (positions[0] == 41).any() and (positions[0] == 20).any() == (not seen)
 
 
+@pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("broken", [0, 7])
 def test_more_tokens_are_coded_in_place(broken: int) -> None:
     layout = LAYOUTS[2]

@@ -24,7 +24,7 @@ from ..passes.ancestry import as_networkx
 from ..passes.base import output_of, same_size, value_of
 from ..passes.find_weights import hidden_states
 from ..passes.plan import PlannedSite
-from .tail import Tail
+from .tail import LINEAR, Tail
 
 QUERIES = 256
 """Tokens at the end of a prefill whose predictions are looked at."""
@@ -254,12 +254,22 @@ class Replay(fx.Interpreter):
         if _takes_last_token(n):
             args, _ = self.fetch_args_kwargs_from_env(n)
             return args[0][:, -self.tail :]
-        value = super().run_node(n)
+        if n is self.watched and self._is_last_product(n):
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            value = n.target(args[0][:, -self.tail :], *args[1:], **kwargs)  # type: ignore[operator]
+        else:
+            value = super().run_node(n)
         if n is self.work.stream and self.work.sources is not None:
             value = torch.cat([value[:, : -self.tail], value[:, self.work.sources]], 1)
         if n is self.watched:
             self.seen = value
         return self.cached(n, value) if n in self.updates else value
+
+    def _is_last_product(self, n: fx.Node) -> bool:
+        """Whether these are logits that only leave the graph: of all tokens they are large."""
+        return (
+            self.work.outcome.logits and n.target in LINEAR and [*n.users] == [output_of(n.graph)]
+        )
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Those that take most of the time without gradients for all but the last tokens."""

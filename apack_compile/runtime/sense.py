@@ -21,6 +21,7 @@ from ..codec.sensitivity import Sensitivity
 from ..passes.find_writes import is_written
 from ..passes.plan import PlannedSite
 from .replay import Replay, Unmeasured, Work
+from .saved import SavedTails, nodes_by_token
 
 DRAWS = 4
 """Tokens drawn for each prediction: each is a pass backwards through the prompt."""
@@ -55,15 +56,17 @@ def measure(
     work = Work.of(gm, sites, coded, window, recall)
     split = work.split
     past_turns = [split.turn(t) for t in turns]
-    probe = _Probe(work)
     budget = _Budget(coded.device)
+    nodes = nodes_by_token(gm, list(sites))
+    saved = SavedTails(nodes, split.length, split.tail, budget.spend)
+    probe = _Probe(work, saved)
     rounds = RECALL_DRAWS if recall else DRAWS
     draws = []
     with torch.inference_mode(False), torch.enable_grad():
         plain = detached(args)
         budget.ignore([*plain, *gm.parameters(), *gm.buffers()])
         try:
-            with torch.autograd.graph.saved_tensors_hooks(budget.spend, _same):
+            with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
                 probe.run(*plain)
                 assert probe.seen is not None
                 values = split.of_asked(probe.seen).float()
@@ -126,9 +129,15 @@ class Measured:
 class _Probe(Replay):
     """Has leaves in the place of all but the last tokens of the cache."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, saved: SavedTails) -> None:
         super().__init__(work)
+        self.saved = saved
         self.leaves: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """As the graph says."""
+        self.saved.node = n
+        return super().run_node(n)
 
     def cached(self, n: fx.Node, value: Tensor) -> Tensor:
         """A leaf and the last tokens."""
@@ -161,10 +170,6 @@ class _Budget:
             if self.left < 0:
                 raise Unmeasured("too little memory for gradients of so long a prompt")
         return tensor
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _free_bytes(device: torch.device) -> int:

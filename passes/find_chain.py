@@ -1,6 +1,7 @@
 """Find attention that is written out: two products and a softmax.
 
     s = matmul(q, repeat_kv(k).transpose(2, 3)) * scale       or / a number; or q scaled before
+        einsum("bhqd,bhkd->bhqk", q, repeat_kv(k)) * scale
     s = s + mask                                              or masked_fill(m, -inf), where(m, s, -inf)
     p = dropout(softmax(s, -1, float32).to(q.dtype), 0.0)     casts and an idle dropout, or none
     o = matmul(p, repeat_kv(v))
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from .base import argument, calls, shape_of, value_of
+from .einsum import scores_operands, sum_operands
 from .find_writes import is_written, writes
 from .views import is_cast
 
@@ -84,7 +86,7 @@ def find_chain(softmax: fx.Node) -> Chain | str | None:
         return "the softmax is not over keys: left dense"
     if any(len(step.users) > 1 for step in path):
         return "attention weights are used by more than the values: left dense"
-    v = argument(node, 1, "other")
+    v = _weighted(node)[1]
     scores = _scores(argument(softmax, 0, "input"), softmax)
     if isinstance(scores, str):
         return scores
@@ -99,13 +101,20 @@ def _product_above(softmax: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
     while True:
         following = None
         for user in path[-1].users:
-            if calls(user, *_MATMUL) and argument(user, 0, "input") is path[-1]:
+            if _weighted(user)[0] is path[-1]:
                 return user, path
             if is_cast(user) or calls(user, "contiguous") or _is_idle_dropout(user):
                 following = user
         if following is None:
             return None, path
         path.append(following)
+
+
+def _weighted(node: fx.Node) -> tuple[Any, Any]:
+    """Weights and values whose product a node is; None twice if it is none."""
+    if calls(node, *_MATMUL):
+        return argument(node, 0, "input"), argument(node, 1, "other")
+    return sum_operands(node) or (None, None)
 
 
 def _is_idle_dropout(node: fx.Node) -> bool:
@@ -126,6 +135,9 @@ def _scores(node: Any, reader: fx.Node) -> _Found:
         return _scores(argument(node, 0, "input"), node)
     if calls(node, *_MATMUL):
         return _product(node)
+    operands = scores_operands(node)
+    if operands is not None:
+        return _Scores(*operands) if all(isinstance(o, fx.Node) for o in operands) else None
     if calls(node, *_MUL, *_DIV):
         return _scaled(node)
     if calls(node, *_ADD):

@@ -90,6 +90,8 @@ def _growth(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> CacheUpda
         return _without_cat(root, outputs, flow)
     operands = argument(root, 0, "tensors")
     dim = argument(root, 1, "dim", 0)
+    if dim in (-1, 3):  # new tokens, put together of a part that is turned and one that is not
+        return _without_cat(root, outputs, flow)
     if dim not in (-2, 2):
         return "no cache: made by a cat of halves, not of tokens"
     if root not in outputs:

@@ -90,10 +90,21 @@ def test_a_first_prefill_without_a_cat_is_found() -> None:
     assert captured.plan.sites[0].cached.k.node is captured.plan.sites[0].cached.k.new
 
 
+def test_a_first_prefill_of_keys_that_are_turned_in_part_is_found() -> None:
+    """Bug: keys put together along head_dim were taken for no cache."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        keys, values = torch.cat([k[..., :4] * 2, k[..., 4:]], -1), v * 2
+        return sdpa(q, keys, values), keys, values
+
+    captured = capture(fn, tokens(6), tokens(6), tokens(6))
+    assert kinds(captured) == [("empty", "empty")]
+
+
 LEFT_ALONE: dict[str, tuple[Grow, str]] = {
     "last dimension": (
         lambda past, new: torch.cat([past[..., :4], past[..., 4:]], -1),
-        "no cache: made by a cat of halves, not of tokens",
+        "cross-attention: keys and queries are different tokens",
     ),
     "batch": (
         lambda past, new: torch.cat([past, past]),

@@ -1,0 +1,184 @@
+"""Decoder blocks put together of the forms in which models write attention, without a family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .plain import VOCAB
+
+HIDDEN, HEADS = 48, 4
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one block writes its attention.
+
+    Attributes:
+        kv_heads: heads of keys and values; query heads are 4.
+        k_dim, v_dim: head_dim of queries and keys, and of values.
+        projection: three products, or one that is taken apart.
+        heads_first: how heads come before tokens.
+        rotary: rotation of queries and keys: of pairs of halves, of neighbours, of a part.
+        norm: whether queries and keys are normed head by head.
+        repeat: how KV heads become query heads.
+        cast: whether keys and values are cast between cache and attention.
+        attend: SDPA, or written out.
+        scale: what is scaled, where it is written out.
+        mask: added, filled in, or (SDPA) given as bool.
+        twice: whether two attentions read the same keys and values.
+    """
+
+    kv_heads: Literal[1, 2, 4] = 2
+    k_dim: int = 16
+    v_dim: int = 16
+    projection: Literal["three", "split", "chunk by head"] = "three"
+    heads_first: Literal["transpose", "permute"] = "transpose"
+    rotary: Literal["none", "halves", "neighbours", "part"] = "halves"
+    norm: bool = False
+    repeat: Literal["expand", "interleave", "sdpa"] = "expand"
+    cast: bool = False
+    attend: Literal["sdpa", "matmul", "einsum"] = "sdpa"
+    scale: Literal["query", "scores", "divide", "none"] = "scores"
+    mask: Literal["float", "bool"] = "float"
+    twice: bool = False
+
+
+def turned(x: Tensor, positions: Tensor, kind: str) -> Tensor:
+    """``x [B, H, T, D]`` with its rotation at ``positions [B, T]``."""
+    if kind == "none":
+        return x
+    width = x.shape[-1] // 2 if kind == "part" else x.shape[-1]
+    part, rest = x[..., :width], x[..., width:]
+    rates = 1e4 ** (-torch.arange(0, width, 2, device=x.device) / width)
+    angles = positions[:, None, :, None] * rates  # [B, 1, T, width / 2]
+    if kind == "neighbours":
+        cos, sin = angles.cos().repeat_interleave(2, -1), angles.sin().repeat_interleave(2, -1)
+        other = torch.stack((-part[..., 1::2], part[..., ::2]), -1).flatten(-2)
+    else:
+        cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin()] * 2, -1)
+        first, second = part.chunk(2, -1)
+        other = torch.cat((-second, first), -1)
+    return torch.cat([part * cos + other * sin, rest], -1)
+
+
+def repeated(x: Tensor, times: int, form: Form) -> Tensor:
+    """KV heads as many as query heads."""
+    if times == 1 or (form.repeat == "sdpa" and form.attend == "sdpa"):
+        return x
+    if form.repeat == "interleave":
+        return x.repeat_interleave(times, 1)
+    b, h, s, d = x.shape
+    return x[:, :, None].expand(b, h, times, s, d).reshape(b, h * times, s, d)
+
+
+class Attention(nn.Module):
+    """One block."""
+
+    def __init__(self, form: Form) -> None:
+        super().__init__()
+        self.form = form
+        self.widths = HEADS * form.k_dim, form.kv_heads * form.k_dim, form.kv_heads * form.v_dim
+        if form.projection == "three":
+            self.parts = nn.ModuleList(nn.Linear(HIDDEN, w, bias=False) for w in self.widths)
+        else:
+            self.together = nn.Linear(HIDDEN, sum(self.widths), bias=False)
+        self.out = nn.Linear(HEADS * form.v_dim, HIDDEN, bias=False)
+
+    def projections(self, x: Tensor) -> list[Tensor]:
+        """Queries, keys and values ``[B, T, H, D]``."""
+        form, (b, t, _) = self.form, x.shape
+        if form.projection == "three":
+            q, k, v = (part(x) for part in self.parts)
+        elif form.projection == "split":
+            q, k, v = self.together(x).split(self.widths, -1)
+        else:
+            whole = self.together(x)
+            q, k, v = (whole[..., a:b] for a, b in self._bounds())
+        dims = form.k_dim, form.k_dim, form.v_dim
+        return [y.view(b, t, -1, dim) for y, dim in zip((q, k, v), dims, strict=True)]
+
+    def _bounds(self) -> list[tuple[int, int]]:
+        a, b, c = self.widths
+        return [(0, a), (a, a + b), (a + b, a + b + c)]
+
+    def forward(
+        self, x: Tensor, positions: Tensor, past: tuple[Tensor, Tensor] | None, seen: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        form, (b, t, _) = self.form, x.shape
+        q, k, v = (
+            y.transpose(1, 2) if form.heads_first == "transpose" else y.permute(0, 2, 1, 3)
+            for y in self.projections(x)
+        )
+        if form.norm:
+            q, k = (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6) for y in (q, k))
+        q, k = turned(q, positions, form.rotary), turned(k, positions, form.rotary)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=-2)
+        cache = k, v
+        if form.cast:
+            k, v, q = k.double(), v.double(), q.double()
+        y = self.attend(q, k, v, seen)
+        if form.twice:
+            y = y + self.attend(q.flip(1), k, v, seen)
+        y = y.to(x.dtype).transpose(1, 2).reshape(b, t, -1)
+        return self.out(y), cache
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        """``[B, H, T, D]``; ``seen [B, 1, T, S]`` bool."""
+        form = self.form
+        k, v = (repeated(x, HEADS // form.kv_heads, form) for x in (k, v))
+        least = torch.finfo(q.dtype).min
+        added = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, least)
+        scale = 1.0 if form.scale == "none" else form.k_dim**-0.5
+        if form.attend == "sdpa":
+            mask = seen if form.mask == "bool" else added
+            gqa = form.repeat == "sdpa" and form.kv_heads < HEADS
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=gqa)
+        if form.scale == "query":
+            q = q * scale
+        if form.attend == "einsum":
+            scores = torch.einsum("bhqd,bhkd->bhqk", q, k)
+        else:
+            scores = torch.matmul(q, k.transpose(-1, -2))
+        if form.scale == "scores":
+            scores = scores * scale
+        elif form.scale == "divide":
+            scores = scores / form.k_dim**0.5
+        scores = scores + added if form.mask == "float" else scores.masked_fill(~seen, least)
+        weights = F.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+        weights = F.dropout(weights, 0.0, self.training)
+        if form.attend == "einsum":
+            return torch.einsum("bhqk,bhkd->bhqd", weights, v)
+        return torch.matmul(weights, v)
+
+
+class Decoder(nn.Module):
+    """Blocks of several forms, with a tuple cache."""
+
+    def __init__(self, forms: list[Form]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCAB, HIDDEN)
+        self.blocks = nn.ModuleList(Attention(form) for form in forms)
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.head = nn.Linear(HIDDEN, VOCAB, bias=False)
+
+    def forward(self, ids: Tensor, valid: Tensor, past: Any = None) -> tuple[Tensor, Any]:
+        """Logits and the grown cache; ``valid [B, S]`` is False for padding on the left."""
+        length, tokens = valid.shape[1], ids.shape[1]
+        rows = torch.arange(length - tokens, length, device=ids.device)[:, None]
+        columns = torch.arange(length, device=ids.device)
+        seen = ((columns <= rows) & valid[:, None, None, :]) | (columns == rows)
+        positions = (valid.cumsum(1) - 1).clamp(min=0)[:, length - tokens :]
+        x = self.embed(ids)
+        grown = []
+        for number, block in enumerate(self.blocks):
+            y, cache = block(self.norm(x), positions, None if past is None else past[number], seen)
+            x = x + y
+            grown.append(cache)
+        return self.head(self.norm(x)), tuple(grown)

@@ -256,7 +256,7 @@ class Replay(fx.Interpreter):
             return args[0][:, -self.tail :]
         if n is self.watched and self._is_last_product(n):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            value = n.target(args[0][:, -self.tail :], *args[1:], **kwargs)  # type: ignore[operator]
+            value = n.target(args[0][:, -self.tail :], *args[1:], **kwargs)
         else:
             value = super().run_node(n)
         if n is self.work.stream and self.work.sources is not None:

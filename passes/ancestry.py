@@ -1,4 +1,4 @@
-"""Data-flow questions on a networkx view of a graph: which hidden state was this made from?"""
+"""Data-flow questions: which hidden state was this made from, what is made of this cache?"""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import networkx as nx
 import torch
 from torch import fx
 
-from .base import argument, calls
+from .base import argument, calls, value_of
+from .find_writes import base_of, written
 
 _PROJECTIONS = (torch.nn.functional.linear, torch._C._nn.linear, torch.addmm)
 
@@ -68,3 +69,31 @@ def weight_above(flow: nx.DiGraph, node: fx.Node) -> fx.Node | None:
         return None
     made_of = [weight, *(child for _, child in nx.bfs_edges(flow, weight, reverse=True))]
     return next((n for n in made_of if n.op in ("placeholder", "get_attr")), None)
+
+
+def reached_from(node: fx.Node, projections: int) -> frozenset[fx.Node]:
+    """The tensors made of ``node`` with at most this many linear layers in a row.
+
+    Sizes are not followed: masks of all layers are made of them.
+    """
+    found: set[fx.Node] = set()
+    frontier = {node}
+    for _ in range(projections + 1):
+        beyond: set[fx.Node] = set()
+        stack = list(frontier)
+        while stack:
+            here = stack.pop()
+            for user in (*here.users, *(u for x in written(here) for u in base_of(x).users)):
+                if calls(user, *_PROJECTIONS):
+                    beyond.add(user)
+                elif user not in found and _holds_tensors(value_of(user)):
+                    found.add(user)
+                    stack.append(user)
+        frontier = beyond
+    return frozenset(found)
+
+
+def _holds_tensors(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(_holds_tensors(item) for item in value)
+    return isinstance(value, torch.Tensor)

@@ -24,6 +24,8 @@ from .views import is_cast
 
 _SOFTMAX = ("softmax", torch.softmax, F.softmax)
 _MATMUL = ("matmul", "__matmul__", torch.matmul, operator.matmul)
+_BMM = ("bmm", torch.bmm)
+_RESHAPE = ("view", "reshape", torch.reshape)
 _MUL = ("mul", "mul_", torch.mul, operator.mul, operator.imul)
 _DIV = ("div", "div_", torch.div, operator.truediv, operator.itruediv)
 _ADD = ("add", "add_", torch.add, operator.add, operator.iadd)
@@ -77,8 +79,10 @@ def find_chain(softmax: fx.Node) -> Chain | str | None:
     node, path = _product_above(softmax)
     if node is None:
         return None
+    if any(calls(step, operator.getitem) for step in path):
+        return "attention weights are cut behind the softmax (sinks among scores): left dense"
     shape = shape_of(softmax)
-    if shape is None or len(shape) != 4:
+    if shape is None or len(shape) != 4 or any(calls(step, *_RESHAPE) for step in path):
         return "attention written out over other than [B, heads, queries, keys]: left dense"
     if argument(softmax, 1, "dim") not in (-1, 3):
         return "the softmax is not over keys: left dense"
@@ -99,9 +103,10 @@ def _product_above(softmax: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
     while True:
         following = None
         for user in path[-1].users:
-            if calls(user, *_MATMUL) and argument(user, 0, "input") is path[-1]:
+            if calls(user, *_MATMUL, *_BMM) and argument(user, 0, "input") is path[-1]:
                 return user, path
-            if is_cast(user) or calls(user, "contiguous") or _is_idle_dropout(user):
+            passed = calls(user, "contiguous", operator.getitem, *_RESHAPE)
+            if passed or is_cast(user) or _is_idle_dropout(user):
                 following = user
         if following is None:
             return None, path

@@ -81,6 +81,13 @@ def _by_name(node: fx.Node) -> Iterator[Any]:
     yield node.kwargs.get("out")
 
 
+def base_of(node: fx.Node) -> fx.Node:
+    """What ``node`` is a view of, or may be: ``node`` itself if it is none."""
+    while _is_view(node) and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
 def _is_view(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False

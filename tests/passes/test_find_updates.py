@@ -103,6 +103,10 @@ LEFT_ALONE: dict[str, tuple[Grow, str]] = {
     "computed past": (
         lambda past, new: torch.cat([past * 2, new], 2), "the past is computed in the graph"
     ),
+    "joined with other tokens": (
+        lambda past, new: torch.cat([torch.cat([past, new], 2), new * 2], 2),
+        "the cache is joined with other keys or values: left dense",
+    ),
     "new tokens in front": (
         lambda past, new: torch.cat([new * 2, past], 2), "the past is computed in the graph"
     ),

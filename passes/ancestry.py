@@ -6,10 +6,20 @@ import networkx as nx
 import torch
 from torch import fx
 
-from .base import argument, calls, value_of
+from .base import MATMUL, argument, calls, shape_of, value_of
 from .find_writes import base_of, written
 
 _PROJECTIONS = (torch.nn.functional.linear, torch._C._nn.linear, torch.addmm)
+_GIVEN = ("placeholder", "get_attr")
+
+
+def is_projection(node: fx.Node) -> bool:
+    """Whether ``node`` is a linear layer, by that name or as a product with a given matrix."""
+    if not calls(node, *MATMUL):
+        return calls(node, *_PROJECTIONS)
+    matrix = argument(node, 1, "other")
+    base = base_of(matrix) if isinstance(matrix, fx.Node) else None
+    return base is not None and base.op in _GIVEN and len(shape_of(base) or ()) == 2
 
 
 def as_networkx(graph: fx.Graph) -> nx.DiGraph:
@@ -38,7 +48,7 @@ def projected_from(flow: nx.DiGraph, node: fx.Node, levels: int = 2) -> frozense
             if here in seen:
                 continue
             seen.add(here)
-            if calls(here, *_PROJECTIONS):
+            if is_projection(here):
                 activation = (
                     argument(here, 1, "mat1")
                     if here.target is torch.addmm
@@ -60,15 +70,17 @@ def weight_above(flow: nx.DiGraph, node: fx.Node) -> fx.Node | None:
     if the nearest layer's weight comes from no input: never the weight of a layer further up.
     """
     above = [node, *(child for _, child in nx.bfs_edges(flow, node, reverse=True))]
-    layer = next((here for here in above if calls(here, *_PROJECTIONS)), None)
+    layer = next((here for here in above if is_projection(here)), None)
     if layer is None:
         return None
-    second = layer.target is torch.addmm
-    weight = argument(layer, 2, "mat2") if second else argument(layer, 1, "weight")
+    if layer.target is torch.addmm:
+        weight = argument(layer, 2, "mat2")
+    else:
+        weight = argument(layer, 1, "other" if calls(layer, *MATMUL) else "weight")
     if not isinstance(weight, fx.Node):
         return None
     made_of = [weight, *(child for _, child in nx.bfs_edges(flow, weight, reverse=True))]
-    return next((n for n in made_of if n.op in ("placeholder", "get_attr")), None)
+    return next((n for n in made_of if n.op in _GIVEN), None)
 
 
 def reached_from(node: fx.Node, projections: int) -> frozenset[fx.Node]:
@@ -84,7 +96,7 @@ def reached_from(node: fx.Node, projections: int) -> frozenset[fx.Node]:
         while stack:
             here = stack.pop()
             for user in (*here.users, *(u for x in written(here) for u in base_of(x).users)):
-                if calls(user, *_PROJECTIONS):
+                if is_projection(user):
                     beyond.add(user)
                 elif user not in found and _holds_tensors(value_of(user)):
                     found.add(user)

@@ -18,12 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from .base import argument, calls, shape_of, value_of
+from .base import MATMUL, argument, calls, shape_of, value_of
 from .find_writes import is_written, writes
 from .views import is_cast
 
 _SOFTMAX = ("softmax", torch.softmax, F.softmax)
-_MATMUL = ("matmul", "__matmul__", torch.matmul, operator.matmul)
 _BMM = ("bmm", torch.bmm)
 _RESHAPE = ("view", "reshape", torch.reshape)
 _MUL = ("mul", "mul_", torch.mul, operator.mul, operator.imul)
@@ -103,7 +102,7 @@ def _product_above(softmax: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
     while True:
         following = None
         for user in path[-1].users:
-            if calls(user, *_MATMUL, *_BMM) and argument(user, 0, "input") is path[-1]:
+            if calls(user, *MATMUL, *_BMM) and argument(user, 0, "input") is path[-1]:
                 return user, path
             passed = calls(user, "contiguous", operator.getitem, *_RESHAPE)
             if passed or is_cast(user) or _is_idle_dropout(user):
@@ -129,7 +128,7 @@ def _scores(node: Any, reader: fx.Node) -> _Found:
         return "scores are written to in place: left dense"
     if is_cast(node) or calls(node, "contiguous"):
         return _scores(argument(node, 0, "input"), node)
-    if calls(node, *_MATMUL):
+    if calls(node, *MATMUL):
         return _product(node)
     if calls(node, *_MUL, *_DIV):
         return _scaled(node)

@@ -19,9 +19,9 @@ _VIEWS = frozenset(
     (
         "getitem", "view", "reshape", "transpose", "permute", "narrow", "select", "expand",
         "unsqueeze", "squeeze", "flatten", "unflatten", "chunk", "split", "detach", "contiguous",
-        "view_as", "swapaxes", "swapdims", "movedim", "moveaxis", "unbind", "t", "mT", "expand_as",
-        "diagonal", "as_strided", "unfold", "tensor_split", "slice", "alias", "real", "imag",
-        "ravel", "broadcast_to", "data",
+        "view_as", "swapaxes", "swapdims", "movedim", "moveaxis", "unbind", "t", "T", "mT",
+        "expand_as", "diagonal", "as_strided", "unfold", "tensor_split", "slice", "alias", "real",
+        "imag", "ravel", "broadcast_to", "data",
         # these are their operand itself if there is nothing to convert
         "to", "type", "type_as", "float", "half", "bfloat16", "double", "cuda", "cpu",
     )

@@ -41,7 +41,7 @@ class Measured:
         packed: sites that attend to packed caches, in the graphs that decode.
         left: sites left alone there, by reason.
         first: the first step that attends to packed caches.
-        same: whether tokens with exact codes are those of torch's eager backend.
+        same: whether tokens with exact codes are those of the model without packing.
         off: largest difference of the logits then.
         error: of the logits of that step with ratio 8, relative to what tells them apart.
         spoilt: the same, at least, when codes are lost, or components mixed up.

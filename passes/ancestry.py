@@ -1,4 +1,4 @@
-"""Data-flow questions on a networkx view of a graph: which hidden state was this made from?"""
+"""Data-flow questions: which hidden state was this made from, what is made of this cache?"""
 
 from __future__ import annotations
 
@@ -6,9 +6,20 @@ import networkx as nx
 import torch
 from torch import fx
 
-from .base import argument, calls
+from .base import MATMUL, argument, calls, shape_of, value_of
+from .find_writes import base_of, written
 
 _PROJECTIONS = (torch.nn.functional.linear, torch._C._nn.linear, torch.addmm)
+_GIVEN = ("placeholder", "get_attr")
+
+
+def is_projection(node: fx.Node) -> bool:
+    """Whether ``node`` is a linear layer, by that name or as a product with a given matrix."""
+    if not calls(node, *MATMUL):
+        return calls(node, *_PROJECTIONS)
+    matrix = argument(node, 1, "other")
+    base = base_of(matrix) if isinstance(matrix, fx.Node) else None
+    return base is not None and base.op in _GIVEN and len(shape_of(base) or ()) == 2
 
 
 def as_networkx(graph: fx.Graph) -> nx.DiGraph:
@@ -37,7 +48,7 @@ def projected_from(flow: nx.DiGraph, node: fx.Node, levels: int = 2) -> frozense
             if here in seen:
                 continue
             seen.add(here)
-            if calls(here, *_PROJECTIONS):
+            if is_projection(here):
                 activation = (
                     argument(here, 1, "mat1")
                     if here.target is torch.addmm
@@ -59,12 +70,42 @@ def weight_above(flow: nx.DiGraph, node: fx.Node) -> fx.Node | None:
     if the nearest layer's weight comes from no input: never the weight of a layer further up.
     """
     above = [node, *(child for _, child in nx.bfs_edges(flow, node, reverse=True))]
-    layer = next((here for here in above if calls(here, *_PROJECTIONS)), None)
+    layer = next((here for here in above if is_projection(here)), None)
     if layer is None:
         return None
-    second = layer.target is torch.addmm
-    weight = argument(layer, 2, "mat2") if second else argument(layer, 1, "weight")
+    if layer.target is torch.addmm:
+        weight = argument(layer, 2, "mat2")
+    else:
+        weight = argument(layer, 1, "other" if calls(layer, *MATMUL) else "weight")
     if not isinstance(weight, fx.Node):
         return None
     made_of = [weight, *(child for _, child in nx.bfs_edges(flow, weight, reverse=True))]
-    return next((n for n in made_of if n.op in ("placeholder", "get_attr")), None)
+    return next((n for n in made_of if n.op in _GIVEN), None)
+
+
+def reached_from(node: fx.Node, projections: int) -> frozenset[fx.Node]:
+    """The tensors made of ``node`` with at most this many linear layers in a row.
+
+    Sizes are not followed: masks of all layers are made of them.
+    """
+    found: set[fx.Node] = set()
+    frontier = {node}
+    for _ in range(projections + 1):
+        beyond: set[fx.Node] = set()
+        stack = list(frontier)
+        while stack:
+            here = stack.pop()
+            for user in (*here.users, *(u for x in written(here) for u in base_of(x).users)):
+                if is_projection(user):
+                    beyond.add(user)
+                elif user not in found and _holds_tensors(value_of(user)):
+                    found.add(user)
+                    stack.append(user)
+        frontier = beyond
+    return frozenset(found)
+
+
+def _holds_tensors(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return any(_holds_tensors(item) for item in value)
+    return isinstance(value, torch.Tensor)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+
+MATMUL = ("matmul", "__matmul__", torch.matmul, operator.matmul)
+"""Products of matrices, however they are called."""
 
 
 @dataclass(frozen=True)

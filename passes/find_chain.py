@@ -19,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from .base import argument, calls, shape_of, value_of
+from .base import MATMUL, argument, calls, shape_of, value_of
 from .einsum import scores_operands, sum_operands
 from .find_writes import is_written, writes
 from .views import is_cast
 
 _SOFTMAX = ("softmax", torch.softmax, F.softmax)
-_MATMUL = ("matmul", "__matmul__", torch.matmul, operator.matmul)
+_BMM = ("bmm", torch.bmm)
+_RESHAPE = ("view", "reshape", torch.reshape)
 _MUL = ("mul", "mul_", torch.mul, operator.mul, operator.imul)
 _DIV = ("div", "div_", torch.div, operator.truediv, operator.itruediv)
 _ADD = ("add", "add_", torch.add, operator.add, operator.iadd)
@@ -79,8 +80,10 @@ def find_chain(softmax: fx.Node) -> Chain | str | None:
     node, path = _product_above(softmax)
     if node is None:
         return None
+    if any(calls(step, operator.getitem) for step in path):
+        return "attention weights are cut behind the softmax (sinks among scores): left dense"
     shape = shape_of(softmax)
-    if shape is None or len(shape) != 4:
+    if shape is None or len(shape) != 4 or any(calls(step, *_RESHAPE) for step in path):
         return "attention written out over other than [B, heads, queries, keys]: left dense"
     if argument(softmax, 1, "dim") not in (-1, 3):
         return "the softmax is not over keys: left dense"
@@ -103,7 +106,8 @@ def _product_above(softmax: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
         for user in path[-1].users:
             if _weighted(user)[0] is path[-1]:
                 return user, path
-            if is_cast(user) or calls(user, "contiguous") or _is_idle_dropout(user):
+            passed = calls(user, "contiguous", operator.getitem, *_RESHAPE)
+            if passed or is_cast(user) or _is_idle_dropout(user):
                 following = user
         if following is None:
             return None, path
@@ -112,7 +116,7 @@ def _product_above(softmax: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
 
 def _weighted(node: fx.Node) -> tuple[Any, Any]:
     """Weights and values whose product a node is; None twice if it is none."""
-    if calls(node, *_MATMUL):
+    if calls(node, *MATMUL, *_BMM):
         return argument(node, 0, "input"), argument(node, 1, "other")
     return sum_operands(node) or (None, None)
 
@@ -133,7 +137,7 @@ def _scores(node: Any, reader: fx.Node) -> _Found:
         return "scores are written to in place: left dense"
     if is_cast(node) or calls(node, "contiguous"):
         return _scores(argument(node, 0, "input"), node)
-    if calls(node, *_MATMUL):
+    if calls(node, *MATMUL):
         return _product(node)
     operands = scores_operands(node)
     if operands is not None:

@@ -22,9 +22,12 @@ from ..cache import PackedKV
 from .ancestry import as_networkx, projected_from, weight_above
 from .base import PassReport, Skip, argument, calls, output_of, same_size, shape_of, value_of
 from .find_attention import AttentionSite
-from .find_writes import is_written
+from .find_strays import grows
+from .find_writes import base_of, is_written
 
 Kind = Literal["packed", "dense", "empty"]
+
+NOT_STORED = "no cache: keys and values are not stored"
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ def find_updates(
         k = _update(site.k, outputs, flow)
         v = _update(site.v, outputs, flow)
         reason = k if isinstance(k, str) else v if isinstance(v, str) else None
+        if reason == NOT_STORED and any(_is_latent(s, outputs, flow) for s in (site.k, site.v)):
+            reason = "keys or values are projected from the cache (latent attention): left dense"
         if reason is None:
             assert isinstance(k, CacheUpdate) and isinstance(v, CacheUpdate)
             reason = _mismatch(site, k, v, flow)
@@ -94,6 +99,8 @@ def _growth(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> CacheUpda
         return _without_cat(root, outputs, flow)
     if dim not in (-2, 2):
         return "no cache: made by a cat of halves, not of tokens"
+    if isinstance(operands, (list, tuple)) and calls(operands[0], torch.cat, torch.concat):
+        return "the cache is joined with other keys or values: left dense"
     if root not in outputs:
         return "the whole cache is not stored (sliding window): left dense"
     if not isinstance(operands, (list, tuple)) or len(operands) != 2:
@@ -116,13 +123,23 @@ def _growth(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> CacheUpda
 
 
 def _without_cat(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> CacheUpdate | str:
+    base = base_of(root)
+    if base.op == "placeholder" and is_written(base):
+        return "preallocated cache, written in place: left dense"
     if root.op == "placeholder":
-        if any(calls(user, "index_copy_", "copy_", "index_put_") for user in root.users):
-            return "preallocated cache, written in place: left dense"
         return "keys or values are an input that this graph does not grow (cross-attention?)"
     if root in outputs:
         return CacheUpdate(root, None, root, "empty", weight_above(flow, root))
-    return "no cache: keys and values are not stored"
+    return NOT_STORED
+
+
+def _is_latent(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> bool:
+    """Whether keys or values are projected from a cache that grows."""
+    return any(
+        grows(above, outputs)
+        for state in projected_from(flow, root, levels=1)
+        for above in (state, *flow.predecessors(state))
+    )
 
 
 def _mismatch(site: AttentionSite, k: CacheUpdate, v: CacheUpdate, flow: nx.DiGraph) -> str | None:

@@ -19,9 +19,9 @@ _VIEWS = frozenset(
     (
         "getitem", "view", "reshape", "transpose", "permute", "narrow", "select", "expand",
         "unsqueeze", "squeeze", "flatten", "unflatten", "chunk", "split", "detach", "contiguous",
-        "view_as", "swapaxes", "swapdims", "movedim", "moveaxis", "unbind", "t", "mT", "expand_as",
-        "diagonal", "as_strided", "unfold", "tensor_split", "slice", "alias", "real", "imag",
-        "ravel", "broadcast_to", "data",
+        "view_as", "swapaxes", "swapdims", "movedim", "moveaxis", "unbind", "t", "T", "mT",
+        "expand_as", "diagonal", "as_strided", "unfold", "tensor_split", "slice", "alias", "real",
+        "imag", "ravel", "broadcast_to", "data",
         # these are their operand itself if there is nothing to convert
         "to", "type", "type_as", "float", "half", "bfloat16", "double", "cuda", "cpu",
     )
@@ -79,6 +79,13 @@ def _by_name(node: fx.Node) -> Iterator[Any]:
     if in_place or node.kwargs.get("inplace") is True:
         yield node.args[0] if node.args else node.kwargs.get("input")
     yield node.kwargs.get("out")
+
+
+def base_of(node: fx.Node) -> fx.Node:
+    """What ``node`` is a view of, or may be: ``node`` itself if it is none."""
+    while _is_view(node) and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -21,6 +21,7 @@ from torch import fx
 from ..cache import PackedKV
 from .base import PassReport, Skip, shape_of, value_of
 from .find_attention import find_attention
+from .find_strays import find_strays
 from .find_updates import CachedSite, CacheUpdate, find_updates
 from .find_writes import is_written
 
@@ -72,6 +73,8 @@ def make_plan(graph: fx.Graph) -> Plan:
     """Find the sites of ``graph`` and decide. Nothing is changed."""
     attention, first = find_attention(graph)
     cached, second = find_updates(graph, attention)
+    known = (*(site.node.name for site in attention), *(skip.where for skip in first.skipped))
+    third = find_strays(graph, known)
     planned: list[PlannedSite] = []
     skipped: list[Skip] = []
     growths: dict[fx.Node | None, set[fx.Node]] = {}
@@ -96,7 +99,7 @@ def make_plan(graph: fx.Graph) -> Plan:
         if h not in grown
     ]
     report = PassReport("plan", len(planned), tuple(skipped))
-    return Plan(tuple(planned), handles, (first, second, report))
+    return Plan(tuple(planned), handles, (first, second, third, report))
 
 
 def _treat(cached: CachedSite) -> tuple[Treatment, str | None]:

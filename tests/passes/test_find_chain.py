@@ -117,6 +117,9 @@ REFUSED: dict[str, tuple[Weigh, str]] = {
         lambda q, k, m: (plain(q, k) + m.sum() * 0).softmax(-1), "a number is added"),
     "keys that are written to": (
         lambda q, k, m: (plain(q, k.float().clone().mul_(2)) + m).softmax(-1), ""),
+    "sinks among the scores": (
+        lambda q, k, m: torch.cat([plain(q, k) + m, q[..., :1]], -1).softmax(-1)[..., :-1],
+        "sinks among scores"),
     "a sum of weights": (
         lambda q, k, m: (lambda p: p / p.sum())((plain(q, k) + m).softmax(-1)), ""),
 }  # fmt: skip
@@ -129,6 +132,23 @@ def test_other_forms_are_left_alone_with_the_reason(form: str) -> None:
     assert captured.treatments == []
     if reason:
         assert reason in captured.reasons[0]
+
+
+def test_products_over_heads_side_by_side_are_left_alone_with_the_reason() -> None:
+    """Bug: they were left alone without a word."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, bias: Tensor) -> Any:
+        keys, values = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        q, flat, rows = (x.reshape(4, -1, 8) for x in (q, keys, values))
+        scores = bias.baddbmm(batch1=q, batch2=flat.transpose(-1, -2), beta=1.0, alpha=0.3)
+        weights = scores.view(2, 2, 1, -1).softmax(-1)
+        return torch.bmm(weights.view(4, 1, -1), rows), keys, values
+
+    captured = capture(fn, *[tokens(1)] * 3, tokens(9), tokens(9), torch.zeros(4, 1, 10))
+    assert captured.treatments == []
+    assert captured.reasons == [
+        "attention written out over other than [B, heads, queries, keys]: left dense"
+    ]
 
 
 def test_scores_that_are_masked_by_a_statement_are_left_alone() -> None:

@@ -114,6 +114,10 @@ LEFT_ALONE: dict[str, tuple[Grow, str]] = {
     "computed past": (
         lambda past, new: torch.cat([past * 2, new], 2), "the past is computed in the graph"
     ),
+    "joined with other tokens": (
+        lambda past, new: torch.cat([torch.cat([past, new], 2), new * 2], 2),
+        "the cache is joined with other keys or values: left dense",
+    ),
     "new tokens in front": (
         lambda past, new: torch.cat([new * 2, past], 2), "the past is computed in the graph"
     ),
@@ -141,9 +145,14 @@ def test_a_preallocated_cache_is_left_alone() -> None:
         values.index_copy_(2, where, v)
         return sdpa(q, keys, values)
 
-    captured = capture(fn, tokens(1), tokens(1), tokens(1), tokens(40), tokens(40))
-    assert kinds(captured) == []
-    assert reasons(captured) == ["preallocated cache, written in place: left dense"]
+    def by_slices(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        keys[:, :, 5:6], values[:, :, 5:6] = k, v
+        return sdpa(q, keys[:, :, :6], values[:, :, :6])
+
+    for each in (fn, by_slices):
+        captured = capture(each, tokens(1), tokens(1), tokens(1), tokens(40), tokens(40))
+        assert kinds(captured) == []
+        assert reasons(captured) == ["preallocated cache, written in place: left dense"]
 
 
 @pytest.mark.parametrize("make", [tokens, packed])
@@ -215,6 +224,24 @@ def test_projections_with_named_arguments_are_read() -> None:
 
     captured = capture(fn, torch.randn(2, 6, 16), torch.randn(2, 6, 16), *WEIGHTS[:2])
     assert reasons(captured) == [OTHER_STATE]
+
+
+def test_products_with_weights_are_projections() -> None:
+    """Bug: layers that are written so had no name, and every graph fitted codes of its own."""
+
+    def fn(x: Tensor, y: Tensor, wq: Tensor, wk: Tensor, wv: Tensor) -> Any:
+        q, k, v = x @ wq.T, torch.matmul(y, wk.t()), y.matmul(wv)
+        q, k, v = (z.unflatten(-1, (2, 8)).transpose(1, 2) for z in (q, k, v))
+        k = k * (y.sum(-1)[:, None, :, None] * torch.ones(1, 1, 1, 8)).cos()
+        return sdpa(q, k, v), k, v
+
+    x = torch.randn(2, 6, 16)
+    captured = capture(lambda x, *w: fn(x, x, *w), x, *WEIGHTS)
+    cached = captured.plan.sites[0].cached
+    arguments = [n for n in captured.graph.nodes if n.op == "placeholder"]
+    for update, weight in ((cached.k, WEIGHTS[1]), (cached.v, WEIGHTS[2])):
+        assert captured.args[arguments.index(update.weight)] is weight
+    assert reasons(capture(fn, x, x + 1, *WEIGHTS)) == [OTHER_STATE]
 
 
 def test_queries_of_low_rank_still_share_the_hidden_state() -> None:

@@ -1,0 +1,54 @@
+"""Every family keeps its sites, its tokens with exact codes, and close logits with ratio 8.
+
+``APACK_FAMILIES=all`` tests all of them, prefill compiled: a quarter of an hour. Otherwise those
+that differ in form are tested, some without their prefill, where most of the time goes.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .measure import measure
+from .registry import FAMILIES
+from .table import TABLE, render
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
+
+ALL = os.environ.get("APACK_FAMILIES") == "all"
+
+CASES = [
+    (name, ALL or record.daily == "whole") for name, record in TABLE.items() if ALL or record.daily
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_garbage() -> Iterator[None]:
+    """Tracing makes so many objects that all of torch is searched for garbage, again and again."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize(("name", "prefill"), CASES, ids=[name for name, _ in CASES])
+def test_family(name: str, prefill: bool) -> None:
+    expected = TABLE[name]
+    found = measure(name, prefill, expected.differs_uncompiled)
+    assert (found.packed, found.left) == (expected.packed, expected.left)
+    assert found.same and found.off < 1e-4
+    if expected.packed:
+        assert found.first == (expected.first if prefill else 2)
+        assert found.error < expected.bound < found.spoilt
+
+
+def test_every_family_is_in_the_table() -> None:
+    assert set(FAMILIES) == set(TABLE)
+
+
+def test_the_document_shows_the_table() -> None:
+    assert render() in DOCUMENT.read_text()

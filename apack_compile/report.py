@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .cache.store import SideStore
-from .codec.code import total_bytes
+from .codec.code import Code, total_bytes
 from .passes.base import PassReport, Skip
 from .runtime.stats import REGISTRY, GraphRecord
 
@@ -84,8 +84,9 @@ class Report:
 
     @property
     def sites(self) -> int:
-        """The most attention sites packed in one graph."""
-        return max((len(g.packed) for g in self.graph_reports), default=0)
+        """The most attention sites packed in one graph, or layers fitted in several."""
+        most = max((len(g.packed) for g in self.graph_reports), default=0)
+        return max(most, len(self.errors) // 2)
 
     def __str__(self) -> str:
         lines = [
@@ -194,17 +195,29 @@ def report(model: nn.Module | None = None) -> Report:
         s.side.ring.shape[0] * s.side.ring.shape[1] * s.length * s.side.ring.shape[3]
         * s.dtype.itemsize for s in stores
     )  # fmt: skip
-    errors = {name: error for r in records for name, error in r.errors.items()}
-    kinds = {name: pair for r in records for name, pair in r.kinds.items()}
+    codes = _codes(records)
     return Report(
         tuple(_graph_report(r) for r in records),
         sum(r.attends for r in records),
         dense,
         sum(s.nbytes for s in stores),
         total_bytes([s.ref for s in stores]),
-        tuple(sorted(errors.items())),
-        tuple(sorted(kinds.items())),
+        tuple((name, code.error) for name, code in codes),
+        tuple((name, code.kinds) for name, code in codes if code.kinds is not None),
         tuple(sorted(_measured(stores).items())),
+    )
+
+
+def _codes(records: Iterable[GraphRecord]) -> list[tuple[str, Code]]:
+    """The code of keys and of values of every fitted layer, once, however many graphs have it."""
+    layers = {id(layer): (name, layer) for r in records for name, layer in r.layers.items()}
+    return sorted(
+        (
+            (f"{name}.{side}", ref.code)
+            for name, layer in layers.values()
+            for side, ref in zip("kv", layer.codes or (), strict=False)
+        ),
+        key=lambda pair: pair[0],
     )
 
 

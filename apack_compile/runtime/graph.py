@@ -230,11 +230,9 @@ class PackedGraph:
             else:
                 self.record.notes.pop(name, None)
             updates = planned.cached.k, planned.cached.v
-            for side, update, ref in zip("kv", updates, profile.codes or (), strict=False):
+            for update, ref in zip(updates, profile.codes or (), strict=False):
                 _check_shape(update.node, ref)
-                self.record.errors[f"{name}.{side}"] = ref.code.error
-                if ref.code.kinds is not None:
-                    self.record.kinds[f"{name}.{side}"] = ref.code.kinds
+            self.record.layers[name] = profile
         origins = dict.fromkeys(p.origin.text for p in profiles if p.origin is not None)
         self.record.profile = "; ".join(origins)
 

@@ -12,6 +12,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..cache.store import SideStore
+from ..fitting.layer import LayerProfile
 from ..passes.base import PassReport, Skip
 
 
@@ -30,8 +31,7 @@ class GraphRecord:
         attends: packed attention calls.
         notes: of single sites, such as why there is no fit yet.
         stores: caches that this graph made and that are alive.
-        errors: coding error predicted at the fit, by site and side.
-        kinds: the same on text and on visual tokens alone, where both were seen.
+        layers: profiles of the layers that are fitted, by site. Other graphs have the same ones.
         profile: where the codes come from.
         weights: the model's parameters among the inputs.
     """
@@ -46,8 +46,9 @@ class GraphRecord:
     attends: int = 0
     notes: dict[str, str] = field(default_factory=dict)
     stores: weakref.WeakSet[SideStore] = field(default_factory=weakref.WeakSet)
-    errors: dict[str, float] = field(default_factory=dict)
-    kinds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    layers: weakref.WeakValueDictionary[str, LayerProfile] = field(
+        default_factory=weakref.WeakValueDictionary
+    )
     profile: str = ""
     weights: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 

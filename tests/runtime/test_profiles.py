@@ -274,3 +274,15 @@ def test_a_sensitivity_that_fails_gives_every_layer_the_same_bits(
     }
     assert len({layer.keys.store.ref.layout for layer in cache.layers}) == 1
     assert cache.layers[0].keys.store.ref.layout.kind == "transform"
+
+
+def test_layers_of_several_graphs_are_told_apart_in_the_report() -> None:
+    """Bug: sites of different graphs have the same names; later layers took the place of others."""
+    case = zoo.aria(text=200)  # a graph for every layer
+    options = {"ratio": 8, "inner": "eager", "window": 8, "block": 16, "fit_tokens": 64}
+    compiled = torch.compile(case.model, backend="attentionpack", options=options)
+    with torch.no_grad():
+        compiled(**case.inputs, use_cache=True)
+    report = apack_compile.report(case.model)
+    assert len(report.errors) == 4 and report.sites == 2
+    assert len({error for _, error in report.errors}) == 4

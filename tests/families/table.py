@@ -51,23 +51,19 @@ TABLE: dict[str, Record] = {
     "t5": Record(2, 0.44, 1.1, {CROSS: 2}, daily="whole"),
     "bart": Record(2, 0.022, 0.35, {CROSS: 2}),
     "florence2": Record(2, 0.028, 0.22, {CROSS: 2}),
-    "t5gemma2": Record(
-        0, left={JOINED: 2}, note="one attention over its cache and the encoder's", daily="decode"
-    ),
+    "t5gemma2": Record(0, left={JOINED: 2}, note="one attention over its cache and the encoder's"),
     "paligemma": Record(2, 0.032, 0.099),
     "gemma3": Record(1, 0.13, 0.22, {SLIDING: 1}),
     "gemma3n": Record(
         2, 0.048, 0.24, {SLIDING: 2}, note="its language model; two sites share one cache"
     ),
     "gemma4": Record(1, 0.056, 0.19, {SLIDING: 1}),
-    "idefics": Record(
-        2, 0.25, 0.66, {NOT_STORED: 2}, note="cross-attention without a cache", daily="decode"
-    ),
+    "idefics": Record(2, 0.25, 0.66, {NOT_STORED: 2}, note="cross-attention without a cache"),
     "idefics2": Record(2, 0.31, 0.77),
     "idefics3": Record(2, 0.41, 1),
     "smolvlm": Record(2, 0.41, 1),
     "lfm2_vl": Record(1, 0.074, 0.17, note="the other layer is a convolution"),
-    "llava": Record(2, 0.3, 0.43, daily="decode"),
+    "llava": Record(2, 0.3, 0.43),
     "llava_pixtral": Record(2, 0.27, 0.92),
     "llava_next": Record(2, 0.33, 0.46),
     "llava_next_video": Record(2, 0.33, 0.46),
@@ -87,7 +83,7 @@ TABLE: dict[str, Record] = {
     ),
     "llama4": Record(1, 0.11, 0.25, {SLIDING: 1}, note="chunks; the full layer has no positions"),
     "aria": Record(2, 0.26, 0.99, note="a graph for every layer"),
-    "fuyu": Record(2, 0.15, 0.33, daily="whole"),
+    "fuyu": Record(2, 0.15, 0.33),
     "chameleon": Record(2, 0.14, 0.35, note="prefill in two graphs"),
     "emu3": Record(2, 0.25, 0.53),
     "phi4_multimodal": Record(
@@ -118,9 +114,7 @@ TABLE: dict[str, Record] = {
     "olmo2": Record(2, 0.19, 0.76),
     "granite": Record(2, 0.15, 0.67),
     "smollm3": Record(2, 0.21, 0.94, note="a layer without positions"),
-    "cohere2": Record(
-        1, 0.056, 0.22, {SLIDING: 1}, note="the full layer has no positions", daily="whole"
-    ),
+    "cohere2": Record(1, 0.056, 0.22, {SLIDING: 1}, note="the full layer has no positions"),
     "glm4": Record(2, 0.16, 0.5),
     "stablelm": Record(2, 0.17, 1, note="partial rotary positions"),
     "starcoder2": Record(2, 0.14, 0.33),
@@ -142,7 +136,7 @@ TABLE: dict[str, Record] = {
     "plain, buffers by index": Record(0, left={PREALLOCATED: 2}, daily="whole"),
     "plain, buffers by slice": Record(0, left={PREALLOCATED: 2}, daily="whole"),
     "plain, buffers by slice, written out": Record(0, left={PREALLOCATED: 2}, daily="whole"),
-    "qwen2_vl": Record(2, 0.23, 0.47, daily="decode"),
+    "qwen2_vl": Record(2, 0.23, 0.47),
     "qwen2_5_vl": Record(2, 0.26, 0.64),
     "qwen3_vl": Record(2, 0.17, 0.37, note="prefill in two graphs", daily="decode"),
     "qwen3_5": Record(1, 0.09, 0.2, note="the other layer is recurrent", daily="decode"),
@@ -154,7 +148,7 @@ TABLE: dict[str, Record] = {
     "exaone4_5": Record(1, 0.13, 0.45, {SLIDING: 1}),
     "kimi_k25": Record(0, left={LATENT: 2}, note="latent attention"),
     "llama, eager attention": Record(2, 0.15, 0.67, daily="whole"),
-    "gemma2, eager attention": Record(0, left={SOFTCAP: 2}, daily="whole"),
+    "gemma2, eager attention": Record(0, left={SOFTCAP: 2}),
     "opt, eager attention": Record(2, 0.018, 0.49),
     "t5, eager attention": Record(2, 0.44, 1.1, {CROSS: 2}),
     "llava, eager attention": Record(2, 0.3, 0.95),

@@ -6,9 +6,7 @@ that differ in form are tested, some without their prefill, where most of the ti
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,15 +22,6 @@ ALL = os.environ.get("APACK_FAMILIES") == "all"
 CASES = [
     (name, ALL or record.daily == "whole") for name, record in TABLE.items() if ALL or record.daily
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _little_garbage() -> Iterator[None]:
-    """Tracing makes so many objects that all of torch is searched for garbage, again and again."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.parametrize(("name", "prefill"), CASES, ids=[name for name, _ in CASES])

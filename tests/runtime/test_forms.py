@@ -17,7 +17,7 @@ from ..forms import Decoder, Form
 from ..plain import VOCAB
 
 STEPS = 10
-EXAMPLES = int(os.environ.get("APACK_TEST_FORMS", "6"))
+EXAMPLES = int(os.environ.get("APACK_TEST_FORMS", "4"))
 """More than in every run of the suite by hand."""
 
 OPTIONS = {"codec": "exact", "inner": "eager", "window": 8, "block": 16}

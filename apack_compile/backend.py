@@ -74,6 +74,7 @@ def attentionpack(
     if not plan.sites and not plan.handles:
         record.reason = NO_ATTENTION
         return StockGraph(gm, example_inputs, stock, record)
+    record.options = parsed
     record.names = tuple(s.cached.site.node.name for s in plan.sites)
     return PackedGraph(gm, plan, parsed, keyed(config), record)
 

@@ -209,8 +209,13 @@ def report(model: nn.Module | None = None) -> Report:
 
 
 def _codes(records: Iterable[GraphRecord]) -> list[tuple[str, Code]]:
-    """The code of keys and of values of every fitted layer, once, however many graphs have it."""
-    layers = {id(layer): (name, layer) for r in records for name, layer in r.layers.items()}
+    """The code of keys and of values of every fitted layer, once, however many graphs have it.
+
+    A layer has one under each set of options; those that were compiled with last count.
+    """
+    fitted = [r for r in records if r.layers]
+    last = [r for r in fitted if r.options == fitted[-1].options]
+    layers = {id(layer): (name, layer) for r in last for name, layer in r.layers.items()}
     return sorted(
         (
             (f"{name}.{side}", ref.code)

@@ -169,19 +169,23 @@ def dense_times(case: Case) -> dict[str, float]:
     return times
 
 
-def kernel_times(call: Callable[[], Any]) -> dict[str, float]:
-    """Microseconds of each kernel of one call."""
+def profiled(call: Callable[[], Any], repeats: int) -> list[Any]:
+    """The profiler's sums over some calls, one for each kernel."""
     from torch.profiler import ProfilerActivity, profile
 
     call()
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        for _ in range(10):
+        for _ in range(repeats):
             call()
         torch.cuda.synchronize()
+    return [event for event in trace.key_averages() if event.self_device_time_total]
+
+
+def kernel_times(call: Callable[[], Any]) -> dict[str, float]:
+    """Microseconds of each kernel of one call."""
     return {
         event.key: round(event.self_device_time_total / event.count, 1)
-        for event in trace.key_averages()
-        if event.self_device_time_total
+        for event in profiled(call, 10)
     }
 
 

@@ -28,7 +28,7 @@ from apack_compile.codec import CodeRef
 from apack_compile.runtime.flush import Flush
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from attend_gpu import DTYPE, Case, layouts, random_code
+from attend_gpu import DTYPE, Case, layouts, profiled, random_code
 
 SHAPES = [(8, 4096), (1, 4096), (1, 32768)]
 HEADS, DIM, LAYERS = 4, 128, 8
@@ -49,17 +49,9 @@ def milliseconds(call: Any, repeats: int = 7) -> float:
 
 def kernels_ms(call: Any, repeats: int = 5) -> dict[str, float]:
     """GPU time of one call by kernel: what a prefill pays, whose host runs ahead of the GPU."""
-    from torch.profiler import ProfilerActivity, profile
-
-    call()
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        for _ in range(repeats):
-            call()
-        torch.cuda.synchronize()
     return {
         event.key[:60]: event.self_device_time_total / repeats / 1e3
-        for event in trace.key_averages()
-        if event.self_device_time_total
+        for event in profiled(call, repeats)
     }
 
 

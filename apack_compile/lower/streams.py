@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 COUNT = 8
-"""Streams. What a flush of one ring leaves of the GPU is far more than an eighth."""
+"""Streams of a device; other numbers were not tried."""
 
 
 class Streams:

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..cache.store import SideStore
 from ..fitting.layer import LayerProfile
+from ..options import Options
 from ..passes.base import PassReport, Skip
 
 
@@ -31,6 +32,7 @@ class GraphRecord:
         attends: packed attention calls.
         notes: of single sites, such as why there is no fit yet.
         stores: caches that this graph made and that are alive.
+        options: that the graph was compiled with.
         layers: profiles of the layers that are fitted, by site. Other graphs have the same ones.
         profile: where the codes come from.
         weights: the model's parameters among the inputs.
@@ -46,6 +48,7 @@ class GraphRecord:
     attends: int = 0
     notes: dict[str, str] = field(default_factory=dict)
     stores: weakref.WeakSet[SideStore] = field(default_factory=weakref.WeakSet)
+    options: Options | None = None
     layers: weakref.WeakValueDictionary[str, LayerProfile] = field(
         default_factory=weakref.WeakValueDictionary
     )

@@ -103,15 +103,15 @@ ORDER = (8, 4, 6, 5, 12, 2)
 """Ratios in the order in which they are measured, should time run out."""
 
 TARGETS = (8, 4, 6, 5)
-ALL = (8, 4, 6, 12, 2)
+FULL = (8, 4, 6, 12, 2)
 BEST = {"k_code": "pre-rope"}
 
 VARIANTS = (
-    Variant("", {"short": (4, 8), "target": TARGETS, "full": ALL}),
-    Variant(", fitted beforehand", {"target": TARGETS, "full": ALL}, beforehand=True),
+    Variant("", {"short": (4, 8), "target": TARGETS, "full": FULL}),
+    Variant(", fitted beforehand", {"target": TARGETS, "full": FULL}, beforehand=True),
     Variant(
         ", pre-RoPE K, fitted beforehand",
-        {"short": (8,), "target": TARGETS, "full": ALL}, BEST, beforehand=True,
+        {"short": (8,), "target": TARGETS, "full": FULL}, BEST, beforehand=True,
     ),
     Variant(", pre-RoPE K", {"target": TARGETS, "full": (8,)}, BEST),
     Variant(", Hadamard V", {"full": (8,)}, {"v_basis": "hadamard"}),

@@ -286,3 +286,9 @@ def test_layers_of_several_graphs_are_told_apart_in_the_report() -> None:
     report = apack_compile.report(case.model)
     assert len(report.errors) == 4 and report.sites == 2
     assert len({error for _, error in report.errors}) == 4
+    other = torch.compile(case.model, backend="attentionpack", options=options | {"ratio": 4})
+    with torch.no_grad():
+        other(**case.inputs, use_cache=True)
+    both = apack_compile.report(case.model)
+    assert len(both.errors) == 4 and both.sites == 2, "those compiled with last"
+    assert both.errors != report.errors

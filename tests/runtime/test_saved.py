@@ -106,7 +106,7 @@ def test_gradients_are_those_of_all_rows(
 def test_logits_that_only_leave_the_graph_are_computed_for_the_last_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Bug: ``fit`` on 4,096 tokens held three copies of 4,096 x 49,152 logits."""
+    """Bug: ``fit`` computed logits of every token of a prompt again."""
     seen: list[torch.Size] = []
     probe = sense._Probe.run
 

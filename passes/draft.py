@@ -4,8 +4,8 @@ The Dynamo graph takes and returns whole cache tensors, packed ones among them. 
 graph takes and returns plain tensors only. Every input of the new graph is an entry of a table:
 
     table 0            the Dynamo arguments; in a fit, a mask of visual tokens behind them
-    table 1            lengths before and after ([handles, 2]), the common lengths after ([2]),
-                       then each handle's length
+    table 1            lengths before and after ([handles, 2]), the common lengths after of those
+                       that grow and of those that do not ([2]), then each handle's length
     table 2 + i        packed input i: the store's tensors, then the parameters of its code
     table 2 + H + j    parameters of code j, with which the graph encodes
 """
@@ -25,7 +25,7 @@ from .find_attention import AttentionSite
 from .plan import Plan
 
 ARGUMENTS, LENGTHS, HANDLES = 0, 1, 2
-BEFORE, AFTER, COMMON, EACH = 0, 1, 2, 3
+BEFORE, AFTER, GROWN, STILL, EACH = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,15 @@ class Draft:
         gm: the Dynamo graph; it is not changed.
         plan: its plan.
         layouts: spec of the code of each packed input.
-        in_step: all packed inputs have the same lengths, as they have unless a person has cut
-            some of them: what depends on lengths is then computed once for all layers.
+        in_step: whether the packed inputs that grow have the same lengths, as they have unless a
+            person has cut some of them, and whether those that do not grow have: what depends on
+            lengths is then computed once for all layers.
     """
 
     def __init__(
-        self, gm: fx.GraphModule, plan: Plan, layouts: tuple[str, ...], in_step: bool = False
-    ) -> None:
+        self, gm: fx.GraphModule, plan: Plan, layouts: tuple[str, ...],
+        in_step: tuple[bool, bool] = (False, False),
+    ) -> None:  # fmt: skip
         self.gm = gm
         self.plan = plan
         self.layouts = layouts
@@ -174,8 +176,9 @@ class Draft:
 
     def lengths(self, number: int, when: int) -> fx.Node:
         """``int64 [2]`` of a packed input, at the current insertion point."""
-        if self.in_step and when == AFTER:
-            return self.input(LENGTHS, COMMON)
+        still = not self.plan.appended[number]
+        if when == AFTER and self.in_step[still]:
+            return self.input(LENGTHS, STILL if still else GROWN)
         every = self.input(LENGTHS, when)
         return self.graph.call_function(torch.ops.aten.select.int, (every, 0, number))
 

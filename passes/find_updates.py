@@ -6,7 +6,11 @@
 ``past`` is a graph input (``packed``: one of our handles; ``dense``: a plain tensor), or nothing
 (``empty``: the first prefill, ``cat([tensor([]), new])`` or ``new`` itself). An update must be an
 output of the graph: what a model does not store, or stores sliced (sliding windows), stays as it
-is. Vision attention has no update; cross-attention keys come from another hidden state.
+is. Vision attention has no update.
+
+Cross-attention reads keys of another hidden state, or of other tokens, than its queries (those of
+an image or of an encoder). They are stored once, ``empty``, and never grow: later graphs read one
+of our handles as it is (``fixed``: ``node`` and ``past`` are the input itself).
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from .find_attention import AttentionSite
 from .find_strays import grows
 from .find_writes import base_of, is_written
 
-Kind = Literal["packed", "dense", "empty"]
+Kind = Literal["packed", "dense", "empty", "fixed"]
 
 NOT_STORED = "no cache: keys and values are not stored"
 
@@ -37,7 +41,7 @@ class CacheUpdate:
     Attributes:
         node: the whole cache tensor after the update, an output of the graph.
         past: the input it grew from, None if it starts here.
-        new: the new tokens ``[B, H, T, D]``.
+        new: the new tokens ``[B, H, T, D]``; if it does not grow, the whole.
         kind: what ``past`` is.
         weight: the projection weight that ``new`` was made with, if it is an input: it names the
             layer across graphs.
@@ -52,11 +56,19 @@ class CacheUpdate:
 
 @dataclass(frozen=True)
 class CachedSite:
-    """An attention site with the updates of its keys and values."""
+    """An attention site with the updates of its keys and values.
+
+    Attributes:
+        site: the attention.
+        k, v: the updates.
+        crosses: whether the cache starts here with other tokens than the queries, or tokens of
+            another hidden state.
+    """
 
     site: AttentionSite
     k: CacheUpdate
     v: CacheUpdate
+    crosses: bool = False
 
 
 def find_updates(
@@ -79,7 +91,8 @@ def find_updates(
         if reason is not None:
             skipped.append(Skip(site.node.name, reason))
         else:
-            found.append(CachedSite(site, k, v))  # type: ignore[arg-type]
+            assert isinstance(k, CacheUpdate) and isinstance(v, CacheUpdate)
+            found.append(CachedSite(site, k, v, _crosses(site, k, flow)))
     return tuple(found), PassReport("find_updates", len(found), tuple(skipped))
 
 
@@ -124,6 +137,8 @@ def _growth(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> CacheUpda
 
 def _without_cat(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> CacheUpdate | str:
     base = base_of(root)
+    if isinstance(value_of(root), PackedKV) and root.op == "placeholder":
+        return CacheUpdate(root, root, root, "fixed", None)
     if base.op == "placeholder" and is_written(base):
         return "preallocated cache, written in place: left dense"
     if root.op == "placeholder":
@@ -146,14 +161,22 @@ def _mismatch(site: AttentionSite, k: CacheUpdate, v: CacheUpdate, flow: nx.DiGr
     """Why keys and values of one site cannot be packed together, or None."""
     if k.kind != v.kind:
         return f"keys grow from a {k.kind} past and values from a {v.kind} one"
-    k_shape, v_shape, q_shape = shape_of(k.new), shape_of(v.new), shape_of(site.q)
-    assert k_shape is not None and v_shape is not None and q_shape is not None
-    if not same_size(k_shape[2], v_shape[2]):
+    k_shape, v_shape = shape_of(k.new), shape_of(v.new)
+    assert k_shape is not None and v_shape is not None
+    if k.kind != "fixed" and not same_size(k_shape[2], v_shape[2]):  # else attention asks for it
         return "keys and values do not grow by the same number of tokens"
-    if k.kind == "empty":
-        if not same_size(k_shape[2], q_shape[2]):
-            return "cross-attention: keys and queries are different tokens"
-        of_k, of_q = projected_from(flow, k.new), projected_from(flow, site.q)
-        if of_k and of_q and not of_k & of_q:
-            return "cross-attention: keys come from another hidden state than queries"
+    if _crosses(site, k, flow) and not all(projected_from(flow, u.new) for u in (k, v)):
+        return "keys and values are other tokens than the queries, and no projection makes them"
     return None
+
+
+def _crosses(site: AttentionSite, k: CacheUpdate, flow: nx.DiGraph) -> bool:
+    """Whether the cache starts here with other tokens than the queries."""
+    k_shape, q_shape = shape_of(k.new), shape_of(site.q)
+    assert k_shape is not None and q_shape is not None
+    if k.kind != "empty":
+        return False
+    if not same_size(k_shape[2], q_shape[2]):
+        return True
+    of_k, of_q = projected_from(flow, k.new), projected_from(flow, site.q)
+    return bool(of_k and of_q and not of_k & of_q)

@@ -4,6 +4,7 @@
 past        new tokens                 treatment
 ==========  =========================  ===========================================================
 packed      1 to 16, known             ``attend``: append to the ring, attention on codes
+packed      none, 1 to 16 queries      ``attend``: attention on codes (cross-attention)
 packed      otherwise                  ``unpack``: dense attention of this layer, runtime appends
 dense, none any                        ``encode``: dense attention, the result leaves packed
 ==========  =========================  ===========================================================
@@ -64,6 +65,24 @@ class Plan:
         return tuple(s for s in self.sites if s.treatment == treatment)
 
     @property
+    def appended(self) -> tuple[int, ...]:
+        """For each packed input, the tokens that ``attend`` sites write into its ring."""
+        tokens = dict.fromkeys(self.handles, 0)
+        for planned in self.having("attend"):
+            for update in (planned.cached.k, planned.cached.v):
+                shape = shape_of(update.new)
+                if update.kind == "packed":
+                    assert shape is not None and update.past is not None
+                    tokens[update.past] = shape[2]
+        return tuple(tokens.values())
+
+    @property
+    def fixed(self) -> tuple[bool, ...]:
+        """For each packed input, whether ``attend`` sites read it as it is."""
+        read = {u.past for s in self.having("attend") for u in (s.cached.k, s.cached.v)}
+        return tuple(h in read and not n for h, n in zip(self.handles, self.appended, strict=True))
+
+    @property
     def skipped(self) -> tuple[Skip, ...]:
         """Everything left alone, and why."""
         return tuple(skip for report in self.reports for skip in report.skipped)
@@ -104,11 +123,12 @@ def make_plan(graph: fx.Graph) -> Plan:
 
 def _treat(cached: CachedSite) -> tuple[Treatment, str | None]:
     """The treatment of a site, and why not the better one."""
-    if cached.k.kind != "packed":
+    fixed = cached.k.kind == "fixed"
+    if cached.k.kind != "packed" and not fixed:
         return "encode", None
     if any(u.past is not None and is_written(u.past) for u in (cached.k, cached.v)):
         return "unpack", "the graph writes to the packed cache in place: dense from here on"
-    shape = shape_of(cached.k.new)
+    shape = shape_of(cached.site.q if fixed else cached.k.new)
     tokens = None if shape is None else shape[2]
     if not isinstance(tokens, int):
         return "unpack", "the number of new tokens is not known when compiling: dense attention"

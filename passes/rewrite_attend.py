@@ -5,8 +5,9 @@
     o = sdpa(q, repeat_kv(keys), ...)               o = attend(q, mask, side_k, side_v, ...)
     return o, keys, values                          return o      + handles grown by the runtime
 
-``append_`` stands where the cat stood. Views and casts between cache and attention vanish with
-their last user, and so does a softmax that is written out.
+``append_`` stands where the cat stood; a cache that does not grow (cross-attention) has none.
+Views and casts between cache and attention vanish with their last user, and so does a softmax that
+is written out.
 """
 
 from __future__ import annotations
@@ -14,21 +15,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .base import PassReport, shape_of, value_of
+from .base import PassReport, value_of
 from .draft import AFTER, AppendedOutput, Draft
 from .find_updates import CacheUpdate
-from .plan import Plan
-
-
-def appended_tokens(plan: Plan) -> tuple[int, ...]:
-    """For each packed input, the tokens that ``attend`` sites write into its ring."""
-    tokens = dict.fromkeys(plan.handles, 0)
-    for planned in plan.having("attend"):
-        for update in (planned.cached.k, planned.cached.v):
-            shape = shape_of(update.new)
-            assert shape is not None and update.past is not None
-            tokens[update.past] = shape[2]
-    return tuple(tokens.values())
 
 
 def rewrite_attend(draft: Draft) -> PassReport:
@@ -38,7 +27,7 @@ def rewrite_attend(draft: Draft) -> PassReport:
     for planned in sites:
         cached = planned.cached
         for update in (cached.k, cached.v):
-            if update.node not in appended:
+            if update.kind == "packed" and update.node not in appended:
                 appended.add(update.node)
                 _append(draft, update)
         site = cached.site
@@ -73,7 +62,7 @@ def rewrite_attend(draft: Draft) -> PassReport:
 
 def _append(draft: Draft, update: CacheUpdate) -> None:
     number = draft.number(update.past)
-    draft.appends[number] = appended_tokens(draft.plan)[number]
+    draft.appends[number] = draft.plan.appended[number]
     with draft.graph.inserting_before(draft.map[update.node]):
         draft.graph.call_function(
             torch.ops.apack.append_.default,

@@ -95,6 +95,7 @@ def collect(draft: Draft, sinks: int, visual: bool = False) -> PassReport:
             Sites of a first prefill then have a second set of moments: of visual tokens.
     """
     sites = draft.plan.having("encode")
+    own = [planned.cached for planned in sites if not planned.cached.crosses]
     flow = as_networkx(draft.gm.graph)
     seen = _Visible(draft)
     updates = encoded_updates(sites)
@@ -109,7 +110,8 @@ def collect(draft: Draft, sinks: int, visual: bool = False) -> PassReport:
             cos, sin = draft.map[rotation.cos], draft.map[rotation.sin]
         interleaved = rotation is not None and rotation.interleaved
         kinds = None
-        if visual and cached.k.past is None and _same_prompt(cached, sites[0].cached):
+        prompt = cached in own and cached.k.past is None and _same_prompt(cached, own[0])
+        if visual and prompt:
             kinds = draft.input(ARGUMENTS, len(draft.gm.graph.find_nodes(op="placeholder")))
         after = draft.map[cached.site.node]
         with draft.graph.inserting_after(after):

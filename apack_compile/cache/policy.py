@@ -38,6 +38,11 @@ class Policy:
         exact = ref.layout.kind == ExactLayout.kind
         return replace(self, sinks=0, extra=0) if exact else self
 
+    @property
+    def fixed(self) -> Policy:
+        """The same for a cache that does not grow: no token of it is recent."""
+        return replace(self, window=0)
+
 
 def encode_arguments(
     ref: CodeRef, policy: Policy, device: torch.device

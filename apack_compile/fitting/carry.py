@@ -63,9 +63,9 @@ def save_profile(
             if saved is not None and wanted in (None, saved.options):
                 found[id(saved)] = saved
                 names[parameter] = name
-    if len(found) != 1:
+    if len({saved.options for saved in found.values()}) != 1:
         raise ProfileError(_which(list(found.values()), wanted))
-    (profile,) = found.values()
+    profile = SavedProfile.joined(list(found.values()))
     profile = profile.named(dict(zip(digests(list(names)), names.values(), strict=True)))
     write_profile(profile, Path(path))
     return _info(profile, Path(path))
@@ -79,12 +79,10 @@ def _which(found: list[SavedProfile], wanted: str | None) -> str:
             "torch.compile(model, backend='attentionpack'), or call apack_compile.fit"
         )
     options = sorted({profile.options for profile in found})
-    if len(options) > 1:
-        return (
-            f"there are codes for several sets of options ({'; '.join(options)}): name one, "
-            "save_profile(model, path, options)"
-        )
-    return f"the layers of this model are in {len(found)} graphs; a file holds those of one"
+    return (
+        f"there are codes for several sets of options ({'; '.join(options)}): name one, "
+        "save_profile(model, path, options)"
+    )
 
 
 def load_profile(

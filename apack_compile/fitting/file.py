@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class SavedLayer:
 
 @dataclass(frozen=True)
 class SavedProfile:
-    """The fitted codes of the layers of one decoder under one set of options.
+    """Fitted codes of layers under one set of options: of one graph, or of a model's graphs.
 
     Attributes:
         options: what codes depend on, as text.
@@ -89,6 +89,13 @@ class SavedProfile:
         """The same with names of weights by their digests."""
         layers = tuple(replace(x, name=names.get(x.weight, x.name)) for x in self.layers)
         return replace(self, layers=layers)
+
+    @classmethod
+    def joined(cls, profiles: Sequence[SavedProfile]) -> SavedProfile:
+        """One profile with the layers of all of these, which have the same options."""
+        most = max(profiles, key=lambda profile: profile.tokens)
+        weights = tuple(dict.fromkeys(w for p in profiles for w in p.weights))
+        return replace(most, weights=weights, layers=tuple(x for p in profiles for x in p.layers))
 
 
 def write_profile(profile: SavedProfile, path: Path) -> None:

@@ -18,7 +18,7 @@ from ..codec.sensitivity import Sensitivity
 from ..options import Options
 from ..passes.plan import make_plan
 from ..runtime.calibrate import Trial
-from ..runtime.graph import PackedGraph
+from ..runtime.graph import CROSS_ATTENTION, PackedGraph
 from ..runtime.replay import Unmeasured
 from ..runtime.sense import Measured
 from ..runtime.stats import GraphRecord
@@ -42,9 +42,10 @@ class FitError(ValueError):
 
 @dataclass
 class Group:
-    """The layers of one graph, and what has been seen of them.
+    """The layers of one kind in one graph, and what has been seen of them.
 
     Attributes:
+        kind: their numbers among the sites of the graph (:attr:`PackedGraph.kinds`).
         graph, args, study: of the first prefill whose sensitivity was measured, else of the first.
         profiles: of the layers; known to this session alone.
         weights: that name them.
@@ -54,6 +55,7 @@ class Group:
         trials: what coding one side of one layer costs, once :meth:`calibrate` was called.
     """
 
+    kind: tuple[int, ...]
     graph: LearningGraph
     args: tuple[Any, ...]
     study: Study
@@ -67,8 +69,9 @@ class Group:
     def add(self, graph: LearningGraph, args: tuple[Any, ...], study: Study) -> None:
         """Add a prefill."""
         for index in self.each_once():
-            self.profiles[index].take(study.lessons[index])
-        measured = graph.studies.sense(args, study)
+            self.profiles[index].take(study.lessons[self.kind[index]])
+        own = self.kind == graph.studies.own
+        measured = graph.studies.sense(args, study) if own else CROSS_ATTENTION
         if isinstance(measured, str):
             self.reason = measured
             return
@@ -205,15 +208,17 @@ class Session:
             FitError: the graph does not show the weights that name the layers.
         """
         self.prefills += 1
-        weights = [w for w in graph.weights(args) if w is not None]
-        profiles = graph.profiles(args, self._profiles)
-        if len(weights) < len(profiles):
+        every = [w for w in graph.weights(args) if w is not None]
+        layers = graph.profiles(args, self._profiles)
+        if len(every) < len(layers):
             raise FitError(
                 "the graph does not show the weights that make its keys: codes could not be told "
                 "apart by layer"
             )
-        key = tuple(map(id, profiles))
-        if key not in self.groups:
-            identity = graph.identity(args)
-            self.groups[key] = Group(graph, args, study, profiles, weights, identity)
-        self.groups[key].add(graph, args, study)
+        for kind in graph.kinds:
+            profiles = [layers[i] for i in kind]
+            key = tuple(map(id, profiles))
+            if key not in self.groups:
+                weights, identity = [every[i] for i in kind], graph.identity(args, kind)
+                self.groups[key] = Group(kind, graph, args, study, profiles, weights, identity)
+            self.groups[key].add(graph, args, study)

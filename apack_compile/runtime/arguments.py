@@ -23,14 +23,21 @@ class Dynamics:
 
     A Dynamo argument has the symbols that Dynamo gave it. Of a store, the batch is a symbol if the
     handle's is, and the capacity of the payload always; those two are each one symbol for all
-    stores (K and V of all layers grow together).
+    stores that grow (K and V of all layers grow together). The capacity of a store that is read as
+    it is has a symbol of its own: it may happen to be that of the others, and not for long.
+
+    Args:
+        graph: the Dynamo graph.
+        handles: its packed inputs.
+        fixed: whether each is read as it is.
     """
 
-    def __init__(self, graph: fx.Graph, handles: Sequence[fx.Node]) -> None:
+    def __init__(self, graph: fx.Graph, handles: Sequence[fx.Node], fixed: Sequence[bool]) -> None:
         self._arguments = [_of_example(value_of(n)) for n in graph.nodes if n.op == "placeholder"]
         self._batches = [
             SHARED if isinstance(value_of(h).shape[0], torch.SymInt) else STATIC for h in handles
         ]
+        self._capacities = [DYNAMIC if alone else SHARED for alone in fixed]
 
     def of(self, slot: tuple[int, int], value: Any, layouts: Sequence[str]) -> Dynamic:
         """The dynamic dimensions of the input at ``slot``."""
@@ -48,7 +55,7 @@ class Dynamics:
             return None  # parameters of the code that belong to the model
         rest = [STATIC] * (value.dim() - 1)
         if index < payloads:
-            rest[0] = SHARED
+            rest[0] = self._capacities[number]
         return (self._batches[number], *rest)
 
 
@@ -87,29 +94,32 @@ def _of_example(example: Any) -> Dynamic:
 
 
 def lengths_of(handles: Sequence[PackedKV], appends: Sequence[int]) -> list[Any]:
-    """Table 1: lengths before and after the appends, those after in common, each handle's."""
+    """Table 1: lengths before and after the appends, those in common, each handle's."""
     before, after = [], []
     for handle, tokens in zip(handles, appends, strict=True):
         assert handle.store is not None
         before.append((handle.store.coded, handle.store.recent))
         after.append((handle.store.coded, handle.store.recent + tokens))
     if not handles:
-        return [None, None, None]
+        return [None, None, None, None]
     device = handles[0].store.device  # type: ignore[union-attr]
     rows = torch.tensor([*before, *after], pin_memory=device.type == "cuda")
     rows = rows.to(device, non_blocking=True)  # from pageable memory the host would wait
+    last = {tokens > 0: len(handles) + i for i, tokens in enumerate(appends)}
+    common = [rows[last[grown]] if grown in last else None for grown in (True, False)]
     return [
         rows[: len(handles)],
         rows[len(handles) :],
-        rows[-1],
+        *common,
         *(handle.length for handle in handles),
     ]
 
 
-def in_step(handles: Sequence[PackedKV], appends: Sequence[int]) -> bool:
-    """Whether all packed inputs grow alike and have the same lengths."""
-    states = {
-        (h.store.coded, h.store.recent, tokens)  # type: ignore[union-attr]
-        for h, tokens in zip(handles, appends, strict=True)
-    }
-    return len(states) <= 1
+def in_step(handles: Sequence[PackedKV], appends: Sequence[int]) -> tuple[bool, bool]:
+    """Whether the packed inputs that grow have the same lengths and grow alike; the others."""
+    states: dict[bool, set[Any]] = {True: set(), False: set()}
+    for handle, tokens in zip(handles, appends, strict=True):
+        store = handle.store
+        assert store is not None
+        states[tokens > 0].add((store.coded, store.recent, tokens))
+    return len(states[True]) <= 1, len(states[False]) <= 1

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..cache import PackedKV, SideStore
+from ..cache import PackedKV, Policy, SideStore
 from ..codec import CodeRef
 from ..options import Options
 from ..passes.base import value_of
@@ -24,7 +24,6 @@ from ..passes.draft import (
     PlainOutput,
 )
 from ..passes.plan import Plan, PlannedSite
-from ..passes.rewrite_attend import appended_tokens
 from ..passes.rewrite_encode import encoded_updates
 from .arguments import in_step, lengths_of
 from .flush import Flush
@@ -56,11 +55,12 @@ class Boundary:
         arguments = [n for n in gm.graph.nodes if n.op == "placeholder"]
         sites = plan.having("encode")
         self.handles = [arguments.index(h) for h in plan.handles]
-        self.appends = appended_tokens(plan)
+        self.appends = plan.appended
         self.updates = encoded_updates(sites)
         self._options = options
         self._record = record
         self._names = _names(sites)
+        self._fixed = {u.node for s in sites if s.cached.crosses for u in (s.cached.k, s.cached.v)}
         self._flush = Flush(capture)
 
     def layouts(self, args: Sequence[Any]) -> tuple[str, ...]:
@@ -71,8 +71,16 @@ class Boundary:
         """Which tokens of the packed inputs stay exact."""
         return tuple(args[i].store.policy for i in self.handles)
 
-    def in_step(self, args: Sequence[Any]) -> bool:
-        """Whether all packed inputs grow alike and have the same lengths."""
+    def policies_for(self, refs: Sequence[CodeRef]) -> tuple[Policy, ...]:
+        """Which tokens stay exact of each cache tensor that is encoded, by codes ``refs``."""
+        own = self._options.policy
+        return tuple(
+            (own.fixed if update.node in self._fixed else own).for_code(ref)
+            for update, ref in zip(self.updates, refs, strict=True)
+        )
+
+    def in_step(self, args: Sequence[Any]) -> tuple[bool, bool]:
+        """Whether packed inputs that grow have the same lengths; whether the others have."""
         return in_step([args[i] for i in self.handles], self.appends)
 
     def make_room(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -148,7 +156,6 @@ class Boundary:
         self, args: Sequence[Any], interface: Interface, results: list[Any],
         refs: Sequence[CodeRef], visible: Mapping[fx.Node, Any], recipe: Any,
     ) -> Tensor:  # fmt: skip
-        policy = self._options.policy
         if isinstance(recipe, ArgumentOutput):
             return args[recipe.argument]
         if isinstance(recipe, AppendedOutput):
@@ -157,11 +164,11 @@ class Boundary:
             return PackedKV.of(store)
         if isinstance(recipe, ExtendedOutput):
             return args[self.handles[recipe.handle]].append(results[recipe.value])
-        ref = refs[recipe.code]
+        ref, policy = refs[recipe.code], self.policies_for(refs)[recipe.code]
         if isinstance(recipe, EncodedOutput):
             tensors = results[recipe.value : recipe.value + recipe.count]
             length = int(results[recipe.value + recipe.count])
-            store = SideStore.from_encoded(tensors, ref, policy.for_code(ref), length)
+            store = SideStore.from_encoded(tensors, ref, policy, length)
         else:
             assert isinstance(recipe, DenseOutput)
             dense, results[recipe.value] = results[recipe.value], None

@@ -45,6 +45,9 @@ from .study import Studies, Study, Unprepared
 
 log = logging.getLogger(__name__)
 
+CROSS_ATTENTION = "cross-attention"
+"""Why the sensitivity of a layer is not measured: decode does not add to what it reads."""
+
 
 class Lowered:
     """One rewriting of the graph and its Inductor artifacts, one for each set of shapes."""
@@ -65,6 +68,10 @@ class PackedGraph:
         options: the user's.
         config: Inductor settings.
         record: where to count.
+
+    Attributes:
+        kinds: numbers of the ``encode`` sites whose codes are learnt together: those that attend
+            to the queries' own tokens, and those of cross-attention.
     """
 
     def __init__(
@@ -78,7 +85,7 @@ class PackedGraph:
         self.config = config
         self.compiler = partial(compile_inner, options.inner, config=config)
         self.record = record
-        self._dynamics = Dynamics(gm.graph, plan.handles)
+        self._dynamics = Dynamics(gm.graph, plan.handles, plan.fixed)
         capture = options.inner == "inductor" and config.get(CUDAGRAPHS, True)
         self.boundary = Boundary(gm, plan, options, record, capture)
         self.studies = Studies(gm, plan, options, partial(self.boundary.inputs, refs=[]))
@@ -87,6 +94,9 @@ class PackedGraph:
         arguments = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self._positions = {n: i for i, n in enumerate(arguments)}
         self._encode_sites = plan.having("encode")
+        own = self.studies.own
+        crossing = tuple(i for i in range(len(self._encode_sites)) if i not in own)
+        self.kinds = tuple(numbers for numbers in (own, crossing) if numbers)
         self._told: tuple[Any, ...] = ()
         self._given_up = False
 
@@ -112,10 +122,14 @@ class PackedGraph:
         if not self._served(profiles, args):
             with LEARNING:  # another thread may be fitting the same layers
                 if not self._served(profiles, args):
-                    identity = cache(partial(self.identity, args))  # reads all weights
-                    recall(profiles, identity, self.options, self.studies.length(args))
+                    # It reads all weights, so that each is asked for once.
+                    identities = [cache(partial(self.identity, args, kind)) for kind in self.kinds]
+                    lengths = self.studies.lengths(args)
+                    for kind, identity in zip(self.kinds, identities, strict=True):
+                        longest = max(lengths[i] for i in kind)
+                        recall([profiles[i] for i in kind], identity, self.options, longest)
                     if not self._served(profiles, args):
-                        return self._fit(args, profiles, identity)
+                        return self._fit(args, profiles, identities)
         self._tell(profiles)
         return self._run(args, self._refs(profiles))
 
@@ -133,9 +147,9 @@ class PackedGraph:
         nodes = [s.cached.k.weight for s in self._encode_sites]
         return [None if node is None else self._value(node, args) for node in nodes]
 
-    def identity(self, args: Sequence[Any]) -> Identity | str:
-        """By what the layers are known in other processes, or why they are not."""
-        sites = [s.cached for s in self._encode_sites]
+    def identity(self, args: Sequence[Any], kind: Sequence[int]) -> Identity | str:
+        """By what layers of one kind are known in other processes, or why they are not."""
+        sites = [self._encode_sites[i].cached for i in kind]
         return identify(self.gm.graph, sites, partial(self._value, args=args))
 
     def _value(self, node: fx.Node, args: Sequence[Any]) -> Any:
@@ -146,7 +160,8 @@ class PackedGraph:
 
     def _served(self, profiles: Sequence[LayerProfile], args: tuple[Any, ...]) -> bool:
         visual = self._meets_blind_codes(profiles, args)
-        return not profiles or all(p.serves(self.studies.length(args), visual) for p in profiles)
+        lengths = self.studies.lengths(args)
+        return all(p.serves(n, visual) for p, n in zip(profiles, lengths, strict=False))
 
     def _meets_blind_codes(self, profiles: Sequence[LayerProfile], args: tuple[Any, ...]) -> bool:
         """Whether visual tokens come to layers whose codes were fitted on text alone."""
@@ -174,7 +189,7 @@ class PackedGraph:
 
     def _fit(
         self, args: tuple[Any, ...], profiles: Sequence[LayerProfile],
-        identity: Callable[[], Identity | str],
+        identities: Sequence[Callable[[], Identity | str]],
     ) -> tuple[Any, ...]:  # fmt: skip
         """Run once without Inductor, gather moments, fit, and pack what came out."""
         with Progress("learning codes from this prompt") as progress:
@@ -188,8 +203,12 @@ class PackedGraph:
                 return measured if isinstance(measured, str) else measured.mixed
 
             with torch.inference_mode(False), torch.no_grad():  # codes outlive the call
-                if learn(profiles, study.lessons, self.options, sense):
-                    remember(profiles, identity(), self.options)
+                for kind, identity in zip(self.kinds, identities, strict=True):
+                    layers = [profiles[i] for i in kind]
+                    lessons = [study.lessons[i] for i in kind]
+                    asked = sense if kind == self.studies.own else lambda: CROSS_ATTENTION
+                    if learn(layers, lessons, self.options, asked):
+                        remember(layers, identity(), self.options)
         self._tell(profiles)
         self.record.ran("fit")
         return self.pack(args, study, self._refs(profiles))
@@ -287,10 +306,12 @@ class PackedGraph:
                 return artifact, lowered.interface, inputs
         return self._compile(lowered, inputs), lowered.interface, inputs
 
-    def _lower(self, layouts: tuple[str, ...], refs: list[CodeRef], together: bool) -> Lowered:
+    def _lower(
+        self, layouts: tuple[str, ...], refs: list[CodeRef], together: tuple[bool, bool]
+    ) -> Lowered:
         draft = Draft(self.gm, self.plan, layouts, together)
         reports = [rewrite_attend(draft), rewrite_unpack(draft)]
-        policies = tuple(self.options.policy.for_code(ref) for ref in refs)
+        policies = self.boundary.policies_for(refs)
         reports.append(rewrite_encode(draft, tuple(r.layout.spec for r in refs), policies))
         self.record.passed(reports)
         return Lowered(*draft.finish(), layouts)

@@ -18,14 +18,14 @@ from ..fitting.learn import first_line
 from ..options import Options
 from ..passes.base import shape_of, value_of
 from ..passes.draft import Draft, Interface
-from ..passes.plan import Plan
+from ..passes.plan import Plan, PlannedSite
 from ..passes.rewrite_encode import TOLD, collect
 from ..passes.rewrite_unpack import rewrite_unpack
 from .arguments import Sizes
 from .calibrate import Trial, calibrate
 from .replay import Unmeasured
 from .sense import Measured, measure
-from .visual import Prompts
+from .visual import Mask, Prompts
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,10 @@ class Studies:
         plan: what to do with it.
         options: the user's.
         inputs: those of a rewritten graph, for arguments of the Dynamo graph and an interface.
+
+    Attributes:
+        sites: whose caches the graph encodes.
+        own: numbers of those whose keys are of the same tokens as their queries.
     """
 
     def __init__(
@@ -77,13 +81,15 @@ class Studies:
         self.plan = plan
         self.options = options
         self.sites = plan.having("encode")
+        self.own = tuple(i for i, site in enumerate(self.sites) if not site.cached.crosses)
+        self._own_sites = tuple(self.sites[i] for i in self.own)
         self._inputs = inputs
         self._sizes = Sizes(gm.graph)
-        self.prompts = Prompts(gm, self.sites, options.sinks)
+        self.prompts = Prompts(gm, self._own_sites, options.sinks)
 
-    def length(self, args: Sequence[Any]) -> int:
-        """Tokens of the cache that the first ``encode`` site makes."""
-        return self._sizes.value(value_of(self.sites[0].cached.k.node).shape[2], args)
+    def lengths(self, args: Sequence[Any]) -> list[int]:
+        """Tokens of the cache that each ``encode`` site makes."""
+        return [self._size(site, 2, args) for site in self.sites]
 
     def run(self, args: tuple[Any, ...], layouts: tuple[str, ...] = ()) -> Study:
         """Run once without Inductor and without codes.
@@ -95,8 +101,10 @@ class Studies:
         Raises:
             Unprepared: the graph could not be rewritten.
         """
-        length = self.length(args)
-        visual = self.prompts.visual(args, self._batch(args), length)
+        lengths = self.lengths(args)
+        visual: Mask = None
+        if self.own:
+            visual = self.prompts.visual(args, self._batch(args), lengths[self.own[0]])
         images = (visual,) if isinstance(visual, Tensor) else ()
         try:
             draft = Draft(self.gm, self.plan, layouts)
@@ -109,29 +117,31 @@ class Studies:
             results = list(gm(*self._inputs((*args, *images), interface)))
         told = results[interface.extra : interface.extra + TOLD * len(self.sites)]
         lessons = []
-        for site, start in zip(self.sites, range(0, len(told), TOLD), strict=True):
-            sums, visible, cos, sin, interleaved = told[start : start + TOLD]
+        for number, (site, length) in enumerate(zip(self.sites, lengths, strict=True)):
+            sums, visible, cos, sin, interleaved = told[number * TOLD : (number + 1) * TOLD]
             turn = Turn.of(cos, sin, interleaved, length)
             k_shape, v_shape = shape_of(site.cached.k.node), shape_of(site.cached.v.node)
             assert k_shape is not None and v_shape is not None
             dims, count = (k_shape[3], v_shape[3]), len(fields(Moments))
-            of_images = sums[count:] or (() if visual is False else None)
+            no_image = visual is False and not site.cached.crosses
+            of_images = sums[count:] or (() if no_image else None)
             lessons.append(Lesson(sums[:count], turn, visible, dims, length, of_images))
         return Study(interface, results, tuple(lessons))
 
     def sense(self, args: tuple[Any, ...], study: Study) -> Measured | str:
-        """The sensitivity of each ``encode`` site, or why it is not known."""
+        """The sensitivity of each site in :attr:`own`, or why it is not known."""
         if self.plan.handles:
             return "some caches are packed already"
-        if self.sites[0].cached.k.past is not None:
+        if self._own_sites[0].cached.k.past is not None:
             return "not a prefill"
         coded, window = self._coded(args, study), self.options.window
+        turns = [study.turns[i] for i in self.own]
         try:
-            prose = measure(self.gm, args, self.sites, study.turns, coded, window, False)
+            prose = measure(self.gm, args, self._own_sites, turns, coded, window, False)
         except Unmeasured as error:
             return first_line(error)
         try:
-            recall = measure(self.gm, args, self.sites, study.turns, coded, window, True)
+            recall = measure(self.gm, args, self._own_sites, turns, coded, window, True)
         except Unmeasured as error:
             log.info("attentionpack: recall is not measured: %s", first_line(error))
             recall = [layer.scaled(0.0) for layer in prose]
@@ -141,7 +151,9 @@ class Studies:
         self, args: tuple[Any, ...], study: Study, measured: Measured,
         codes: Sequence[tuple[Code, Code]], step: Callable[[int, int], None],
     ) -> list[tuple[Trial, Trial]]:  # fmt: skip
-        """Predicted and measured cost of trial codes. See :func:`.calibrate.calibrate`.
+        """Predicted and measured cost of trial codes of the sites in :attr:`own`.
+
+        See :func:`.calibrate.calibrate`.
 
         For the prompt's own tokens: what coding one layer alone does to recall is little, other
         layers stand in for it, which are coded as well in the end.
@@ -150,18 +162,23 @@ class Studies:
             Unmeasured: and why.
         """
         coded, window = self._coded(args, study), self.options.window
+        turns = [study.turns[i] for i in self.own]
         return calibrate(
-            self.gm, args, self.sites, study.turns, coded, window, measured.prose, codes, step
+            self.gm, args, self._own_sites, turns, coded, window, measured.prose, codes, step
         )
 
+    def _size(self, site: PlannedSite, dim: int, args: Sequence[Any]) -> int:
+        return self._sizes.value(value_of(site.cached.k.node).shape[dim], args)
+
     def _batch(self, args: Sequence[Any]) -> int:
-        return self._sizes.value(value_of(self.sites[0].cached.k.node).shape[0], args)
+        return self._size(self._own_sites[0], 0, args)
 
     def _coded(self, args: tuple[Any, ...], study: Study) -> Tensor:
         """Tokens that codes would hold, were they far behind: ``[B, S]`` bool."""
-        visible = study.lessons[0].visible
+        visible = study.lessons[self.own[0]].visible
         if visible is None:
-            device = value_of(self.sites[0].cached.k.node).device
-            shape = self._batch(args), self.length(args)
+            first = self._own_sites[0]
+            device = value_of(first.cached.k.node).device
+            shape = self._batch(args), self._size(first, 2, args)
             visible = torch.ones(shape, dtype=torch.bool, device=device)
         return visible & (visible.cumsum(1) > self.options.sinks)

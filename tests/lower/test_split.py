@@ -38,7 +38,7 @@ def decode(
     tables = [captured.args, lengths_of(handles, new.interface.appends)]
     tables += [[*h.store.tensors(), *h.store.ref.code.params] for h in handles]
     args = [tables[table][index] for table, index in new.interface.slots]
-    known = Dynamics(captured.graph, captured.plan.handles)
+    known = Dynamics(captured.graph, captured.plan.handles, captured.plan.fixed)
     layouts = [h.store.ref.layout.spec for h in handles]
     sizes = [
         known.of(slot, value, layouts)

@@ -63,7 +63,7 @@ class Captured:
 
     def draft(self, in_step: bool = False) -> Draft:
         specs = tuple(s.ref.layout.spec for s in self.stores)
-        return Draft(self.gm, self.plan, specs, in_step)
+        return Draft(self.gm, self.plan, specs, (in_step, in_step))
 
     def expected(self) -> tuple[Any, ...]:
         """What the Dynamo graph returns for dense tensors."""

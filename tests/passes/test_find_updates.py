@@ -12,7 +12,7 @@ from .capture import Captured, capture, packed, tokens
 
 sdpa = F.scaled_dot_product_attention
 
-OTHER_STATE = "cross-attention: keys come from another hidden state than queries"
+NOT_PROJECTED = "keys and values are other tokens than the queries, and no projection makes them"
 Grow = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -104,7 +104,7 @@ def test_a_first_prefill_of_keys_that_are_turned_in_part_is_found() -> None:
 LEFT_ALONE: dict[str, tuple[Grow, str]] = {
     "last dimension": (
         lambda past, new: torch.cat([past[..., :4], past[..., 4:]], -1),
-        "cross-attention: keys and queries are different tokens",
+        NOT_PROJECTED,
     ),
     "batch": (
         lambda past, new: torch.cat([past, past]),
@@ -190,17 +190,37 @@ def attention(x: Tensor, y: Tensor, wq: Tensor, wk: Tensor, wv: Tensor) -> Any:
 WEIGHTS = [torch.randn(16, 16) for _ in range(3)]
 
 
-@pytest.mark.parametrize(
-    ("length", "reason"),
-    [
-        (6, OTHER_STATE),
-        (9, "cross-attention: keys and queries are different tokens"),
-    ],
-)
-def test_cross_attention_is_left_alone(length: int, reason: str) -> None:
+@pytest.mark.parametrize("length", [6, 9])
+def test_cross_attention_is_found_and_named_after_its_own_weights(length: int) -> None:
     captured = capture(attention, torch.randn(2, 6, 16), torch.randn(2, length, 16), *WEIGHTS)
-    assert kinds(captured) == []
-    assert reasons(captured) == [reason]
+    assert kinds(captured) == [("empty", "empty")]
+    cached = captured.plan.sites[0].cached
+    assert cached.crosses
+    arguments = [n for n in captured.graph.nodes if n.op == "placeholder"]
+    assert captured.args[arguments.index(cached.k.weight)] is WEIGHTS[1]
+
+
+@pytest.mark.parametrize("make", [tokens, packed])
+def test_keys_that_do_not_grow_are_read_as_they_are_if_they_are_packed(
+    make: Callable[[int], Tensor],
+) -> None:
+    captured = capture(lambda q, k, v: sdpa(q, k, v), tokens(1), make(40), make(40))
+    if make is tokens:
+        assert reasons(captured) == [LEFT_ALONE["not grown"][1]]
+        return
+    assert reasons(captured) == [] and kinds(captured) == [("fixed", "fixed")]
+    cached = captured.plan.sites[0].cached
+    assert cached.k.past is cached.k.node and not cached.crosses
+    assert captured.plan.fixed == (True, True) and captured.plan.appended == (0, 0)
+
+
+def test_a_packed_cache_that_is_read_and_written_is_left_alone() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k.mul_(2)
+        return sdpa(q, k, v)
+
+    captured = capture(fn, tokens(1), packed(40), packed(40))
+    assert reasons(captured) == ["the graph writes to the grown cache in place: left dense"]
 
 
 def test_self_attention_shares_its_hidden_state_and_names_its_weights() -> None:
@@ -223,7 +243,7 @@ def test_projections_with_named_arguments_are_read() -> None:
         return sdpa(q, k, values), k, values
 
     captured = capture(fn, torch.randn(2, 6, 16), torch.randn(2, 6, 16), *WEIGHTS[:2])
-    assert reasons(captured) == [OTHER_STATE]
+    assert captured.plan.sites[0].cached.crosses
 
 
 def test_products_with_weights_are_projections() -> None:
@@ -241,7 +261,8 @@ def test_products_with_weights_are_projections() -> None:
     arguments = [n for n in captured.graph.nodes if n.op == "placeholder"]
     for update, weight in ((cached.k, WEIGHTS[1]), (cached.v, WEIGHTS[2])):
         assert captured.args[arguments.index(update.weight)] is weight
-    assert reasons(capture(fn, x, x + 1, *WEIGHTS)) == [OTHER_STATE]
+    assert not cached.crosses
+    assert capture(fn, x, x + 1, *WEIGHTS).plan.sites[0].cached.crosses
 
 
 def test_queries_of_low_rank_still_share_the_hidden_state() -> None:

@@ -85,6 +85,14 @@ def test_a_packed_input_that_nothing_grows_is_named() -> None:
     assert captured.plan.skipped[0].where == captured.plan.handles[0].name
 
 
+@pytest.mark.parametrize(("count", "treatment"), [(1, "attend"), (16, "attend"), (17, "unpack")])
+def test_a_packed_cache_that_does_not_grow_is_read_as_it_is(count: int, treatment: str) -> None:
+    captured = capture(F.scaled_dot_product_attention, tokens(count), packed(40), packed(40))
+    assert captured.treatments == [treatment]
+    more = [] if treatment == "attend" else ["17 new tokens on a packed cache: dense attention"]
+    assert captured.reasons == more
+
+
 def test_a_handle_that_grows_in_two_ways_is_attended_dense() -> None:
     """Bug: both continuations were written into the same slots of one ring."""
 

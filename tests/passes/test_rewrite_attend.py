@@ -103,3 +103,23 @@ def test_new_tokens_that_are_results_themselves_are_still_results() -> None:
 
     captured = capture(fn, tokens(1), tokens(1), tokens(1), packed(30), packed(30))
     check(captured, [AppendedOutput, PlainOutput, AppendedOutput, PlainOutput])
+
+
+@pytest.mark.parametrize("in_step", [False, True])
+def test_a_cache_that_does_not_grow_is_attended_to_as_it_is(in_step: bool) -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, *past: Tensor) -> Any:
+        keys, values = grown(past[0], past[1], k, v)
+        q = sdpa(q, keys, values)
+        q = sdpa(q, past[2], past[3])
+        return sdpa(q, past[4], past[5]), keys, values
+
+    caches = [packed(30), packed(30), *(packed(21) for _ in range(4))]
+    captured = capture(fn, tokens(1), tokens(1), tokens(1), *caches)
+    assert captured.treatments == ["attend"] * 3
+    assert captured.plan.fixed == (False, False, True, True, True, True)
+    new = check(captured, [PlainOutput, AppendedOutput, AppendedOutput], in_step)
+    # In step, those that grow read one tensor of lengths, and those that do not read another.
+    assert new.calls["aten::select.int"] == (0 if in_step else 5)
+    assert ours(new) == {"apack::append_": 2, "apack::attend": 3}
+    assert new.calls["scaled_dot_product_attention"] == 0
+    assert new.interface.appends == (1, 1, 0, 0, 0, 0)

@@ -49,9 +49,15 @@ def value_of(node: Any) -> Any:
 
 
 def shape_of(node: Any) -> tuple[Any, ...] | None:
-    """Sizes (ints or SymInts) of a node that is a tensor, else None."""
+    """Sizes (ints, or SymInts where they vary) of a node that is a tensor, else None."""
     value = value_of(node)
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+    return tuple(map(settled, value.shape)) if isinstance(value, torch.Tensor) else None
+
+
+def settled(size: Any) -> Any:
+    """A size; an int if it is a symbol that a guard holds to one value."""
+    known = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
+    return size if known is None else known
 
 
 def same_size(a: Any, b: Any) -> bool:

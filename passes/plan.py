@@ -3,13 +3,15 @@
 ==========  =========================  ===========================================================
 past        new tokens                 treatment
 ==========  =========================  ===========================================================
-packed      1 to 16, known             ``attend``: append to the ring, attention on codes
+packed      1 to 16                    ``attend``: append to the ring, attention on codes
 packed      none, 1 to 16 queries      ``attend``: attention on codes (cross-attention)
 packed      otherwise                  ``unpack``: dense attention of this layer, runtime appends
 dense, none any                        ``encode``: dense attention, the result leaves packed
 ==========  =========================  ===========================================================
 
-A packed input that no site accounts for is unpacked where it is used.
+A packed input that no site accounts for is unpacked where it is used. Where Dynamo has a symbol for
+a small number of new tokens (assisted decoding), a guard holds it to its value: each number has a
+graph of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..cache import PackedKV
 from .base import PassReport, Skip, shape_of, value_of
@@ -89,19 +93,23 @@ class Plan:
 
 
 def make_plan(graph: fx.Graph) -> Plan:
-    """Find the sites of ``graph`` and decide. Nothing is changed."""
+    """Find the sites of ``graph`` and decide.
+
+    Nothing is changed, but that guards may be added for the number of new tokens.
+    """
     attention, first = find_attention(graph)
     cached, second = find_updates(graph, attention)
     known = (*(site.node.name for site in attention), *(skip.where for skip in first.skipped))
     third = find_strays(graph, known)
     planned: list[PlannedSite] = []
     skipped: list[Skip] = []
+    strict = any(_is_marked_dynamic(n) for n in graph.nodes if n.op == "placeholder")
     growths: dict[fx.Node | None, set[fx.Node]] = {}
     for site in cached:
         for update in (site.k, site.v):
             growths.setdefault(update.past, set()).add(update.node)
     for site in cached:
-        treatment, reason = _treat(site)
+        treatment, reason = _treat(site, strict)
         if treatment == "attend" and any(len(growths[u.past]) > 1 for u in (site.k, site.v)):
             treatment = "unpack"
             reason = "the cache grows in two ways at once: dense attention"
@@ -121,8 +129,13 @@ def make_plan(graph: fx.Graph) -> Plan:
     return Plan(tuple(planned), handles, (first, second, third, report))
 
 
-def _treat(cached: CachedSite) -> tuple[Treatment, str | None]:
-    """The treatment of a site, and why not the better one."""
+def _treat(cached: CachedSite, strict: bool) -> tuple[Treatment, str | None]:
+    """The treatment of a site, and why not the better one.
+
+    Args:
+        cached: the site.
+        strict: whether symbols must not be held to a value.
+    """
     fixed = cached.k.kind == "fixed"
     if cached.k.kind != "packed" and not fixed:
         return "encode", None
@@ -130,6 +143,10 @@ def _treat(cached: CachedSite) -> tuple[Treatment, str | None]:
         return "unpack", "the graph writes to the packed cache in place: dense from here on"
     shape = shape_of(cached.site.q if fixed else cached.k.new)
     tokens = None if shape is None else shape[2]
+    if isinstance(tokens, torch.SymInt) and not strict and not free_unbacked_symbols(tokens):
+        if tokens > MAX_QUERIES:
+            return "unpack", f"over {MAX_QUERIES} new tokens on a packed cache: dense attention"
+        tokens = int(tokens)
     if not isinstance(tokens, int):
         return "unpack", "the number of new tokens is not known when compiling: dense attention"
     if tokens > MAX_QUERIES:
@@ -140,3 +157,8 @@ def _treat(cached: CachedSite) -> tuple[Treatment, str | None]:
     if q_shape is None or q_shape[2] != tokens:
         return "unpack", "queries and new keys are different in number: dense attention"
     return "attend", None
+
+
+def _is_marked_dynamic(argument: fx.Node) -> bool:
+    """Whether the user marked a size as dynamic: to hold it to a value would be an error."""
+    return bool(argument.meta.get("tensor_dict", {}).get("_dynamo_dynamic_indices"))

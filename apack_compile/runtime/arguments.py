@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from ..cache import PackedKV
 from ..codec import parse_layout
-from ..passes.base import value_of
+from ..passes.base import settled, value_of
 from ..passes.draft import ARGUMENTS, HANDLES, LENGTHS
 from .specialise import Dynamic
 
@@ -85,11 +85,12 @@ class Sizes:
 
 
 def _of_example(example: Any) -> Dynamic:
-    if isinstance(example, torch.SymInt):
+    if isinstance(settled(example), torch.SymInt):
         return (DYNAMIC,)
     if not isinstance(example, Tensor) or isinstance(example, PackedKV):
         return None
-    dims = tuple(DYNAMIC if isinstance(size, torch.SymInt) else STATIC for size in example.shape)
+    sizes = map(settled, example.shape)
+    dims = tuple(DYNAMIC if isinstance(size, torch.SymInt) else STATIC for size in sizes)
     return dims if DYNAMIC in dims else None
 
 

@@ -38,10 +38,28 @@ def test_many_new_tokens_on_a_packed_cache_are_attended_dense() -> None:
     assert captured.reasons == ["17 new tokens on a packed cache: dense attention"]
 
 
-def test_an_unknown_number_of_new_tokens_is_attended_dense() -> None:
+def thrice(x: Tensor, *past: Tensor) -> Any:
+    return decode(x, x * 2, x * 3, *past)
+
+
+@pytest.mark.parametrize("count", [5, 17])
+def test_a_small_number_of_new_tokens_that_varies_is_held_to_its_value(count: int) -> None:
+    """Bug: every step of assisted decoding attended to a dense copy."""
+    x = tokens(count)
+    torch._dynamo.maybe_mark_dynamic(x, 2)
+    captured = capture(thrice, x, packed(40), packed(40))
+    if count > MAX_QUERIES:
+        assert captured.treatments == ["unpack"]
+        assert captured.reasons == ["over 16 new tokens on a packed cache: dense attention"]
+        return
+    assert captured.treatments == ["attend"] and captured.reasons == []
+    assert captured.plan.appended == (count, count)
+
+
+def test_a_number_of_new_tokens_that_the_user_marked_is_not_held_to_a_value() -> None:
     x = tokens(5)
     torch._dynamo.mark_dynamic(x, 2)
-    captured = capture(lambda x, *past: decode(x, x * 2, x * 3, *past), x, packed(40), packed(40))
+    captured = capture(thrice, x, packed(40), packed(40))
     assert captured.treatments == ["unpack"]
     assert captured.reasons == [
         "the number of new tokens is not known when compiling: dense attention"

@@ -155,6 +155,27 @@ def test_several_tokens_on_a_packed_cache_and_a_second_turn() -> None:
 
 
 @pytest.mark.parametrize("beams", [2, 3])
+def test_several_tokens_of_any_number_attend_to_codes() -> None:
+    """Bug: once Dynamo had a symbol for their number, every layer was made dense."""
+    model = zoo.llama().model
+    compiled = torch.compile(model, backend="attentionpack", options=EXACT)
+    packed = prefilled(compiled)
+    twin = transformers.DynamicCache()
+    for i, layer in enumerate(packed.layers):
+        twin.update(layer.keys.unpack(), layer.values.unpack(), i)
+    counts = [1, 5, 3, 7, 20, 2, 30, 5, 1]
+    for count in counts:
+        ids = torch.randint(10, 190, (2, count))
+        got = compiled(input_ids=ids, past_key_values=packed).logits
+        want = transformers.LlamaForCausalLM.forward(model, input_ids=ids, past_key_values=twin)
+        torch.testing.assert_close(got, want.logits, rtol=1e-4, atol=1e-4)
+    report = apack_compile.report(model)
+    assert report.attends == 2 * sum(count <= 16 for count in counts)
+    assert report.recompiles == 0
+    several = sum(count > 1 for count in counts)
+    assert len([g for g in report.graph_reports if "decode" in dict(g.runs)]) <= several
+
+
 def test_beam_search_gives_the_dense_tokens(beams: int) -> None:
     case = zoo.llama()
     settings = dict(max_new_tokens=12, num_beams=beams, do_sample=False)

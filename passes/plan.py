@@ -21,6 +21,7 @@ from typing import Literal
 
 import torch
 from torch import fx
+from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..cache import PackedKV
@@ -103,7 +104,7 @@ def make_plan(graph: fx.Graph) -> Plan:
     third = find_strays(graph, known)
     planned: list[PlannedSite] = []
     skipped: list[Skip] = []
-    strict = any(_is_marked_dynamic(n) for n in graph.nodes if n.op == "placeholder")
+    strict = _has_marked_sizes()
     growths: dict[fx.Node | None, set[fx.Node]] = {}
     for site in cached:
         for update in (site.k, site.v):
@@ -159,6 +160,9 @@ def _treat(cached: CachedSite, strict: bool) -> tuple[Treatment, str | None]:
     return "attend", None
 
 
-def _is_marked_dynamic(argument: fx.Node) -> bool:
-    """Whether the user marked a size as dynamic: to hold it to a value would be an error."""
-    return bool(argument.meta.get("tensor_dict", {}).get("_dynamo_dynamic_indices"))
+def _has_marked_sizes() -> bool:
+    """Whether the user marked a size of an input as dynamic: to hold it to a value is an error."""
+    tracing = TracingContext.try_get()
+    contexts = () if tracing is None else tracing.tensor_to_context.values()
+    constraints = (c for context in contexts for c in getattr(context, "constraint_sizes", ()))
+    return any(c is not None and not getattr(c, "warn_only", False) for c in constraints)

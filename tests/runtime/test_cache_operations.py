@@ -154,7 +154,6 @@ def test_several_tokens_on_a_packed_cache_and_a_second_turn() -> None:
         assert all(isinstance(layer.keys, PackedKV) for layer in packed.layers)
 
 
-@pytest.mark.parametrize("beams", [2, 3])
 def test_several_tokens_of_any_number_attend_to_codes() -> None:
     """Bug: once Dynamo had a symbol for their number, every layer was made dense."""
     model = zoo.llama().model
@@ -176,6 +175,7 @@ def test_several_tokens_of_any_number_attend_to_codes() -> None:
     assert len([g for g in report.graph_reports if "decode" in dict(g.runs)]) <= several
 
 
+@pytest.mark.parametrize("beams", [2, 3])
 def test_beam_search_gives_the_dense_tokens(beams: int) -> None:
     case = zoo.llama()
     settings = dict(max_new_tokens=12, num_beams=beams, do_sample=False)

@@ -26,6 +26,8 @@ def attend(
     scale: float,
     k_layout: str,
     v_layout: str,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
     biased: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Attention of ``q`` over one packed layer.
@@ -38,6 +40,10 @@ def attend(
         lengths: int64 ``[2]``: tokens coded, tokens in the ring; their sum is S.
         scale: factor of the scores.
         k_layout, v_layout: specs of the two codes.
+        softcap: scores s become ``softcap * tanh(s / softcap)`` before the mask is added (Gemma 2,
+            arXiv 2408.00118); 0: they stay.
+        sinks: ``[Hq]``, one score a query head that takes part in the softmax, unmasked, and brings
+            no value (gpt-oss, arXiv 2508.10925); or None.
         biased: what to call for :func:`attend_biased`, if not that itself.
 
     Returns:
@@ -45,7 +51,9 @@ def attend(
     """
     payload, *_, ring = k[: len(parse_layout(k_layout).payload_fields(k[0].dtype)) + 3]
     bias = torch.ops.apack.score_bias(mask, lengths, payload.shape[1], ring.shape[2], q.dtype)
-    return (biased or attend_biased)(q, bias, k, v, lengths, scale, k_layout, v_layout)
+    return (biased or attend_biased)(
+        q, bias, k, v, lengths, scale, k_layout, v_layout, softcap, sinks
+    )
 
 
 def attend_biased(
@@ -57,6 +65,8 @@ def attend_biased(
     scale: float,
     k_layout: str,
     v_layout: str,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """:func:`attend` with the mask by physical slot: ``apack::score_bias``."""
     key_code, value_code = parse_layout(k_layout), parse_layout(v_layout)
@@ -82,10 +92,18 @@ def attend_biased(
         coded_scores = override(coded_scores, keys.pool_positions, against(keys.pool), 3)
     scores = torch.cat([coded_scores, against(keys.ring)], -1)  # [B, Hq, Q, C + ring]
 
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = torch.where(bias == float("-inf"), bias, scores + bias)
     top = scores.amax(-1, keepdim=True)
-    weights = (scores - torch.where(top == float("-inf"), 0.0, top)).exp()
+    if sinks is not None:
+        sink = sinks.to(work)[:, None, None]  # [Hq, 1, 1]
+        top = torch.maximum(top, sink)
+    base = torch.where(top == float("-inf"), 0.0, top)
+    weights = (scores - base).exp()
     total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sink - base).exp()
     p = weights / torch.where(total == 0, 1.0, total)
 
     p_coded, p_ring = p.split([capacity, ring], -1)

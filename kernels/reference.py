@@ -14,7 +14,10 @@ from ..codec import ExactLayout, Layout, TransformLayout, parse_layout
 from .side import Side
 
 
-def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def attend_reference(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Dense attention, one query head at a time.
 
     Args:
@@ -23,6 +26,8 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
             ``h // (Hq / H)``.
         mask: bool (True: seen) or float (added), broadcastable to ``[B, Hq, Q, S]``, or None.
         scale: factor of the scores.
+        softcap: scores become ``softcap * tanh(scores / softcap)``; 0: they stay.
+        sinks: ``[Hq]``: a score more in each row, without a value; or None.
 
     Returns:
         ``[B, Hq, Q, Dv]`` float64. Rows that see no token are 0.
@@ -35,6 +40,8 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
         kv_head = head // (q_heads // heads)
         keys, values = k[:, kv_head].double(), v[:, kv_head].double()
         scores = q[:, head].double() @ keys.transpose(1, 2) * scale  # [B, Q, S]
+        if softcap:
+            scores = softcap * (scores / softcap).tanh()
         if everywhere is not None:
             here = everywhere[:, head]
             if here.dtype == torch.bool:
@@ -42,7 +49,11 @@ def attend_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
             else:
                 scores = scores + here.double()
         blind = (scores == float("-inf")).all(-1, keepdim=True)
-        weights = torch.softmax(scores.masked_fill(blind, 0.0), -1)
+        scores = scores.masked_fill(blind, 0.0)
+        if sinks is not None:
+            sink = sinks[head].double().expand(batch, queries, 1)
+            scores = torch.cat([scores, sink], -1)
+        weights = torch.softmax(scores, -1)[..., :tokens]
         out[:, head] = weights.masked_fill(blind, 0.0) @ values
     return out
 

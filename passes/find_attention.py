@@ -35,6 +35,7 @@ class AttentionSite:
         hides: whether a bool mask says which tokens are hidden, not which are seen.
         scale: factor of the scores.
         causal: the call's own ``is_causal`` (PyTorch aligns it to the upper left).
+        softcap: scores s become ``softcap * tanh(s / softcap)`` before the mask; 0: they stay.
     """
 
     node: fx.Node
@@ -45,6 +46,7 @@ class AttentionSite:
     scale: float
     causal: bool
     hides: bool = False
+    softcap: float = 0.0
 
 
 def find_attention(graph: fx.Graph) -> tuple[tuple[AttentionSite, ...], PassReport]:
@@ -76,7 +78,7 @@ def _attention(node: fx.Node) -> AttentionSite | str | None:
     site = _checked(chain.node, chain.q, chain.k, chain.v, chain.scale)
     if isinstance(site, str):
         return site
-    return replace(site, mask=chain.mask, hides=chain.hides)
+    return replace(site, mask=chain.mask, hides=chain.hides, softcap=chain.softcap)
 
 
 def _canonical(node: fx.Node) -> AttentionSite | str:

@@ -2,6 +2,7 @@
 
     s = matmul(q, repeat_kv(k).transpose(2, 3)) * scale       or / a number; or q scaled before
         einsum("bhqd,bhkd->bhqk", q, repeat_kv(k)) * scale
+    s = tanh(s / cap) * cap                                   or none (softcap)
     s = s + mask                                              or masked_fill(m, -inf), where(m, s, -inf)
     p = dropout(softmax(s, -1, float32).to(q.dtype), 0.0)     casts and an idle dropout, or none
     o = matmul(p, repeat_kv(v))
@@ -46,6 +47,7 @@ class Chain:
         mask: added to the scores, or bool; or None.
         hides: whether a bool mask says which tokens are hidden, not which are seen.
         scale: factor of the product of queries and keys.
+        softcap: what scores are capped at before the mask is laid over them; 0: they are not.
     """
 
     node: fx.Node
@@ -55,11 +57,12 @@ class Chain:
     mask: fx.Node | None
     hides: bool
     scale: float
+    softcap: float
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """What a softmax is taken of."""
+    """What a softmax is taken of: ``cap tanh(scale q.k)``, or ``scale q.k`` where cap is 0."""
 
     q: fx.Node
     k: fx.Node
@@ -67,6 +70,7 @@ class _Scores:
     hides: bool = False
     added: bool = False
     scale: float = 1.0
+    cap: float = 0.0
 
 
 _Found = _Scores | str | None
@@ -95,7 +99,9 @@ def find_chain(softmax: fx.Node) -> Chain | str | None:
         return scores
     if scores is None or not isinstance(v, fx.Node):
         return "attention written out in an unknown form: left dense"
-    return Chain(node, scores.q, scores.k, v, scores.mask, scores.hides, scores.scale)
+    scale = scores.scale * (scores.cap or 1.0)  # cap tanh(scale q.k / cap)
+    cap = abs(scores.cap)  # tanh is odd
+    return Chain(node, scores.q, scores.k, v, scores.mask, scores.hides, scale, cap)
 
 
 def _product_above(softmax: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
@@ -154,7 +160,7 @@ def _scores(node: Any, reader: fx.Node) -> _Found:
         seen, scores, value = (argument(node, i, name) for i, name in enumerate(names))
         return _hidden(_scores(scores, node), seen, value, False)
     if calls(node, "tanh", torch.tanh):
-        return "scores are capped (softcap): left dense"
+        return _capped(_scores(argument(node, 0, "input"), node))
     return None
 
 
@@ -189,9 +195,22 @@ def _scaled(node: fx.Node) -> _Found:
     found = _scores(first, node)
     if not isinstance(found, _Scores):
         return found
-    if found.added:
+    factor = 1 / factor if calls(node, *_DIV) else factor
+    if found.added or (found.mask is not None and factor < 0):
         return "the mask is scaled with the scores: left dense"
-    return replace(found, scale=found.scale * (1 / factor if calls(node, *_DIV) else factor))
+    if found.cap:
+        return replace(found, cap=found.cap * factor)
+    return replace(found, scale=found.scale * factor)
+
+
+def _capped(found: _Found) -> _Found:
+    if not isinstance(found, _Scores):
+        return found
+    if found.mask is not None:
+        return "the mask is capped with the scores: left dense"
+    if found.cap:
+        return "scores are capped twice: left dense"
+    return replace(found, cap=1.0)
 
 
 def _number(value: Any) -> float | None:

@@ -17,6 +17,7 @@ from torch import fx
 
 from .base import PassReport, value_of
 from .draft import AFTER, AppendedOutput, Draft
+from .find_attention import AttentionSite
 from .find_updates import CacheUpdate
 
 
@@ -45,6 +46,7 @@ def rewrite_attend(draft: Draft) -> PassReport:
                     site.scale,
                     draft.layouts[k],
                     draft.layouts[v],
+                    *_more(site),
                 ),
             )
             wanted, given = value_of(site.node), value_of(site.q)
@@ -58,6 +60,11 @@ def rewrite_attend(draft: Draft) -> PassReport:
         for operand in operands:
             _erase_dead(draft, operand, keep=(draft.map[site.k], draft.map[site.v]))
     return PassReport("rewrite_attend", len(sites))
+
+
+def _more(site: AttentionSite) -> tuple[object, ...]:
+    """Arguments of ``attend`` that most sites do without."""
+    return (site.softcap,) if site.softcap else ()
 
 
 def _append(draft: Draft, update: CacheUpdate) -> None:

@@ -29,6 +29,7 @@ class Form:
         cast: whether keys and values are cast between cache and attention.
         attend: SDPA, or written out.
         scale: what is scaled, where it is written out.
+        softcap: of scores that are written out; 0: none.
         mask: added, filled in, or (SDPA) given as bool.
         twice: whether two attentions read the same keys and values.
     """
@@ -44,6 +45,7 @@ class Form:
     cast: bool = False
     attend: Literal["sdpa", "matmul", "einsum"] = "sdpa"
     scale: Literal["query", "scores", "divide", "none"] = "scores"
+    softcap: Literal[0, 2] = 0
     mask: Literal["float", "bool"] = "float"
     twice: bool = False
 
@@ -149,6 +151,8 @@ class Attention(nn.Module):
             scores = scores * scale
         elif form.scale == "divide":
             scores = scores / form.k_dim**0.5
+        if form.softcap:
+            scores = torch.tanh(scores / form.softcap) * form.softcap
         scores = scores + added if form.mask == "float" else scores.masked_fill(~seen, least)
         weights = F.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
         weights = F.dropout(weights, 0.0, self.training)

@@ -21,23 +21,27 @@ from ..ops.attend_cuda import by_kernels, launch_kernels, outside_graphs, show_k
 _LIB = torch.library.Library("apack", "FRAGMENT")
 _LIB.define(
     "attend_with_bias(Tensor q, Tensor bias, Tensor[] k, Tensor[] v, Tensor lengths, float scale, "
-    "str k_layout, str v_layout) -> Tensor"
+    "str k_layout, str v_layout, float softcap=0.0, Tensor? sinks=None) -> Tensor"
 )
 
 
 def attend_with_bias(
     q: Tensor, bias: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], lengths: Tensor,
-    scale: float, k_layout: str, v_layout: str,
+    scale: float, k_layout: str, v_layout: str, softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """:func:`~apack_compile.kernels.attend.attend_biased`, by kernels where they apply."""
     if by_kernels(q, k_layout, v_layout):
-        return launch_kernels(q, bias, k, v, lengths, scale, k_layout, v_layout)
-    return torch.ops.apack.attend_biased(q, bias, k, v, lengths, scale, k_layout, v_layout)
+        return launch_kernels(q, bias, k, v, lengths, scale, k_layout, v_layout, softcap, sinks)
+    return torch.ops.apack.attend_biased(
+        q, bias, k, v, lengths, scale, k_layout, v_layout, softcap, sinks
+    )
 
 
 def _fake(
     q: Tensor, bias: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], lengths: Tensor,
-    scale: float, k_layout: str, v_layout: str,
+    scale: float, k_layout: str, v_layout: str, softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(*q.shape[:3], parse_layout(v_layout).dim)
 

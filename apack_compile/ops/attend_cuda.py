@@ -61,16 +61,17 @@ def by_kernels(q: Tensor, k_layout: str, v_layout: str) -> bool:
 
 def attend(
     q: Tensor, mask: Tensor | None, k: Sequence[Tensor], v: Sequence[Tensor], lengths: Tensor,
-    scale: float, k_layout: str, v_layout: str,
+    scale: float, k_layout: str, v_layout: str, softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """:func:`~apack_compile.kernels.attend.attend` by kernels where they apply, else plain."""
     if not by_kernels(q, k_layout, v_layout):
-        return plain_attend(q, mask, k, v, lengths, scale, k_layout, v_layout)
+        return plain_attend(q, mask, k, v, lengths, scale, k_layout, v_layout, softcap, sinks)
     bias = None
     if mask is not None:
         payload, *_, ring = k[: len(parse_layout(k_layout).payload_fields(k[0].dtype)) + 3]
         bias = torch.ops.apack.score_bias(mask, lengths, payload.shape[1], ring.shape[2], q.dtype)
-    return launch_kernels(q, bias, k, v, lengths, scale, k_layout, v_layout)
+    return launch_kernels(q, bias, k, v, lengths, scale, k_layout, v_layout, softcap, sinks)
 
 
 def launch_kernels(*args: Any) -> Tensor:

@@ -86,18 +86,21 @@ def _define_composite(schema: str, meaning: Callable[..., Any]) -> None:
 
 def _attend_fake(
     q: Tensor, mask: Tensor | None, k: Sequence[Tensor], v: Sequence[Tensor], lengths: Tensor,
-    scale: float, k_layout: str, v_layout: str,
+    scale: float, k_layout: str, v_layout: str, softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(*q.shape[:3], parse_layout(v_layout).dim)
 
 
 def _attend_for_inductor(
     q: Tensor, mask: Tensor | None, k: Sequence[Tensor], v: Sequence[Tensor], lengths: Tensor,
-    scale: float, k_layout: str, v_layout: str,
+    scale: float, k_layout: str, v_layout: str, softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return _attend(
-        q, mask, k, v, lengths, scale, k_layout, v_layout, torch.ops.apack.attend_region.default
-    )
+        q, mask, k, v, lengths, scale, k_layout, v_layout, softcap, sinks,
+        torch.ops.apack.attend_region.default,
+    )  # fmt: skip
 
 
 def _side_grows(side: Sequence[Tensor], layout: str) -> list[Grows]:
@@ -109,10 +112,12 @@ def _side_grows(side: Sequence[Tensor], layout: str) -> list[Grows]:
 
 def _attend_grows(
     q: Tensor, bias: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], lengths: Tensor,
-    scale: float, k_layout: str, v_layout: str,
+    scale: float, k_layout: str, v_layout: str, softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> list[Grows]:  # fmt: skip
     sides = [*_side_grows(k, k_layout), *_side_grows(v, v_layout)]
-    return [Grows(True), Grows(True, (3,)), *sides, Grows()]
+    more = [] if sinks is None else [Grows()]
+    return [Grows(True), Grows(True, (3,)), *sides, Grows(), *more]
 
 
 def _encode_grows(
@@ -183,7 +188,8 @@ def _moments_fake(
 
 
 _ATTEND = (
-    "Tensor[] k, Tensor[] v, Tensor lengths, float scale, str k_layout, str v_layout) -> Tensor"
+    "Tensor[] k, Tensor[] v, Tensor lengths, float scale, str k_layout, str v_layout, "
+    "float softcap=0.0, Tensor? sinks=None) -> Tensor"
 )
 _ENCODE = (
     "(Tensor x, Tensor? visible, Tensor[] params, str layout, int sinks, int extra, int window, "

@@ -37,11 +37,15 @@ def attend_kernel(
     VP8: tl.constexpr, VP4: tl.constexpr, VP2: tl.constexpr, VGAIN: tl.constexpr,
     VS8: tl.constexpr, VS4: tl.constexpr, VS2: tl.constexpr,
     EK: tl.constexpr, EKP: tl.constexpr, EV: tl.constexpr, EVP: tl.constexpr,
-    RING: tl.constexpr, BIAS: tl.constexpr, X: tl.constexpr, XBLOCKS: tl.constexpr,
-    XN: tl.constexpr, LISTED: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
+    RING: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, X: tl.constexpr,
+    XBLOCKS: tl.constexpr, XN: tl.constexpr, LISTED: tl.constexpr, N: tl.constexpr,
+    STAGES: tl.constexpr,
     WHOLE: tl.constexpr, LAST: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Both kinds of programs, those over ring and pool last or first. Constants: ``plan.py``."""
+    """Both kinds of programs, those over ring and pool last or first. Constants: ``plan.py``.
+
+    CAP: the softcap of the scores; 0: there is none.
+    """
     work = tl.program_id(0)
     if LAST:  # as if they were first
         work += exact_programs
@@ -55,7 +59,7 @@ def attend_kernel(
             H, ROWS, Q, G, M, BLOCKS, KG, VG,
             KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, CHUNKS, CHUNKSP,
             VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN,
-            EK, EKP, EV, EVP, RING, BIAS, X, XBLOCKS, XN, LISTED, ASM,
+            EK, EKP, EV, EVP, RING, BIAS, CAP, X, XBLOCKS, XN, LISTED, ASM,
         )  # fmt: skip
     else:
         over_codes(
@@ -65,5 +69,5 @@ def attend_kernel(
             H, ROWS, Q, G, M, BLOCKS, KG, VG,
             KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, CHUNKS, CHUNKSP,
             VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN, VS8, VS4, VS2,
-            EK, EKP, EV, EVP, BIAS, N, STAGES, WHOLE, ASM,
+            EK, EKP, EV, EVP, BIAS, CAP, N, STAGES, WHOLE, ASM,
         )  # fmt: skip

@@ -81,14 +81,15 @@ def _parts(side: Side, layout: Layout) -> tuple[Tensor, Tensor]:
 
 def attend_packed(
     q: Tensor, bias: Tensor | None, k: Sequence[Tensor], v: Sequence[Tensor], lengths: Tensor,
-    scale: float, k_layout: str, v_layout: str, config: Config | None = None,
+    scale: float, k_layout: str, v_layout: str, softcap: float = 0.0,
+    sinks: Tensor | None = None, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """:func:`~apack_compile.kernels.attend.attend_biased`, by kernels.
 
     Args:
         q: queries ``[B, Hq, Q, D]``, float16 or bfloat16.
         bias: of ``apack::score_bias``, or None where there is no mask.
-        k, v, lengths, scale, k_layout, v_layout: as there.
+        k, v, lengths, scale, k_layout, v_layout, softcap, sinks: as there.
         config: how to cut the work; None: :func:`default_config`.
     """
     key, value = parse_layout(k_layout), parse_layout(v_layout)
@@ -136,7 +137,8 @@ def attend_packed(
         keys.pool_positions.contiguous(), values.pool_positions.contiguous(),
         k_pool, v_pool, k_ring, v_ring, part, stats, exact,
         splits, exact_programs, capacity, *strides, factor,
-        **plan.attend, BIAS=kind, WHOLE=whole, ASM=not INTERPRETED, num_warps=config.warps, **limit,
+        **plan.attend, BIAS=kind, CAP=softcap, WHOLE=whole, ASM=not INTERPRETED,
+        num_warps=config.warps, **limit,
     )  # fmt: skip
     sums = empty(batch, plan.groups, plan.attend["VW"], plan.rows)
     masses = empty(batch, plan.groups, 4, plan.rows)
@@ -144,7 +146,8 @@ def attend_packed(
     cells = MOST_CELLS // max(slots, 64)
     chunks = -(-plan.attend["VW"] * plan.rows // cells)
     _kernel(sum_kernel)[(batch * plan.groups * chunks,)](
-        part, stats, sums, masses, splits, **plan.sums, SLOTS=slots, CELLS=cells, CHUNKS=chunks,
+        part, stats, sums, masses, splits, lengths if sinks is None else sinks.contiguous(),
+        **plan.sums, SINKS=int(sinks is not None), SLOTS=slots, CELLS=cells, CHUNKS=chunks,
         num_warps=4,
     )  # fmt: skip
     out = empty(batch, q_heads, queries, value.dim, dtype=q.dtype)

@@ -14,14 +14,17 @@ from .codes import OFFSET, OFFSET_8, component
 
 @triton.jit
 def sum_kernel(
-    part, stats, sums, masses, splits,
+    part, stats, sums, masses, splits, sinks,
+    G: tl.constexpr, HEADS: tl.constexpr, Q: tl.constexpr,
     STRIDE: tl.constexpr, VX: tl.constexpr, VW: tl.constexpr,
-    POOLED: tl.constexpr, SLOTS: tl.constexpr, CELLS: tl.constexpr, CHUNKS: tl.constexpr,
+    POOLED: tl.constexpr, SINKS: tl.constexpr, SLOTS: tl.constexpr, CELLS: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Weighted sums ``[B, G, VW, STRIDE]`` over all splits, and ``masses [B, G, 4, STRIDE]``.
 
     Relative to the largest score m of the row: the mass of all tokens, that of tokens whose values
     are coded, that of them with gains, and the factor 2^(m_exact - m) of what ring and pool left.
+    With SINKS the score of its head's sink is one of the row's, and its mass one of all.
     """
     chunk = tl.program_id(0) % CHUNKS
     group = (tl.program_id(0) // CHUNKS).to(tl.int64)
@@ -32,13 +35,25 @@ def sum_kernel(
     at = stats + (base + slot)[:, None] * (4 * STRIDE) + (cell % STRIDE)[None, :]
     m = tl.load(at, mask=live[:, None], other=-float("inf"))  # [SLOTS, CELLS]
     top = tl.max(m, 0)
-    f = tl.exp2(m - tl.where(top == -float("inf"), 0.0, top)[None, :])
+    if SINKS:
+        head = group % G * HEADS + cell % STRIDE // Q
+        some = cell % STRIDE < HEADS * Q
+        sink = tl.load(sinks + head, mask=some, other=-float("inf")).to(tl.float32)
+        sink = sink * 1.4426950408889634
+        top = tl.maximum(top, sink)
+    base_m = tl.where(top == -float("inf"), 0.0, top)
+    f = tl.exp2(m - base_m[None, :])
     if chunk * CELLS < STRIDE:
         first = cell < STRIDE
         out = masses + group * (4 * STRIDE) + cell
         for i in tl.static_range(1, 4):
             mass = tl.load(at + i * STRIDE, mask=live[:, None], other=0.0)
-            tl.store(out + (i - 1) * STRIDE, tl.sum(f * mass, 0), mask=first)
+            where = out + (i - 1) * STRIDE
+            whole = tl.sum(f * mass, 0)
+            if SINKS:  # noqa: SIM102  (known when the kernel is compiled)
+                if i == 1:
+                    whole += tl.exp2(sink - base_m)
+            tl.store(where, whole, mask=first)
         exact = tl.sum(tl.where((slot == splits)[:, None], f, 0.0), 0)
         tl.store(out + 3 * STRIDE, exact, mask=first)
     if VX or not POOLED:

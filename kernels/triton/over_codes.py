@@ -13,7 +13,18 @@ import triton
 import triton.language as tl
 
 from .codes import converted, converted_at, load_run
-from .score import biased, code_scores, exp2, gains, listed, load_queries, log2_bound, product, span
+from .score import (
+    biased,
+    capped,
+    code_scores,
+    exp2,
+    gains,
+    listed,
+    load_queries,
+    log2_bound,
+    product,
+    span,
+)
 
 SLACK = tl.constexpr(10.0)
 SHIFT = tl.constexpr(4.0)
@@ -79,7 +90,7 @@ def over_codes(
     VP8: tl.constexpr, VP4: tl.constexpr, VP2: tl.constexpr, VGAIN: tl.constexpr,
     VS8: tl.constexpr, VS4: tl.constexpr, VS2: tl.constexpr,
     EK: tl.constexpr, EKP: tl.constexpr, EV: tl.constexpr, EVP: tl.constexpr,
-    BIAS: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
+    BIAS: tl.constexpr, CAP: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
     WHOLE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Leaves ``part [B, G, splits + 1, VW, BLOCKS * M]`` and ``stats [.., 4, BLOCKS * M]``.
@@ -119,7 +130,8 @@ def over_codes(
             mask=(chunk < CHUNKS)[:, None] & some[None, :], other=0.0,
         )  # [CHUNKSP, M]  # fmt: skip
         less = tl.sum(too_much, 0)
-        # The same for all coded tokens of a row, so it is added to the reference at the end.
+        # The same for all coded tokens of a row, so it is added to the reference at the end,
+        # unless scores are capped.
         mean = tl.load(shift + group * STRIDE + row, mask=some, other=0.0)
         if not KGAIN:
             mean += less
@@ -189,6 +201,10 @@ def over_codes(
                 t = next_t.to(tl.float32)
                 next_t = gains(k_gains, n + N, n + N < last, KG)
                 s = (s + less[None, :]) * t[:, None]
+            if CAP > 0:
+                s = s + mean[None, :]
+        if CAP > 0:
+            s = capped(s, CAP, ASM)
         s = biased(s, bias_row, n, live, rows_bias, BIAS)
         if VGAIN:
             # The reference is that of the weights times the gains: they must fit float16.
@@ -270,7 +286,7 @@ def over_codes(
 
     slot = group * (splits + 1) + split
     total = tl.sum(mass, 0)
-    if not KX:
+    if not KX and CAP == 0:
         top += mean
     at_stats = stats + slot * (4 * STRIDE) + row
     tl.store(at_stats, top - SHIFT)

@@ -10,7 +10,17 @@ import triton
 import triton.language as tl
 
 from .codes import converted, load_run
-from .score import biased, code_scores, exp2, gains, listed, load_queries, log2_bound, product
+from .score import (
+    biased,
+    capped,
+    code_scores,
+    exp2,
+    gains,
+    listed,
+    load_queries,
+    log2_bound,
+    product,
+)
 
 SHIFT = tl.constexpr(14.0)
 """Weights are multiplied by 2^14 before they become float16: small ones keep their digits."""
@@ -42,8 +52,8 @@ def over_exact(
     VPITCH: tl.constexpr, V8: tl.constexpr, V4: tl.constexpr, V2: tl.constexpr,
     VP8: tl.constexpr, VP4: tl.constexpr, VP2: tl.constexpr, VGAIN: tl.constexpr,
     EK: tl.constexpr, EKP: tl.constexpr, EV: tl.constexpr, EVP: tl.constexpr,
-    RING: tl.constexpr, BIAS: tl.constexpr, X: tl.constexpr, XBLOCKS: tl.constexpr,
-    XN: tl.constexpr, LISTED: tl.constexpr, ASM: tl.constexpr,
+    RING: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, X: tl.constexpr,
+    XBLOCKS: tl.constexpr, XN: tl.constexpr, LISTED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """X rows of one head: ``exact [B, H, ROWS, DV]``; sums and stats in slot ``splits``."""
     block = work % XBLOCKS
@@ -76,6 +86,8 @@ def over_exact(
             mask=live[:, None] & (d < DK)[None, :], other=0.0,
         )  # [XN, DKP]  # fmt: skip
         s = product(k, qx, tl.full([XN, X], 0.0, tl.float32), ASM) * scale2
+        if CAP > 0:
+            s = capped(s, CAP, ASM)
         s = biased(s, bias_row, capacity + n, live, rows_bias, BIAS)
         new = tl.maximum(top, tl.max(s, 0))
         base = tl.where(new == -float("inf"), 0.0, new)
@@ -153,6 +165,8 @@ def over_exact(
                 mean = tl.load(shift + group * STRIDE + row, mask=mine, other=0.0)
                 other = other + mean[None, :]
             s = tl.where((i < EK)[:, None], s, other)
+        if CAP > 0:
+            s = capped(s, CAP, ASM)
         s = biased(s, bias_row, token, live, rows_bias, BIAS)
 
         by_code = live

@@ -160,7 +160,8 @@ def make_plan(
     expand = head | {name: v[name] for name in ("VG", "VX", "DV", "VW", "V8", "V4", "V2")}
     expand |= {"CHUNK": CHUNK, "COLUMNS": COLUMNS, "PARTS": -(-value.dim // COLUMNS)}
     sums = {
-        "STRIDE": blocks * m, "VX": v["VX"], "VW": v["VW"], "POOLED": int(ek + ev > 0),
+        "G": groups, "HEADS": q_heads // groups, "Q": queries, "STRIDE": blocks * m,
+        "VX": v["VX"], "VW": v["VW"], "POOLED": int(ek + ev > 0),
     }  # fmt: skip
     exact_programs = heads * common["XBLOCKS"]
     return Plan(fold, attend, sums, expand, groups, blocks, blocks * m, exact_programs, rows)

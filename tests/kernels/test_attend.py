@@ -31,22 +31,22 @@ def code_of(kind: str, heads: int, dim: int, groups: int = 1) -> Code:
 
 def attend(
     q: Tensor, mask: Tensor | None, k: list[Tensor], v: list[Tensor], lengths: Tensor,
-    scale: float, codes: tuple[Code, Code],
+    scale: float, codes: tuple[Code, Code], softcap: float = 0.0, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     specs = [code.layout.spec for code in codes]
-    return torch.ops.apack.attend(q, mask, k, v, lengths, scale, *specs)
+    return torch.ops.apack.attend(q, mask, k, v, lengths, scale, *specs, softcap, sinks)
 
 
 def expected(
     q: Tensor, mask: Tensor | None, k: list[Tensor], v: list[Tensor], lengths: Tensor,
-    scale: float, codes: tuple[Code, Code],
+    scale: float, codes: tuple[Code, Code], softcap: float = 0.0, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     length = int(lengths.sum())
     dense = [
         unpack_reference(side, lengths, length, code.layout.spec)
         for side, code in zip((k, v), codes, strict=True)
     ]
-    return attend_reference(q, *dense, mask, scale)
+    return attend_reference(q, *dense, mask, scale, softcap, sinks)
 
 
 def case(
@@ -80,11 +80,15 @@ def test_attention_on_codes_is_attention_on_the_unpacked_tokens(
     heads=st.sampled_from([2, 4]), groups=st.integers(1, 3), queries=st.integers(1, 16),
     length=st.integers(1, 40), dim_v=st.sampled_from([4, 6]),
     policy=st.sampled_from([POOLED, POOLLESS]), code_groups=st.integers(1, 2),
-    poisoned=st.booleans(),
+    poisoned=st.booleans(), softcap=st.sampled_from([0.0, 0.0, 0.3, 5.0]), sinks=st.booleans(),
 )  # fmt: skip
 @few
-def test_any_shape_agrees_with_the_oracle(poisoned: bool, **shape: Any) -> None:
-    given = case(shape.pop("kind"), **shape)
+def test_any_shape_agrees_with_the_oracle(
+    poisoned: bool, softcap: float, sinks: bool, **shape: Any
+) -> None:
+    given = case(shape.pop("kind"), **shape) | {"softcap": softcap}
+    if sinks:
+        given["sinks"] = torch.randn(given["q"].shape[1]) * 3
     if poisoned:
         for side, code in zip("kv", given["codes"], strict=True):
             given[side] = poison(given[side], given["lengths"], code.layout)
@@ -147,6 +151,26 @@ def test_a_row_masked_with_the_least_number_sees_all_alike_as_in_sdpa() -> None:
     recent = given["v"][3][:, :, :7]
     mean = torch.cat([x[:, :, :13], recent], 2).mean(2, keepdim=True).repeat_interleave(2, 1)
     torch.testing.assert_close(attend(**given), mean.expand(2, 4, 2, 4), **CLOSE)
+
+
+def test_scores_are_capped_before_the_mask_is_added() -> None:
+    given = case("exact", queries=3) | {"softcap": 0.5}
+    plain = attend(**given | {"softcap": 0.0})
+    assert (check(given) - plain).abs().max() > 0.01
+    given["mask"] = torch.randn(2, 4, 3, 20).masked_fill(torch.rand(2, 4, 3, 20) < 0.3, -1e30)
+    check(given)
+
+
+def test_sinks_take_part_of_every_row_and_give_nothing() -> None:
+    given = case("exact", queries=3)
+    plain = attend(**given)
+    given["sinks"] = torch.tensor([float("-inf"), 0.0, 100.0, 1e4])
+    out = check(given)
+    torch.testing.assert_close(out[:, 0], plain[:, 0], **CLOSE)
+    assert (out[:, 1].abs() < plain[:, 1].abs()).all()
+    assert out[:, 2:].abs().max() < 1e-30
+    hidden = torch.zeros(1, 1, 3, 20, dtype=torch.bool)
+    assert not attend(**given | {"mask": hidden}).any()
 
 
 @pytest.mark.parametrize("kind", ["exact", "plain", "gain"])

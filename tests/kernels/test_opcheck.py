@@ -35,14 +35,17 @@ def by_token(batch: int, heads: int, tokens: int, dim: int) -> torch.Tensor:
 
 
 @every_code
-@pytest.mark.parametrize("masked", [False, True])
-def test_attend(kind: str, masked: bool) -> None:
+@pytest.mark.parametrize(("masked", "more"), [
+    (False, ()), (True, ()), (False, (20.0, torch.randn(4))), (True, (0.0, torch.randn(4)))
+])  # fmt: skip
+def test_attend(kind: str, masked: bool, more: tuple[Any, ...]) -> None:
     code = CODES[kind]
     k, lengths = encoded(torch.randn(2, 2, 10, 4), code, POLICY)
     v, _ = encoded(torch.randn(2, 2, 10, 4), code, POLICY)
     mask = torch.rand(2, 1, 3, 10) < 0.8 if masked else None
     spec = code.layout.spec
-    check(torch.ops.apack.attend, by_token(2, 4, 3, 4), mask, k, v, lengths, 0.5, spec, spec)
+    q = by_token(2, 4, 3, 4)
+    check(torch.ops.apack.attend, q, mask, k, v, lengths, 0.5, spec, spec, *more)
 
 
 @every_code

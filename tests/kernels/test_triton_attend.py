@@ -60,7 +60,8 @@ def case(
 
 def attend(
     q: Tensor, mask: Tensor | None, k: list[Tensor], v: list[Tensor], lengths: Tensor,
-    codes: tuple[Code, Code], config: Config = SMALL,
+    codes: tuple[Code, Code], softcap: float = 0.0, sinks: Tensor | None = None,
+    config: Config = SMALL,
 ) -> Tensor:  # fmt: skip
     specs = [code.layout.spec for code in codes]
     bias = None
@@ -69,7 +70,8 @@ def attend(
         bias = torch.ops.apack.score_bias(mask, lengths, k[0].shape[1], ring, q.dtype).to(DEVICE)
     k, v = [t.to(DEVICE) for t in k], [t.to(DEVICE) for t in v]
     q, lengths = q.to(DEVICE), lengths.to(DEVICE)
-    out = attend_packed(q, bias, k, v, lengths, 0.125, *specs, config)
+    sinks = None if sinks is None else sinks.to(DEVICE)
+    out = attend_packed(q, bias, k, v, lengths, 0.125, *specs, softcap, sinks, config)
     return out.cpu()
 
 
@@ -80,7 +82,9 @@ def check(given: dict[str, Any], config: Config = SMALL) -> Tensor:
         unpack_reference(given[side], given["lengths"], length, code.layout.spec)
         for side, code in zip("kv", given["codes"], strict=True)
     ]
-    expected = attend_reference(given["q"], *dense, given["mask"], 0.125)
+    expected = attend_reference(
+        given["q"], *dense, given["mask"], 0.125, given.get("softcap", 0.0), given.get("sinks")
+    )
     for side, code in zip("kv", given["codes"], strict=True):
         given[side] = poison(given[side], given["lengths"], code.layout)
     out = attend(**given, config=config)
@@ -172,6 +176,42 @@ def test_rows_that_see_nothing_are_zero() -> None:
     given["mask"][0, :, 1] = False
     out = check(given)
     assert not out[0, :, 1].any() and out[0, :, 0].all()
+
+
+LAYOUTS = {
+    "codes": (transform(), transform(gain=1)),
+    "gains of keys": (transform(gain=1), transform()),
+    "groups": (transform(4, 32, 2), transform(4, 32, 4, gain=1)),
+    "exact": (ExactLayout(2, 64), ExactLayout(2, 64)),
+}
+
+
+@pytest.mark.parametrize("layouts", every(list(LAYOUTS), "codes", "gains of keys", "exact"))
+@pytest.mark.parametrize("softcap", every([1.0, 50.0], 1.0))
+def test_capped_scores(layouts: str, softcap: float) -> None:
+    """Codes whose mean is far from 0: it is part of what is capped."""
+    given = case(*LAYOUTS[layouts], queries=2, batch=1) | {"softcap": softcap}
+    given["q"] = given["q"] * 4
+    check(given)
+
+
+@pytest.mark.parametrize("layouts", every(list(LAYOUTS), "codes", "groups"))
+@pytest.mark.parametrize("dtype", every([torch.float32, torch.bfloat16], torch.bfloat16))
+def test_sinks_among_the_scores(layouts: str, dtype: torch.dtype) -> None:
+    k, v = LAYOUTS[layouts]
+    given = case(k, v, queries=3, repeat=3)
+    given["sinks"] = torch.linspace(-4, 6, k.heads * 3).to(dtype)
+    given["sinks"][1] = 300.0
+    check(given)
+
+
+def test_a_sink_of_rows_that_see_nothing_gives_nothing() -> None:
+    given = case(transform(), transform(gain=1), queries=3, batch=1)
+    given["sinks"] = torch.tensor([-5.0, 0.0, 5.0, float("-inf")])
+    given["mask"] = torch.ones(1, 1, 3, 50, dtype=torch.bool)
+    given["mask"][:, :, 1] = False
+    out = check(given)
+    assert not out[:, :, 1].any() and out[:, :, 0].all()
 
 
 @pytest.mark.parametrize("policies", [(POOLED, POOLLESS), (POOLLESS, POOLED)])

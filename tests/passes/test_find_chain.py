@@ -47,6 +47,12 @@ FORMS: dict[str, tuple[Weigh, float, bool, bool]] = {
         lambda q, k, m: torch.add(
             torch.mul(torch.matmul(input=q, other=k.permute(dims=(0, 1, 3, 2))), other=0.5), other=m
         ).softmax(dim=-1), 0.5, True, False),
+    "softcap": (
+        lambda q, k, m: (torch.tanh(plain(q, k) * 0.25 / 2) * 2 + m).softmax(-1),
+        0.25, True, False),
+    "softcap of other sign": (
+        lambda q, k, m: ((plain(q, k) / -0.5).tanh().masked_fill(m < 0, -1e9) * 2).softmax(-1),
+        -4.0, True, True),
     "permuted": (
         lambda q, k, m: (q @ k.permute(0, 1, 3, 2) + m).float().softmax(-1).type_as(q),
         1.0, True, False),
@@ -75,6 +81,7 @@ def test_a_written_out_attention_is_attended_on_codes(form: str) -> None:
     assert (planned.treatment, captured.reasons) == ("attend", [])
     site = planned.cached.site
     assert (site.scale, site.mask is not None, site.hides) == (scale, masked, hides)
+    assert site.softcap == (2.0 if "softcap" in form else 0.0)
     new = rewrite(captured)
     want = captured.expected()
     (got, *_), _ = run(captured, new)
@@ -105,8 +112,12 @@ def test_a_prefill_that_is_written_out_leaves_its_cache_packed(form: str) -> Non
 
 
 REFUSED: dict[str, tuple[Weigh, str]] = {
-    "softcap": (
-        lambda q, k, m: (torch.tanh(plain(q, k) / 50) * 50 + m).softmax(-1), "softcap"),
+    "softcap twice": (
+        lambda q, k, m: (plain(q, k).tanh().tanh() + m).softmax(-1), "capped twice"),
+    "softcap over the mask": (
+        lambda q, k, m: (torch.tanh(plain(q, k) + m) * 50).softmax(-1), "mask is capped"),
+    "a mask turned round": (
+        lambda q, k, m: (plain(q, k).masked_fill(m < 0, -1e9) * -0.5).softmax(-1), "scaled"),
     "over queries": (lambda q, k, m: (plain(q, k) + m).softmax(-2), "not over keys"),
     "two masks": (lambda q, k, m: (plain(q, k) + m + m).softmax(-1), "two masks"),
     "a mask that is scaled": (lambda q, k, m: ((plain(q, k) + m) * 0.5).softmax(-1), "scaled"),

@@ -36,6 +36,7 @@ class AttentionSite:
         scale: factor of the scores.
         causal: the call's own ``is_causal`` (PyTorch aligns it to the upper left).
         softcap: scores s become ``softcap * tanh(s / softcap)`` before the mask; 0: they stay.
+        sinks: ``Hq`` numbers in any shape: scores of one token more, without a value; or None.
     """
 
     node: fx.Node
@@ -47,6 +48,7 @@ class AttentionSite:
     causal: bool
     hides: bool = False
     softcap: float = 0.0
+    sinks: fx.Node | None = None
 
 
 def find_attention(graph: fx.Graph) -> tuple[tuple[AttentionSite, ...], PassReport]:
@@ -78,7 +80,9 @@ def _attention(node: fx.Node) -> AttentionSite | str | None:
     site = _checked(chain.node, chain.q, chain.k, chain.v, chain.scale)
     if isinstance(site, str):
         return site
-    return replace(site, mask=chain.mask, hides=chain.hides, softcap=chain.softcap)
+    return replace(
+        site, mask=chain.mask, hides=chain.hides, softcap=chain.softcap, sinks=chain.sinks
+    )
 
 
 def _canonical(node: fx.Node) -> AttentionSite | str:

@@ -7,7 +7,8 @@
     p = dropout(softmax(s, -1, float32).to(q.dtype), 0.0)     casts and an idle dropout, or none
     o = matmul(p, repeat_kv(v))
 
-What a mask hides, hides the same whether -inf or a very negative number stands for it.
+What a mask hides, hides the same whether -inf or a very negative number stands for it. Sinks
+among the scores are read by ``sinks.py``.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import fx
 from .base import MATMUL, argument, calls, shape_of, value_of
 from .einsum import scores_operands, sum_operands
 from .find_writes import is_written, writes
+from .sinks import cuts_last, joined, logits, without_max
 from .views import is_cast
 
 _SOFTMAX = ("softmax", torch.softmax, F.softmax)
@@ -48,6 +50,7 @@ class Chain:
         hides: whether a bool mask says which tokens are hidden, not which are seen.
         scale: factor of the product of queries and keys.
         softcap: what scores are capped at before the mask is laid over them; 0: they are not.
+        sinks: one score more for each query head, in any shape, or None.
     """
 
     node: fx.Node
@@ -58,6 +61,7 @@ class Chain:
     hides: bool
     scale: float
     softcap: float
+    sinks: fx.Node | None
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,6 @@ def find_chain(softmax: fx.Node) -> Chain | str | None:
     node, path = _product_above(softmax)
     if node is None:
         return None
-    if any(calls(step, operator.getitem) for step in path):
-        return "attention weights are cut behind the softmax (sinks among scores): left dense"
     shape = shape_of(softmax)
     if shape is None or len(shape) != 4 or any(calls(step, *_RESHAPE) for step in path):
         return "attention written out over other than [B, heads, queries, keys]: left dense"
@@ -94,14 +96,25 @@ def find_chain(softmax: fx.Node) -> Chain | str | None:
     if any(len(step.users) > 1 for step in path):
         return "attention weights are used by more than the values: left dense"
     v = _weighted(node)[1]
-    scores = _scores(argument(softmax, 0, "input"), softmax)
+    top, reader, sinks = argument(softmax, 0, "input"), softmax, None
+    cuts = [step for step in path if calls(step, operator.getitem)]
+    if without_max(top) is not top:
+        top, reader = without_max(top), top
+    if joined(top):
+        (top, column), reader = joined(top) or (None, None), top
+        sinks = logits(column, shape[1])
+        if sinks is None or len(cuts) != 1 or not cuts_last(cuts[0]):
+            return "sinks among the scores in an unknown form: left dense"
+    elif cuts:
+        return "attention weights are cut behind the softmax: left dense"
+    scores = _scores(top, reader)
     if isinstance(scores, str):
         return scores
     if scores is None or not isinstance(v, fx.Node):
         return "attention written out in an unknown form: left dense"
     scale = scores.scale * (scores.cap or 1.0)  # cap tanh(scale q.k / cap)
     cap = abs(scores.cap)  # tanh is odd
-    return Chain(node, scores.q, scores.k, v, scores.mask, scores.hides, scale, cap)
+    return Chain(node, scores.q, scores.k, v, scores.mask, scores.hides, scale, cap, sinks)
 
 
 def _product_above(softmax: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:

@@ -46,7 +46,7 @@ def rewrite_attend(draft: Draft) -> PassReport:
                     site.scale,
                     draft.layouts[k],
                     draft.layouts[v],
-                    *_more(site),
+                    *_more(draft, site),
                 ),
             )
             wanted, given = value_of(site.node), value_of(site.q)
@@ -62,9 +62,14 @@ def rewrite_attend(draft: Draft) -> PassReport:
     return PassReport("rewrite_attend", len(sites))
 
 
-def _more(site: AttentionSite) -> tuple[object, ...]:
+def _more(draft: Draft, site: AttentionSite) -> tuple[float | fx.Node, ...]:
     """Arguments of ``attend`` that most sites do without."""
-    return (site.softcap,) if site.softcap else ()
+    if site.sinks is None:
+        return (site.softcap,) if site.softcap else ()
+    sinks = draft.map[site.sinks]
+    if len(shape_of(site.sinks) or ()) != 1:
+        sinks = draft.graph.call_function(torch.ops.aten.reshape.default, (sinks, [-1]))
+    return site.softcap, sinks
 
 
 def _append(draft: Draft, update: CacheUpdate) -> None:

@@ -30,6 +30,7 @@ class Form:
         attend: SDPA, or written out.
         scale: what is scaled, where it is written out.
         softcap: of scores that are written out; 0: none.
+        sinks: whether each head has a score more, without a value.
         mask: added, filled in, or (SDPA) given as bool.
         twice: whether two attentions read the same keys and values.
     """
@@ -46,6 +47,7 @@ class Form:
     attend: Literal["sdpa", "matmul", "einsum"] = "sdpa"
     scale: Literal["query", "scores", "divide", "none"] = "scores"
     softcap: Literal[0, 2] = 0
+    sinks: bool = False
     mask: Literal["float", "bool"] = "float"
     twice: bool = False
 
@@ -90,6 +92,7 @@ class Attention(nn.Module):
         else:
             self.together = nn.Linear(HIDDEN, sum(self.widths), bias=False)
         self.out = nn.Linear(HEADS * form.v_dim, HIDDEN, bias=False)
+        self.sinks = nn.Parameter(torch.linspace(-1, 3, HEADS))
 
     def projections(self, x: Tensor) -> list[Tensor]:
         """Queries, keys and values ``[B, T, H, D]``."""
@@ -154,7 +157,12 @@ class Attention(nn.Module):
         if form.softcap:
             scores = torch.tanh(scores / form.softcap) * form.softcap
         scores = scores + added if form.mask == "float" else scores.masked_fill(~seen, least)
+        if form.sinks:
+            column = self.sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+            scores = torch.cat([scores, column.to(q.dtype)], -1)
         weights = F.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+        if form.sinks:
+            weights = weights[..., :-1]
         weights = F.dropout(weights, 0.0, self.training)
         if form.attend == "einsum":
             return torch.einsum("bhqk,bhkd->bhqd", weights, v)

@@ -73,6 +73,54 @@ def given(count: int = 1, past: int = 30) -> tuple[Tensor, ...]:
     return tokens(count, 4), tokens(count), tokens(count), packed(past), packed(past), mask
 
 
+SINKS = torch.tensor([-1.0, 0.0, 1.0, 30.0])
+
+
+def column(q: Tensor, sinks: Tensor) -> Tensor:
+    return sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+
+
+def less_max(s: Tensor) -> Tensor:
+    return s - s.max(dim=-1, keepdim=True).values
+
+
+WITH_SINKS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "as gpt_oss": lambda q, k, m, x: F.softmax(
+        less_max(torch.cat([plain(q, k) + m, column(q, x)], dim=-1)), dim=-1)[..., :-1],
+    "amax": lambda q, k, m, x: (
+        lambda s: (s - s.amax(-1, keepdim=True)).softmax(-1)[:, :, :, :-1])(
+            torch.cat([plain(q, k) + m, column(q, x)], 3)),
+    "cast": lambda q, k, m, x: torch.cat(
+        [plain(q, k).double() + m, x.double()[None, :, None, None].expand(2, 4, 3, 1)], -1
+    ).softmax(-1).float()[..., :-1],
+    "capped": lambda q, k, m, x: torch.cat(
+        [(plain(q, k) / 2).tanh() * 2 + m, x.view(4, 1, 1).expand(2, 4, 3, 1)], -1
+    ).softmax(-1)[..., :-1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", WITH_SINKS)
+def test_sinks_among_the_scores_take_part_on_codes(form: str) -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, m: Tensor, x: Tensor) -> Any:
+        keys, values = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        return WITH_SINKS[form](q, repeat_kv(keys), m, x) @ repeat_kv(values), keys, values
+
+    captured = capture(fn, *given(3), SINKS)
+    assert (captured.treatments, captured.reasons) == (["attend"], [])
+    assert captured.plan.sites[0].cached.site.sinks is not None
+    new = rewrite(captured)
+    (got, *_), _ = run(captured, new)
+    torch.testing.assert_close(got, captured.expected()[0], **CLOSE)
+    assert not {"softmax", "matmul", "unpack", "max", "amax", "expand"} & set(new.calls)
+
+
+def test_scores_less_their_maximum_are_those_scores() -> None:
+    captured = capture(decode(lambda q, k, m: less_max(plain(q, k) + m).softmax(-1)), *given(3))
+    assert (captured.treatments, captured.reasons) == (["attend"], [])
+    (got, *_), _ = run(captured, rewrite(captured))
+    torch.testing.assert_close(got, captured.expected()[0], **CLOSE)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_written_out_attention_is_attended_on_codes(form: str) -> None:
     weigh, scale, masked, hides = FORMS[form]
@@ -128,9 +176,21 @@ REFUSED: dict[str, tuple[Weigh, str]] = {
         lambda q, k, m: (plain(q, k) + m.sum() * 0).softmax(-1), "a number is added"),
     "keys that are written to": (
         lambda q, k, m: (plain(q, k.float().clone().mul_(2)) + m).softmax(-1), ""),
-    "sinks among the scores": (
+    "sinks that differ from row to row": (
         lambda q, k, m: torch.cat([plain(q, k) + m, q[..., :1]], -1).softmax(-1)[..., :-1],
-        "sinks among scores"),
+        "sinks among the scores"),
+    "sinks of each sequence": (
+        lambda q, k, m: torch.cat(
+            [plain(q, k) + m, m[:, :, :1, :1].expand(-1, 4, -1, -1)], -1).softmax(-1)[..., :-1],
+        "sinks among the scores"),
+    "another column cut": (
+        lambda q, k, m: torch.cat([plain(q, k) + m, column(q, SINKS)], -1).softmax(-1)[..., 1:],
+        "sinks among the scores"),
+    "weights that are cut": (
+        lambda q, k, m: F.pad(plain(q, k) + m, (0, 1)).softmax(-1)[..., :-1], "cut behind"),
+    "less than another maximum": (
+        lambda q, k, m: (lambda s: (s - s.amax(-2, keepdim=True)).softmax(-1))(plain(q, k) + m),
+        "unknown form"),
     "a sum of weights": (
         lambda q, k, m: (lambda p: p / p.sum())((plain(q, k) + m).softmax(-1)), ""),
 }  # fmt: skip

@@ -78,6 +78,8 @@ def test_any_forms(forms: list[Form], length: int) -> None:
     check(forms, length)
 
 
-@pytest.mark.parametrize("attend", ["sdpa", "matmul", "einsum"])
-def test_a_plain_form(attend: Any) -> None:
-    check([Form(attend=attend)], 40)
+@pytest.mark.parametrize("form", [
+    Form(), Form(attend="matmul", softcap=2, sinks=True), Form(attend="einsum")
+], ids=lambda form: form.attend)  # fmt: skip
+def test_a_plain_form(form: Form) -> None:
+    check([form], 40)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .base import PassReport, value_of
+from .base import PassReport, shape_of, value_of
 from .draft import AFTER, AppendedOutput, Draft
 from .find_attention import AttentionSite
 from .find_updates import CacheUpdate

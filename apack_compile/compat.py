@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.convert_frame import compile_lock
+
+COMPILING = compile_lock
+"""Held by whoever compiles: Dynamo and Inductor change settings of the whole process meanwhile."""
 
 OLDEST, FIRST_UNTESTED = (2, 11), (2, 14)
 

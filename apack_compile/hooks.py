@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .calls import compiled_calls
+
 log = logging.getLogger(__name__)
 
 BACKEND = "attentionpack"
@@ -101,17 +103,12 @@ def adopt(compiled: Any, model: nn.Module, context: Any) -> None:
     original = getattr(model, "generate", None)
     if not generating or not callable(original):
         return
+    calls = {m: context(m._call_impl) for m in generating}
 
     @functools.wraps(original)
     def generate(*args: Any, **kwargs: Any) -> Any:
-        before = [m._compiled_call_impl for m in generating]
-        for m in generating:
-            m._compiled_call_impl = context(m._call_impl)
-        try:
+        with compiled_calls(calls):
             return original(*args, **kwargs)
-        finally:
-            for m, implementation in zip(generating, before, strict=True):
-                m._compiled_call_impl = implementation
 
     # OptimizedModule hands attributes on to the model, except those of its own __dict__.
     object.__setattr__(compiled, "generate", generate)

@@ -65,7 +65,7 @@ class PackedKV(torch.Tensor):
         # Without view tracking: a cropped handle is a tensor of its own. Autograd would make it
         # a view that keeps the whole handle alive, and Dynamo could not trace such a view.
         with torch._C.DisableTorchFunctionSubclass():
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling():
                 return func(*args, **(kwargs or {}))
             with torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
                 rule = PACKED_OPS.get(func)

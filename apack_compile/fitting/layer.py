@@ -7,7 +7,6 @@ has changed since (an optimiser step) is another layer.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..codec import CodeRef
 from ..codec.moments import Moments
 from ..codec.rotation import Rotation, Turn
+from ..locks import lock, reentrant_lock
 from ..options import Options
 from .file import SavedProfile
 
@@ -28,7 +28,7 @@ FEWEST = 64
 ANY_LENGTH = -1
 """The reach of codes that do not depend on positions, or lose nothing."""
 
-LEARNING = threading.RLock()
+LEARNING = reentrant_lock()
 """Held by whoever learns, loads or replaces codes: two threads do not fit the same layers."""
 
 
@@ -199,7 +199,7 @@ class Profiles:
     """All layer profiles of the process."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = lock()
         self._by_weight: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._by_owner: WeakKeyDictionary[Any, dict[Any, LayerProfile]] = WeakKeyDictionary()
 

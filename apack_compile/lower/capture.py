@@ -10,7 +10,6 @@ is captured too.
 from __future__ import annotations
 
 import logging
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..locks import lock
 from .recording import Recording
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Captured:
         self._kinds: tuple[list[int], list[int], list[int]] | None = None
         self._recordings: OrderedDict[Any, Recording] = OrderedDict()
         self._seen: OrderedDict[Any, None] = OrderedDict()
-        self._lock = threading.Lock()  # a recording has one set of inputs
+        self._lock = lock()  # a recording has one set of inputs
 
     def __call__(self, args: Sequence[Any]) -> list[Any]:
         """The results of the call."""

@@ -8,7 +8,6 @@ shape, when the first layer calls it, and the graph around it stays as small as 
 from __future__ import annotations
 
 import operator
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
@@ -20,7 +19,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
-from ..compat import compile_inner
+from ..compat import COMPILING, compile_inner
 from ..runtime.specialise import Dynamic, Specialised
 
 
@@ -85,13 +84,11 @@ class Region:
         self.grows = grows
         self.results = results
         self._artifacts: dict[Any, list[Specialised]] = {}
-        self._lock = threading.Lock()
         _REGIONS.add(self)
 
     def clear(self) -> None:
         """Forget what was compiled."""
-        with self._lock:
-            self._artifacts = {}
+        self._artifacts = {}
 
     def __call__(self, *args: Any) -> Any:
         """The operator's result."""
@@ -104,7 +101,7 @@ class Region:
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         artifact = self._find(key, tensors)
         if artifact is None:
-            with self._lock:
+            with COMPILING:  # another thread may be doing so
                 artifact = self._find(key, tensors) or self._compile(key, args, leaves, spec, dims)
         out = artifact(tensors)
         return out[0] if self.results is None else list(out)

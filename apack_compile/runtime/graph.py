@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from ..codec import CodeRef
 from ..codec.fixed import FIXED, fixed_ref
 from ..codec.sensitivity import Sensitivity
-from ..compat import compile_inner
+from ..compat import COMPILING, compile_inner
 from ..fitting.file import ProfileError
 from ..fitting.keep import Identity, identify, recall, remember
 from ..fitting.layer import LEARNING, PROFILES, LayerProfile, Profiles
@@ -57,6 +57,10 @@ class Lowered:
         self.interface = interface
         self.layouts = layouts
         self.artifacts: list[Specialised] = []
+
+    def artifact_for(self, inputs: list[Any]) -> Specialised | None:
+        """One that holds for the shapes of these inputs."""
+        return next((a for a in self.artifacts if a.accepts(inputs)), None)
 
 
 class PackedGraph:
@@ -299,12 +303,15 @@ class PackedGraph:
         key = (layouts, specs, boundary.policies(args), together)
         lowered = self._lowered.get(key)
         if lowered is None:
-            lowered = self._lowered[key] = self._lower(layouts, refs, together)
+            with COMPILING:
+                lowered = self._lowered.get(key) or self._lower(layouts, refs, together)
+                self._lowered[key] = lowered
         inputs = boundary.inputs(args, lowered.interface, refs)
-        for artifact in lowered.artifacts:
-            if artifact.accepts(inputs):
-                return artifact, lowered.interface, inputs
-        return self._compile(lowered, inputs), lowered.interface, inputs
+        artifact = lowered.artifact_for(inputs)
+        if artifact is None:
+            with COMPILING:  # another thread may be doing so
+                artifact = lowered.artifact_for(inputs) or self._compile(lowered, inputs)
+        return artifact, lowered.interface, inputs
 
     def _lower(
         self, layouts: tuple[str, ...], refs: list[CodeRef], together: tuple[bool, bool]

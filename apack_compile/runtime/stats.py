@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..cache.store import SideStore
 from ..fitting.layer import LayerProfile
+from ..locks import lock
 from ..options import Options
 from ..passes.base import PassReport, Skip
 
@@ -78,7 +78,7 @@ class Registry:
     """All records, in the order in which Dynamo made the graphs."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = lock()
         self._records: list[GraphRecord] = []
 
     def new(self) -> GraphRecord:

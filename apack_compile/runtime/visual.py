@@ -9,7 +9,6 @@ the user) are of unknown kind.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import or_
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..locks import lock
 from ..passes.base import attribute, output_of, shape_of, value_of
 from ..passes.find_visual import (
     NO_IMAGE,
@@ -48,7 +48,7 @@ class Memory:
     """What graphs have said of the embeddings that they returned, while those live."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = lock()
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def note(self, embeddings: Tensor, visual: Mask) -> None:

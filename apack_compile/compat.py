@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -38,6 +39,18 @@ def check_torch() -> None:
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Keeps a caller's autocast away from sums and codes."""
     return torch.autocast(device.type, enabled=False)
+
+
+def run_uncompiled(function: FunctionType) -> None:
+    """Let Dynamo compile neither calls of ``function`` nor what they call, where code runs eagerly.
+
+    Inlined into a graph it is traced as before; ``torch.compiler.disable`` would break the graph.
+    """
+    from torch._dynamo.eval_frame import set_code_exec_strategy
+    from torch._dynamo.types import FrameAction, FrameExecStrategy
+
+    strategy = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
+    set_code_exec_strategy(function.__code__, strategy)
 
 
 def compile_inner(

@@ -112,7 +112,9 @@ def _growth(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> CacheUpda
         return _without_cat(root, outputs, flow)
     if dim not in (-2, 2):
         return "no cache: made by a cat of halves, not of tokens"
-    if isinstance(operands, (list, tuple)) and calls(operands[0], torch.cat, torch.concat):
+    if isinstance(operands, (list, tuple)) and (
+        calls(operands[0], torch.cat, torch.concat) or any(grows(o, outputs) for o in operands)
+    ):
         return "the cache is joined with other keys or values: left dense"
     if root not in outputs:
         return "the whole cache is not stored (sliding window): left dense"

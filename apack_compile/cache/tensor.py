@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..codec import CodeRef
 from ..codec.fixed import fixed_ref
+from ..compat import run_uncompiled
 from .policy import Policy
 from .store import SideStore
 
@@ -236,5 +237,15 @@ def on_dense(func: Any, args: Any, kwargs: Any) -> Any:
                 result = value
     return result
 
+
+# Between two graphs Dynamo compiles what eager code calls. It would take one `func` for another, as
+# it does not guard that argument, and leave the rules out, as they do not run while it traces.
+for _method in (
+    PackedKV.__torch_function__.__func__,  # type: ignore[attr-defined]
+    PackedKV.__torch_dispatch__.__func__,  # type: ignore[attr-defined]
+    PackedKV.__setitem__,
+    PackedKV.__deepcopy__,
+):
+    run_uncompiled(_method)
 
 from . import packed_ops  # noqa: E402,F401  (fills PACKED_OPS)

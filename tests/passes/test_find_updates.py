@@ -155,6 +155,18 @@ def test_a_preallocated_cache_is_left_alone() -> None:
         assert reasons(captured) == ["preallocated cache, written in place: left dense"]
 
 
+def test_a_cache_behind_other_tokens_is_joined_and_no_sliding_window() -> None:
+    """Bug: GIT of transformers 4 puts its image before the cache, which was reported as sliding."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Any:
+        keys, values = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        return sdpa(q, torch.cat([k * 2, keys], 2), torch.cat([v * 2, values], 2)), keys, values
+
+    captured = capture(fn, *[tokens(1)] * 3, tokens(40), tokens(40))
+    assert kinds(captured) == []
+    assert reasons(captured) == ["the cache is joined with other keys or values: left dense"]
+
+
 @pytest.mark.parametrize("make", [tokens, packed])
 def test_a_sliding_window_is_left_alone(make: Callable[[int], Tensor]) -> None:
     def fn(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor) -> Any:

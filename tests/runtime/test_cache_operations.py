@@ -266,3 +266,21 @@ def test_compiled_graph_that_writes_to_a_packed_input_keeps_the_write(number: in
     torch.testing.assert_close(got, want)
     assert isinstance(packed, PackedKV)
     torch.testing.assert_close(packed.unpack(), dense, rtol=0, atol=0)
+
+
+def test_eager_steps_between_graphs_are_not_compiled() -> None:
+    """Bug: Dynamo compiled PackedKV's dispatch, so that `shape` was `numel` and `cat` unpacked."""
+
+    def steps(handle: PackedKV) -> list[Any]:
+        seen: list[Any] = []
+        for _ in range(2):
+            torch._dynamo.graph_break()  # in a loop: all of it runs eagerly, calls are compiled
+            grown = torch.cat([handle, torch.zeros(1, 2, 1, 16)], 2)
+            seen += [handle.numel(), handle.shape, handle.dim(), type(grown), grown.shape]
+        return seen
+
+    compiled = torch.compile(steps, backend="attentionpack", options={"inner": "eager"})
+    for length in (75, 80):
+        shape, longer = (1, 2, length, 16), (1, 2, length + 1, 16)
+        found = compiled(PackedKV.pack(torch.randn(shape)))
+        assert found == [32 * length, shape, 4, PackedKV, longer] * 2

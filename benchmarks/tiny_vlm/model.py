@@ -92,7 +92,7 @@ def build(decoder: Any, tokenizer: Any, sizes: Sizes, seed: int = 0) -> Any:
     model.generation_config = decoder.generation_config
     for part in (model.model.text_model, model.lm_head):
         part.requires_grad_(False)
-    table = decoder.get_input_embeddings().weight
+    table = decoder.get_input_embeddings().weight.detach()
     connector = model.model.connector.modality_projection.proj
     # Vision ends in a layer norm: its channels have variance 1, and images the size of words.
     nn.init.normal_(connector.weight, std=float(table.std()) / math.sqrt(connector.in_features))

@@ -59,7 +59,8 @@ def main() -> int:
         trainer.resume(checkpoint)
         print(f"going on in stage {trainer.stage} behind step {trainer.step}", flush=True)
     budget = Budget(args.minutes, args.steps)
-    complete = trainer.run(budget, began + args.stop_after * 60, show)
+    end = began + args.stop_after * 60
+    complete = trainer.run(budget, lambda: time.monotonic() >= end, show)
     trainer.save(checkpoint)
     adapter.save(trainer.model, plan.sizes, folder / "adapter.safetensors")
     (folder / "curve.json").write_text(json.dumps(trainer.curve, indent=0), encoding="utf-8")

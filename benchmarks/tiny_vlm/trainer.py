@@ -77,24 +77,28 @@ class Trainer:
             for part, some in parts.items()
         ]
 
-    def run(self, budget: Budget, until: float, report: Callable[[Point], None]) -> bool:
-        """Train until all is done, or until ``time.monotonic()`` is ``until``.
+    def run(
+        self, budget: Budget, stop: Callable[[], bool], report: Callable[[Point], None]
+    ) -> bool:
+        """Train until all is done, or until it shall stop.
 
         Args:
             budget: of the whole training, over all calls.
-            until: no step is begun after it.
+            stop: asked before each step.
             report: gets each point of the curve.
 
         Returns:
             Whether all is done.
         """
         while self.stage < len(self.plan.stages):
-            if not self._run_stage(budget, until, report):
+            if not self._run_stage(budget, stop, report):
                 return False
             self.stage, self.step, self.seconds = self.stage + 1, 0, 0.0
         return True
 
-    def _run_stage(self, budget: Budget, until: float, report: Callable[[Point], None]) -> bool:
+    def _run_stage(
+        self, budget: Budget, stop: Callable[[], bool], report: Callable[[Point], None]
+    ) -> bool:
         data = Batches(self.plan, self.stage, self.painter, self.prompter, self.text)
         loader = data.loader(self.step, self.workers, self.device.type == "cuda")
         share = self.plan.stages[self.stage].share
@@ -102,7 +106,7 @@ class Trainer:
         began = time.monotonic() - self.seconds
         for batch in loader:
             done = budget.done(share, self.seconds, self.step)
-            if done >= 1 or time.monotonic() >= until:
+            if done >= 1 or stop():
                 return done >= 1
             loss, right = self.update(batch, done)
             sums.add(loss, right, batch)

@@ -93,10 +93,12 @@ class Batches(Dataset[Batch]):
         rows, tiles, spans, kinds = [], [], [], []
         for row in range(self.plan.tokens // length):
             recipe = _draw(generator, self.stage.albums)
-            asked = max(4, length // 200) if recipe.pages < 1 else max(2, length // 400)
+            asked = max(min(4, length // 64), length // (200 if recipe.pages < 1 else 400))
             room = length - asked * ROOM
             most = self.prompter.images(room)
-            count = most if generator.random() < 0.5 else int(generator.integers(1, most + 1))
+            # Short rows have any number of images; long ones are there for many.
+            least = 1 if length <= 512 else most * 3 // 4
+            count = int(generator.integers(least, most + 1))
             count = max(count, 4) if recipe.clip else count
             album = compose(generator, self.painter, self.words, "train", count, recipe)
             posed = questions(generator, self.painter, album, asked, {})
@@ -131,7 +133,7 @@ class Batches(Dataset[Batch]):
         """All batches from number ``first`` on, made ahead by worker processes."""
         return DataLoader(
             self, batch_size=None, sampler=range(first, 10**9), num_workers=workers,
-            prefetch_factor=4 if workers else None, pin_memory=pin,
+            prefetch_factor=2 if workers else None, pin_memory=pin,
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn import functional
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
 from .prompt import IMAGE, PLACES
@@ -37,28 +37,35 @@ class Sizes:
     rank: int = 32
 
 
-class LowRank(nn.Module):
-    """A change of a weight: ``W + up @ down``.
+class Changed(nn.Module):
+    """A frozen linear layer with a low-rank change: ``x W^T + x down^T up^T``.
 
-    LoRA, Hu et al., ICLR 2022 (arXiv 2106.09685), section 4.1, with its factor alpha / r at 1. As a
-    parametrization of the weight it is merged by ``remove_parametrizations``; for thousands of
-    tokens at once computing the sum costs less than a second path through the layer.
+    LoRA, Hu et al., ICLR 2022 (arXiv 2106.09685), section 4.1, with its factor alpha / r at 1. Not
+    a parametrization of the weight: torch makes a class for each of those, so that every decoder
+    layer would be compiled anew, and whole matrices would need gradients.
 
     Args:
-        weight: ``[out, in]``, frozen.
+        base: the layer; it is frozen.
         rank: of the change.
     """
 
-    def __init__(self, weight: Tensor, rank: int) -> None:
+    def __init__(self, base: nn.Linear, rank: int) -> None:
         super().__init__()
-        out, inner = weight.shape
-        self.down = nn.Parameter(torch.randn(rank, inner) / math.sqrt(inner))
-        self.up = nn.Parameter(torch.zeros(out, rank))
+        self.base = base.requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(rank, base.in_features) / math.sqrt(base.in_features))
+        self.up = nn.Parameter(torch.zeros(base.out_features, rank))
         self.register_buffer("strength", torch.ones(()), persistent=False)
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """The changed weight."""
-        return weight + self.strength * (self.up @ self.down).to(weight.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output, changed."""
+        low = functional.linear(x, self.down) * self.strength
+        return self.base(x) + functional.linear(low, self.up)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The same as a plain layer."""
+        self.base.weight += self.up @ self.down
+        return self.base
 
 
 def build(decoder: Any, tokenizer: Any, sizes: Sizes, seed: int = 0) -> Any:
@@ -96,11 +103,10 @@ def build(decoder: Any, tokenizer: Any, sizes: Sizes, seed: int = 0) -> Any:
     connector = model.model.connector.modality_projection.proj
     # Vision ends in a layer norm: its channels have variance 1, and images the size of words.
     nn.init.normal_(connector.weight, std=float(table.std()) / math.sqrt(connector.in_features))
-    for layer in model.model.text_model.layers:
-        for name, module in list(layer.named_modules()):
-            if name.rpartition(".")[2] in CHANGED:
-                change = LowRank(module.weight, sizes.rank)
-                parametrize.register_parametrization(module, "weight", change)
+    for module in list(model.model.text_model.modules()):
+        for name, child in list(module.named_children()):
+            if name in CHANGED:
+                setattr(module, name, Changed(child, sizes.rank))
     return model.eval()
 
 
@@ -110,17 +116,17 @@ def trained(model: Any) -> dict[str, Tensor]:
 
 
 def merge(model: Any) -> None:
-    """Turn changed weights into plain ones."""
-    for module in model.modules():
-        if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-            module.weight.requires_grad_(False)
+    """Turn changed layers into plain ones."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Changed):
+                setattr(module, name, child.merged())
 
 
 @contextmanager
 def unchanged(model: Any) -> Iterator[None]:
     """The language model as it was before training."""
-    changes = [module for module in model.modules() if isinstance(module, LowRank)]
+    changes = [module for module in model.modules() if isinstance(module, Changed)]
     for change in changes:
         change.strength.fill_(0.0)
     try:

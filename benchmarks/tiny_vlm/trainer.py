@@ -20,7 +20,7 @@ from .prose import tokens
 from .schedule import Budget, rates
 from .tiles import Painter
 
-EVERY = 10
+EVERY = 5
 """Steps between two points of the curve."""
 
 Point = dict[str, Any]
@@ -58,10 +58,12 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.curve: list[Point] = []
+        # Made before there are workers: each of them would make its own.
+        self.backgrounds = painter.backgrounds
         if fuse:
-            for layer in self.model.model.text_model.layers:
-                layer.compile(dynamic=False)
-            for layer in self.model.model.vision_model.encoder.layers:
+            # Of any shape: Inductor would take minutes for each length of rows.
+            language, vision = self.model.model.text_model, self.model.model.vision_model
+            for layer in [*language.layers, *vision.encoder.layers]:
                 layer.compile(dynamic=True)
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -69,7 +71,7 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 part = "vision" if "vision_model" in name else "connector"
-                parts["change" if "parametrizations" in name else part].append(parameter)
+                parts["change" if name.endswith((".up", ".down")) else part].append(parameter)
         parts["connector"] += list(self.seeing.parameters())
         decay = {"vision": 0.05, "connector": 0.0, "change": 0.0}
         return [

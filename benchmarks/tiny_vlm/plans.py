@@ -1,0 +1,101 @@
+"""What is trained on, when, and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .album import Recipe
+from .model import Sizes
+
+KINDS = ("which", "what", "needle", "read", "clip")
+"""Tasks, in the order in which batches number them."""
+
+MIXED = Recipe(numbers=0.06, pages=0.04)
+
+ALBUMS = {MIXED: 0.8, Recipe(numbers=0.5): 0.05, Recipe(pages=1.0): 0.1, Recipe(clip=True): 0.05}
+"""Kinds of albums, and the share of each."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of the parts."""
+
+    vision: float
+    connector: float
+    change: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training.
+
+    Attributes:
+        name: what is learnt.
+        share: of the time, or of the steps.
+        rates: at its start, behind the warm-up.
+        last: factor of the rates at its end; a cosine in between.
+        lengths: tokens of a row, and the share of batches with such rows. Empty: single tiles
+            without the language model.
+        albums: what rows are of.
+    """
+
+    name: str
+    share: float
+    rates: Rates
+    last: float
+    lengths: Mapping[int, float] = field(default_factory=dict)
+    albums: Mapping[Recipe, float] = field(default_factory=lambda: ALBUMS)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole training.
+
+    Attributes:
+        sizes: of the model.
+        stages: one after the other.
+        tokens: of a batch.
+        tiles: of a batch of single tiles.
+        replay: rows and tokens of prose in each batch, on which the model shall stay as it was.
+        warmup: steps at the start of each stage in which rates grow.
+        things: how many things there are; None: all of the pack.
+        seed: everything is drawn from it.
+    """
+
+    sizes: Sizes
+    stages: tuple[Stage, ...]
+    tokens: int
+    tiles: int
+    replay: tuple[int, int]
+    warmup: int
+    things: int | None = None
+    seed: int = 0
+
+
+FULL = Plan(
+    Sizes(),
+    (
+        Stage("see", 0.2, Rates(1e-3, 1e-3, 0.0), 0.1),
+        Stage("name", 0.2, Rates(5e-4, 1e-3, 1e-3), 0.7, {256: 0.6, 512: 0.4}),
+        Stage("find", 0.25, Rates(4e-4, 7e-4, 7e-4), 0.7, {512: 0.2, 1024: 0.5, 2048: 0.3}),
+        Stage(
+            "search", 0.35, Rates(3e-4, 5e-4, 5e-4), 0.02,
+            {512: 0.1, 1024: 0.2, 2048: 0.25, 4096: 0.4, 8192: 0.05},
+        ),
+    ),
+    tokens=32768, tiles=2048, replay=(2, 512), warmup=100,
+)  # fmt: skip
+"""For one H100 in about 18 minutes."""
+
+TOY = Plan(
+    Sizes(hidden=128, inner=512, layers=4, heads=4, rank=8),
+    (
+        Stage("see", 0.4, Rates(1e-3, 1e-3, 0.0), 0.1),
+        Stage("name", 0.6, Rates(3e-4, 1e-3, 1e-3), 0.1, {80: 1.0}, {Recipe(): 1.0}),
+    ),
+    tokens=320, tiles=64, replay=(1, 16), warmup=10, things=16,
+)  # fmt: skip
+"""For one core of a processor in ten minutes: 16 things, one image a row."""
+
+PLANS = {"full": FULL, "toy": TOY}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
 from typing import Any
 
@@ -38,6 +38,8 @@ def check_torch() -> None:
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Keeps a caller's autocast away from sums and codes."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 

@@ -181,15 +181,15 @@ def report(model: nn.Module | None = None) -> Report:
     """What the backend did for ``model``, or for every model of the process.
 
     Args:
-        model: the model, compiled or original; None: everything since the last
-            ``torch._dynamo.reset()``.
+        model: the model, compiled or original, with graphs that do not show whose they are (those
+            of offloaded models); None: everything since the last ``torch._dynamo.reset()``.
     """
     records = REGISTRY.all()
     if model is not None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model={model!r}: accepted is an nn.Module, or nothing for all models")
         parameters = tuple(model.parameters())
-        records = tuple(r for r in records if any(p in r.weights for p in parameters))
+        records = tuple(r for r in records if r.is_of(parameters))
     stores = {id(s): s for r in records for s in r.stores}.values()
     dense = sum(
         s.side.ring.shape[0] * s.side.ring.shape[1] * s.length * s.side.ring.shape[3]

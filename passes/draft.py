@@ -4,8 +4,9 @@ The Dynamo graph takes and returns whole cache tensors, packed ones among them. 
 graph takes and returns plain tensors only. Every input of the new graph is an entry of a table:
 
     table 0            the Dynamo arguments; in a fit, a mask of visual tokens behind them
-    table 1            lengths before and after ([handles, 2]), the common lengths after of those
-                       that grow and of those that do not ([2]), then each handle's length
+    table 1            each handle's length; then, on each device that handles are on, lengths
+                       before and after ([handles, 2]), and the common lengths after of those that
+                       grow and of those that do not ([2])
     table 2 + i        packed input i: the store's tensors, then the parameters of its code
     table 2 + H + j    parameters of code j, with which the graph encodes
 """
@@ -25,7 +26,7 @@ from .find_attention import AttentionSite
 from .plan import Plan
 
 ARGUMENTS, LENGTHS, HANDLES = 0, 1, 2
-BEFORE, AFTER, GROWN, STILL, EACH = 0, 1, 2, 3, 4
+BEFORE, AFTER, GROWN, STILL = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ class Draft:
         self._by_slot: dict[tuple[int, int], fx.Node] = {}
         self._handles = tuple(arguments.index(h) for h in plan.handles)
         self.appends = [0] * len(plan.handles)
+        self._devices = [value_of(h).device for h in plan.handles]
+        self._where = list(dict.fromkeys(self._devices))
         self._special: dict[fx.Node, Callable[[Callable[[fx.Node], int]], Output]] = {}
         self.extra: list[fx.Node] = []
         self.written: dict[int, fx.Node] = {}
@@ -177,14 +180,15 @@ class Draft:
     def lengths(self, number: int, when: int) -> fx.Node:
         """``int64 [2]`` of a packed input, at the current insertion point."""
         still = not self.plan.appended[number]
+        start = len(self._devices) + 4 * self._where.index(self._devices[number])
         if when == AFTER and self.in_step[still]:
-            return self.input(LENGTHS, STILL if still else GROWN)
-        every = self.input(LENGTHS, when)
+            return self.input(LENGTHS, start + (STILL if still else GROWN))
+        every = self.input(LENGTHS, start + when)
         return self.graph.call_function(torch.ops.aten.select.int, (every, 0, number))
 
     def length(self, number: int) -> fx.Node:
         """The logical length of a packed input, before this graph's appends."""
-        return self.input(LENGTHS, EACH + number)
+        return self.input(LENGTHS, number)
 
     # Outputs -------------------------------------------------------------------------------------
 

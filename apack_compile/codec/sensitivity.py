@@ -45,6 +45,7 @@ class Sensitivity:
             queries: tokens drawn, over all draws that will be added up.
             turn: the rotation of the S tokens, to be undone; None if it is not known.
         """
+        coded = coded.to(k_grad.device)
         k = k_grad.float() if turn is None else turn.undo(k_grad.float())
 
         def gram(g: Tensor) -> Tensor:

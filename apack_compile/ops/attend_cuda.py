@@ -80,12 +80,17 @@ def launch_kernels(*args: Any) -> Tensor:
 
 
 def outside_graphs(meaning: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An operator outside compiled graphs: kernels are launched as they are."""
+    """An operator outside compiled graphs: kernels are launched as they are.
+
+    Args:
+        meaning: takes the queries first.
+    """
 
     def run(*args: Any) -> Tensor:
         from torch._library.triton import set_wrap_triton_enabled
 
-        with set_wrap_triton_enabled(False):
+        # Triton launches on the current device, wherever the tensors are.
+        with set_wrap_triton_enabled(False), torch.cuda.device_of(args[0]):
             return meaning(*args)
 
     return run

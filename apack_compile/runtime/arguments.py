@@ -95,25 +95,27 @@ def _of_example(example: Any) -> Dynamic:
 
 
 def lengths_of(handles: Sequence[PackedKV], appends: Sequence[int]) -> list[Any]:
-    """Table 1: lengths before and after the appends, those in common, each handle's."""
+    """Table 1: each handle's length; on each device, lengths before and after, those in common.
+
+    Layers of a model may be on several devices: each reads lengths on its own.
+    """
     before, after = [], []
     for handle, tokens in zip(handles, appends, strict=True):
         assert handle.store is not None
         before.append((handle.store.coded, handle.store.recent))
         after.append((handle.store.coded, handle.store.recent + tokens))
+    table: list[Any] = [handle.length for handle in handles]
     if not handles:
-        return [None, None, None, None]
-    device = handles[0].store.device  # type: ignore[union-attr]
-    rows = torch.tensor([*before, *after], pin_memory=device.type == "cuda")
-    rows = rows.to(device, non_blocking=True)  # from pageable memory the host would wait
+        return table
+    devices = dict.fromkeys(h.store.device for h in handles)  # type: ignore[union-attr]
+    pinned = any(device.type == "cuda" for device in devices)
+    given = torch.tensor([*before, *after], pin_memory=pinned)  # [2 * handles, 2]
     last = {tokens > 0: len(handles) + i for i, tokens in enumerate(appends)}
-    common = [rows[last[grown]] if grown in last else None for grown in (True, False)]
-    return [
-        rows[: len(handles)],
-        rows[len(handles) :],
-        *common,
-        *(handle.length for handle in handles),
-    ]
+    for device in devices:
+        rows = given.to(device, non_blocking=True)  # from pageable memory the host would wait
+        common = [rows[last[grown]] if grown in last else None for grown in (True, False)]
+        table += [rows[: len(handles)], rows[len(handles) :], *common]
+    return table
 
 
 def in_step(handles: Sequence[PackedKV], appends: Sequence[int]) -> tuple[bool, bool]:

@@ -179,7 +179,8 @@ class _Trials(Replay):
         params = code.on(past.device)
         payload = code.layout.encode(past, params)
         decoded = code.layout.decode(payload, params, past.dtype)
-        changed = torch.where(self.work.split.coded[:, None, :, None], decoded, past)
+        coded = self.work.split.coded.to(past.device)
+        changed = torch.where(coded[:, None, :, None], decoded, past)
         self.errors[n] = changed - past
         rest = _Resumed(self.work, self.past, self.known)
         result = rest.resume({**self.env, n: self.with_past(value, changed)}, n)
@@ -204,5 +205,5 @@ def _predicted(metric: Tensor, errors: Tensor, split: Split, turn: Turn | None) 
     """The cost that the Fisher information expects of ``errors [B, H, S, D]``."""
     errors = errors.float() if turn is None else turn.undo(errors.float())
     flat = errors.transpose(0, 1).flatten(1, 2)  # [H, B * S, D]; zero where nothing is coded
-    cov = (flat.mT @ flat).double() / split.coded.sum()
+    cov = (flat.mT @ flat).double() / int(split.coded.sum())
     return 0.5 * float((metric * cov).sum())

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..cache import SideStore
 from ..cache.store import writing
 from ..codec import Layout, parse_layout
+from ..locks import lock
 from ..lower.capture import Captured
 from ..lower.streams import Streams
 from ..ops.encode_cuda import encode_kernels
@@ -41,6 +42,7 @@ class Flush:
         self._calls: dict[Any, Captured] = {}
         self._shifted = Count()
         self._streams = Streams()
+        self._lock = lock()  # several threads may decode
 
     def __call__(self, stores: Sequence[SideStore], new: Sequence[int]) -> None:
         """Let ``new`` tokens, at most a block, fit into the ring of each store."""
@@ -51,7 +53,8 @@ class Flush:
             for store, surplus in full:
                 store.code_oldest(surplus)
         else:
-            self._together([s for s, _ in full], full[0][1], kernels)
+            with self._lock:
+                self._together([s for s, _ in full], full[0][1], kernels)
 
     def _together(self, stores: Sequence[SideStore], tokens: int, kernels: Any) -> None:
         start, live, device = stores[0].coded, stores[0].recent, stores[0].device

@@ -109,7 +109,7 @@ class Split:
         """
         if value.shape[1] < self.tail or not bool(self.asked.any()):
             raise Unmeasured("the graph gives no logits of its last tokens")
-        return value[:, -self.tail :][self.asked]
+        return value[:, -self.tail :][self.asked.to(value.device)]
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,9 @@ class Replay(fx.Interpreter):
         else:
             value = super().run_node(n)
         if n is self.work.stream and self.work.sources is not None:
-            value = torch.cat([value[:, : -self.tail], value[:, self.work.sources]], 1)
+            value = torch.cat(
+                [value[:, : -self.tail], value[:, self.work.sources.to(value.device)]], 1
+            )
         if n is self.watched:
             self.seen = value
         return self.cached(n, value) if n in self.updates else value

@@ -72,7 +72,7 @@ def measure(
                 values = split.of_asked(probe.seen).float()
             leaves = [probe.leaves[u] for u in work.updates]
             queries = rounds * len(values)
-            own = torch.Generator(coded.device).manual_seed(0)  # the user's stays as it is
+            own = torch.Generator(values.device).manual_seed(0)  # the user's stays as it is
             for last in [False] * (rounds - 1) + [True]:
                 grads = torch.autograd.grad(
                     work.outcome.surprise(values, own), leaves, retain_graph=not last

@@ -36,6 +36,7 @@ class GraphRecord:
         layers: profiles of the layers that are fitted, by site. Other graphs have the same ones.
         profile: where the codes come from.
         weights: the model's parameters among the inputs.
+        anonymous: whether there were none: the graph does not show whose it is.
     """
 
     reason: str = ""
@@ -54,6 +55,7 @@ class GraphRecord:
     )
     profile: str = ""
     weights: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    anonymous: bool = False
 
     def ran(self, what: str) -> None:
         """Count a run."""
@@ -72,6 +74,17 @@ class GraphRecord:
         for p in parameters:
             if isinstance(p, torch.nn.Parameter):
                 self.weights[p] = True
+        self.anonymous = not self.weights
+
+    def is_of(self, parameters: Iterable[torch.nn.Parameter]) -> bool:
+        """Whether this graph belongs to the model with these parameters.
+
+        Accelerate brings offloaded weights in and out around the graphs, which then show none:
+        those with caches count for every model, rather than be left out.
+        """
+        if self.anonymous:
+            return bool(self.names or self.skipped)
+        return any(p in self.weights for p in parameters)
 
 
 class Registry:

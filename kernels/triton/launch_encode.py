@@ -116,6 +116,17 @@ def _run(
     sinks: int | None,
 ) -> Tensor:  # fmt: skip
     """All kernels. sinks: slots to reserve in a new pool; None: the pool is there."""
+    with torch.cuda.device_of(x):  # Triton launches on the current device, wherever tensors are
+        return _launched(
+            x, visible, params, layout, payload, pool, positions, begin, counted, sinks
+        )
+
+
+def _launched(
+    x: Tensor, visible: Tensor | None, params: Sequence[Tensor], layout: TransformLayout,
+    payload: Sequence[Tensor], pool: Tensor, positions: Tensor, begin: Tensor, counted: int,
+    sinks: int | None,
+) -> Tensor:  # fmt: skip
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, heads, tokens, dim = x.shape
     groups, padded = layout.groups, _pad(dim)

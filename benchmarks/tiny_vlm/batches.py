@@ -93,7 +93,7 @@ class Batches(Dataset[Batch]):
         rows, tiles, spans, kinds = [], [], [], []
         for row in range(self.plan.tokens // length):
             recipe = _draw(generator, self.stage.albums)
-            asked = max(min(4, length // 64), length // (200 if recipe.pages < 1 else 400))
+            asked = max(min(4, length // 50), length // (200 if recipe.pages < 1 else 400))
             room = length - asked * ROOM
             most = self.prompter.images(room)
             # Short rows have any number of images; long ones are there for many.

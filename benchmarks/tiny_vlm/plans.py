@@ -91,11 +91,11 @@ FULL = Plan(
 TOY = Plan(
     Sizes(hidden=128, inner=512, layers=4, heads=4, rank=8),
     (
-        Stage("see", 0.4, Rates(1e-3, 1e-3, 0.0), 0.1),
-        Stage("name", 0.6, Rates(3e-4, 1e-3, 1e-3), 0.1, {80: 1.0}, {Recipe(): 1.0}),
+        Stage("see", 0.35, Rates(1e-3, 1e-3, 0.0), 0.1),
+        Stage("name", 0.65, Rates(3e-4, 1e-3, 1e-3), 0.1, {160: 1.0}, {Recipe(): 1.0}),
     ),
-    tokens=320, tiles=64, replay=(1, 16), warmup=10, things=16,
+    tokens=320, tiles=64, replay=(1, 16), warmup=5, things=8,
 )  # fmt: skip
-"""For one core of a processor in ten minutes: 16 things, one image a row."""
+"""For one core of a processor in ten minutes: 8 things, at most 3 images a row."""
 
 PLANS = {"full": FULL, "toy": TOY}

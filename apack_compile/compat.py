@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
-def run_uncompiled(function: FunctionType) -> None:
+def run_uncompiled(function: Any) -> None:
     """Let Dynamo compile neither calls of ``function`` nor what they call, where code runs eagerly.
 
     Inlined into a graph it is traced as before; ``torch.compiler.disable`` would break the graph.

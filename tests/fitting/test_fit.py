@@ -185,16 +185,12 @@ def test_a_batch_without_a_packed_cache_is_refused_with_the_reason() -> None:
         [{"input_ids": tokens(400), "use_cache": False}],
         "batch 1 makes no cache that is packed: no cache: keys and values are not stored",
     )
-    capped = zoo.make(
-        "Gemma2ForCausalLM",
-        transformers.Gemma2Config(
-            **zoo.text_config(head_dim=16, query_pre_attn_scalar=16), attn_implementation="eager"
-        ),
-    )
+    config = transformers.BloomConfig(vocab_size=zoo.VOCAB, hidden_size=64, n_layer=2, n_head=4)
     refused(
         [tokens(400)],
-        "batch 1 makes no cache that is packed: scores are capped (softcap): left dense",
-        capped,
+        "batch 1 makes no cache that is packed: attention written out over other than "
+        "[B, heads, queries, keys]: left dense",
+        zoo.make("BloomForCausalLM", config),
     )
 
 

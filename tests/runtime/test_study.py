@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from apack_compile.codec.sensitivity import Sensitivity
+from apack_compile.fitting.layer import Lesson
 from apack_compile.options import Options
 from apack_compile.runtime import study
 from apack_compile.runtime.calibrate import Trial
@@ -31,6 +32,7 @@ def test_trials_are_of_the_prompts_own_tokens(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(studies, "_coded", lambda *_: torch.ones(1, 60, dtype=torch.bool))
     one = torch.eye(4, dtype=torch.float64)[None]
     prose, recall = [Sensitivity(one, one)], [Sensitivity(2 * one, 2 * one)]
-    prefill = study.Study(None, [], ())  # type: ignore[arg-type]
+    lesson = Lesson((), None, None, (4, 4), 60)
+    prefill = study.Study(None, [], (lesson,) * len(seen.plan.sites))  # type: ignore[arg-type]
     studies.calibrate((), prefill, Measured(prose, recall), [], lambda done, of: None)
     assert given == [prose]

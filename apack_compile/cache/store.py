@@ -190,6 +190,14 @@ class SideStore:
             self._code(ring[:, :, :tokens])
             ring[:, :, : live - tokens] = rest
 
+    def free_ring(self) -> None:
+        """Let graphs that run in the current mode write to the ring.
+
+        Bug: a step outside of inference mode failed on a cache that was made in it.
+        """
+        if self.side.ring.is_inference() and not torch.is_inference_mode_enabled():
+            self.side = self.side._replace(ring=self.side.ring.clone())
+
     def advance(self, tokens: int) -> None:
         """``tokens`` have been written behind the live slots of the ring."""
         self.length += tokens

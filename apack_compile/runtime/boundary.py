@@ -27,7 +27,7 @@ from ..passes.plan import Plan, PlannedSite
 from ..passes.rewrite_encode import encoded_updates
 from .arguments import in_step, lengths_of
 from .flush import Flush
-from .stats import GraphRecord
+from .owners import Owners
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Boundary:
         gm: the Dynamo graph.
         plan: what is done with it.
         options: the user's.
-        record: knows the caches that are made.
+        owners: whose records know the caches that are made.
         capture: whether work on rings may become a CUDA graph.
 
     Attributes:
@@ -49,7 +49,7 @@ class Boundary:
     """
 
     def __init__(
-        self, gm: fx.GraphModule, plan: Plan, options: Options, record: GraphRecord,
+        self, gm: fx.GraphModule, plan: Plan, options: Options, owners: Owners,
         capture: bool = True,
     ) -> None:  # fmt: skip
         arguments = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -58,7 +58,7 @@ class Boundary:
         self.appends = plan.appended
         self.updates = encoded_updates(sites)
         self._options = options
-        self._record = record
+        self._owners = owners
         self._names = _names(sites)
         self._fixed = {u.node for s in sites if s.cached.crosses for u in (s.cached.k, s.cached.v)}
         self._flush = Flush(capture)
@@ -111,6 +111,7 @@ class Boundary:
         for store in stores:
             if store.coded != coded[store.length] or store.side.capacity != capacity:
                 store.align(coded[store.length], capacity)
+            store.free_ring()
         return tuple(ready)
 
     def inputs(
@@ -179,7 +180,7 @@ class Boundary:
                 log.warning("attentionpack: memory ran out while a cache was packed: left dense")
                 return dense
         store.name = self._names[self.updates[recipe.code].node]
-        store.known_to(self._record.stores)
+        store.known_to(self._owners.record.stores)
         return PackedKV.of(store)
 
 

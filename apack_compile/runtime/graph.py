@@ -37,6 +37,7 @@ from ..passes.rewrite_encode import rewrite_encode
 from ..passes.rewrite_unpack import rewrite_unpack
 from .arguments import Dynamics
 from .boundary import Boundary
+from .owners import Owners
 from .paper import paper_code, paper_sites
 from .specialise import Specialised
 from .stats import GraphRecord
@@ -88,12 +89,12 @@ class PackedGraph:
         self.options = options
         self.config = config
         self.compiler = partial(compile_inner, options.inner, config=config)
-        self.record = record
+        self.owners = Owners(record)
         self._dynamics = Dynamics(gm.graph, plan.handles, plan.fixed)
         capture = options.inner == "inductor" and config.get(CUDAGRAPHS, True)
-        self.boundary = Boundary(gm, plan, options, record, capture)
+        self.boundary = Boundary(gm, plan, options, self.owners, capture)
         self.studies = Studies(gm, plan, options, partial(self.boundary.inputs, refs=[]))
-        self._caller = Caller(config, config_key(config), record.compiled_region)
+        self._caller = Caller(config, config_key(config), self._compiled_region)
         self._lowered: dict[Any, Lowered] = {}
         arguments = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self._positions = {n: i for i, n in enumerate(arguments)}
@@ -101,14 +102,20 @@ class PackedGraph:
         own = self.studies.own
         crossing = tuple(i for i in range(len(self._encode_sites)) if i not in own)
         self.kinds = tuple(numbers for numbers in (own, crossing) if numbers)
-        self._told: tuple[Any, ...] = ()
         self._given_up = False
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         """The results of the Dynamo graph, caches packed."""
-        if not self.record.runs:
-            self.record.belongs_to((*args, *self.gm.parameters()))
+        self.owners.enter(args, tuple(self.gm.parameters()) if not self.record.runs else ())
         return self.studies.prompts.run(self._packed, args)
+
+    @property
+    def record(self) -> GraphRecord:
+        """Where to count: of the model whose graph runs."""
+        return self.owners.record
+
+    def _compiled_region(self) -> None:
+        self.record.compiled_region()
 
     def _packed(self, *args: Any) -> tuple[Any, ...]:
         if self._given_up:
@@ -243,9 +250,9 @@ class PackedGraph:
     def _tell(self, profiles: Sequence[LayerProfile]) -> None:
         """Tell the report what is new of the layers."""
         state = tuple((p.fit, p.origin, p.reason) for p in profiles)
-        if state == self._told:
+        if state == self.record.told:
             return
-        self._told = state
+        self.record.told = state
         for planned, profile in zip(self._encode_sites, profiles, strict=True):
             name = planned.cached.site.node.name
             if profile.reason:

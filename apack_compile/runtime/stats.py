@@ -35,6 +35,7 @@ class GraphRecord:
         options: that the graph was compiled with.
         layers: profiles of the layers that are fitted, by site. Other graphs have the same ones.
         profile: where the codes come from.
+        told: what the report was told of the layers last.
         weights: the model's parameters among the inputs.
         anonymous: whether there were none: the graph does not show whose it is.
     """
@@ -54,8 +55,14 @@ class GraphRecord:
         default_factory=weakref.WeakValueDictionary
     )
     profile: str = ""
+    told: tuple[Any, ...] = ()
     weights: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     anonymous: bool = False
+
+    def same_graph_as(self, other: GraphRecord) -> None:
+        """Take over what does not depend on whose graph it is."""
+        self.reason, self.passes, self.skipped = other.reason, dict(other.passes), other.skipped
+        self.names, self.options = other.names, other.options
 
     def ran(self, what: str) -> None:
         """Count a run."""

@@ -10,6 +10,7 @@ from torch import fx
 
 from ..cache import PackedKV
 from ..passes.find_writes import is_written
+from .owners import Owners
 from .stats import GraphRecord
 from .visual import TokenKinds
 
@@ -22,7 +23,7 @@ class StockGraph:
         compiler: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
         record: GraphRecord,
     ) -> None:  # fmt: skip
-        self.record = record
+        self.owners = Owners(record)
         self.handles = [i for i, e in enumerate(example_inputs) if isinstance(e, PackedKV)]
         self.written = written_inputs(gm.graph, self.handles)
         fakes = [e.unpack() if isinstance(e, PackedKV) else e for e in example_inputs]
@@ -32,9 +33,8 @@ class StockGraph:
 
     def __call__(self, *args: Any) -> Any:
         """What stock Inductor's artifact returns."""
-        if not self.record.runs:
-            self.record.belongs_to(args)
-        self.record.ran("stock")
+        self.owners.enter(args)
+        self.owners.record.ran("stock")
         if not self.handles:
             return self._tokens.run(self._call, args)
         return on_dense(partial(self._tokens.run, self._call), args, self.written)

@@ -69,7 +69,7 @@ class Report:
 
     @property
     def graphs(self) -> int:
-        """Graphs that Dynamo handed to the backend."""
+        """Graphs that Dynamo handed to the backend, for each model or layer that runs them."""
         return len(self.graph_reports)
 
     @property

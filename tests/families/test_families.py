@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from .. import versions
 from .measure import measure
 from .registry import FAMILIES
-from .table import TABLE, render
+from .table import BEFORE_5, TABLE, Record, render
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
 
@@ -24,9 +25,17 @@ CASES = [
 ]
 
 
+def record(name: str) -> Record:
+    """What becomes of a family with the transformers that there is."""
+    found = BEFORE_5.get(name, TABLE[name]) if versions.BEFORE_5 else TABLE[name]
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
 @pytest.mark.parametrize(("name", "prefill"), CASES, ids=[name for name, _ in CASES])
 def test_family(name: str, prefill: bool) -> None:
-    expected = TABLE[name]
+    expected = record(name)
     found = measure(name, prefill, expected.differs_uncompiled)
     assert (found.packed, found.left) == (expected.packed, expected.left)
     assert found.same and found.off < 1e-4

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from apack_compile import compat
 from apack_compile.hooks import install_capturing_hooks
 from apack_compile.passes.find_visual import NO_IMAGE, find_visual
 from apack_compile.passes.plan import make_plan
 from apack_compile.runtime.visual import MEMORY, Memory, TokenKinds
 
-from .. import zoo
+from .. import versions, zoo
 
 
 def told(case: zoo.Case, **how: Any) -> list[Any]:
@@ -65,8 +66,8 @@ def test_prompts_without_an_image_have_none(family: Callable[..., zoo.Case]) -> 
 
 
 def test_a_model_in_one_graph_is_read_in_one_graph() -> None:
-    if torch.__version__.startswith("2.11"):
-        pytest.skip("torch 2.11 cannot trace this model in one graph, whatever the backend")
+    if compat.torch_version() < (2, 13) or versions.BEFORE_5:
+        pytest.skip("older torch and transformers break this model's graph, whatever the backend")
     case = zoo.llava(text=12)
     (mask,) = told(case, fullgraph=True)
     ids = case.inputs["input_ids"]

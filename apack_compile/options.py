@@ -17,6 +17,7 @@ ONLY_WITH = {
     "ratio": ("transform", "svd"),
     "k_code": ("transform",),
     "v_basis": ("transform",),
+    "tiers": ("transform",),
     "k_rank": ("svd",),
     "v_rank": ("svd",),
 }
@@ -44,7 +45,7 @@ class Options:
             (rounded head by head), or ``svd`` (the paper's: a truncated SVD of each sequence;
             ``mode="paper"`` chooses it).
         ratio: bytes of a dense 16-bit token over bytes of a coded one, from 2 to 32.
-        k_code, v_basis: see :class:`~apack_compile.codec.recipe.Recipe`.
+        k_code, v_basis, tiers: see :class:`~apack_compile.codec.recipe.Recipe`.
         k_rank, v_rank: components that ``svd`` keeps; 0: as many as ``ratio`` allows.
         sinks: first visible tokens of each sequence, kept exact for good.
         window: recent tokens that are never coded.
@@ -61,6 +62,7 @@ class Options:
     ratio: float = 4.0
     k_code: str = "post-rope"
     v_basis: str = "pca"
+    tiers: bool = False
     k_rank: int = 0
     v_rank: int = 0
     sinks: int = 4
@@ -84,7 +86,7 @@ class Options:
     @property
     def recipe(self) -> Recipe:
         """Which member of the family is fitted."""
-        return Recipe(float(self.ratio), self.k_code, self.v_basis)
+        return Recipe(float(self.ratio), self.k_code, self.v_basis, self.tiers)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -126,6 +128,7 @@ class Options:
         _number(given, "block", int, 16, 4096)
         _number(given, "fit_tokens", int, 0, 1 << 20)
         _flag(given, "profile_cache")
+        _flag(given, "tiers")
         codec = given.get("codec", cls.codec)
         for name, codecs in ONLY_WITH.items():
             if name in given and codec not in codecs:

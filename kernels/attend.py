@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..codec import parse_layout
 from ..codec.layout import working_dtype
+from .planes import spread
 from .pool import in_reach, override, pooled_mass
 from .positions import positions_of
 from .side import Side
@@ -87,7 +88,9 @@ def attend_biased(
         return by_query_head(by_kv_head(scaled) @ tokens.to(work).transpose(-1, -2))
 
     positions = positions_of(key_code, keys.pool_positions, 0, capacity)
-    coded_scores = key_code.scores(scaled, keys.payload, keys.params, positions)  # [B, Hq, Q, C]
+    coded_scores = key_code.scores(
+        scaled, spread(keys.payload, key_code), keys.params, positions
+    )  # [B, Hq, Q, C]
     if keys.pool.shape[2]:
         coded_scores = override(coded_scores, keys.pool_positions, against(keys.pool), 3)
     scores = torch.cat([coded_scores, against(keys.ring)], -1)  # [B, Hq, Q, C + ring]
@@ -114,7 +117,10 @@ def attend_biased(
         pool = torch.where(used, values.pool, 0.0)
         out = out + by_query_head(by_kv_head(mass) @ pool.to(work))
         p_coded = override(p_coded, values.pool_positions, torch.zeros_like(mass), 3)
-    payload = [live_only(t, lengths[0]) if t.is_floating_point() else t for t in values.payload]
+    payload = [
+        live_only(t, lengths[0]) if t.is_floating_point() else t
+        for t in spread(values.payload, value_code)
+    ]
     out = out + value_code.mix(p_coded, payload, values.params)
     return out.to(q.dtype)
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..codec import Layout, parse_layout
+from ..codec.layout import Judged
+from .planes import in_plane, quotas
 from .positions import positions_of
 
 
@@ -24,6 +26,7 @@ def encode(
     window: int,
     ring: int,
     chunk: int,
+    importance: Tensor | None = None,
 ) -> list[Tensor]:
     """Code tokens ``x [B, H, S, D]``; the last ``window`` of them are also the ring.
 
@@ -35,26 +38,41 @@ def encode(
         sinks, extra: pool slots reserved for the first visible tokens, and on demand.
         window: recent tokens that stay exact.
         ring: slots of the ring, at least ``window``.
-        chunk: payload capacity is a multiple of this.
+        chunk: payload capacity is a multiple of this, and so is that of planes.
+        importance: ``[B, S]``: which tokens come first where a layout has planes; None: those of
+            the largest size.
 
     Returns:
-        Payload tensors ``[B, C, width]``, pool ``[B, H, E, D]``, its positions ``[B, E]``, ring
-        ``[B, H, ring, D]``, and the :func:`tally` of the coded tokens. Tokens
-        ``0 .. max(S - window, 0)`` count as coded; those in the ring are coded too, and coded again
-        when they leave it.
+        Payload tensors ``[B, C, width]`` (planes have fewer rows), pool ``[B, H, E, D]``, its
+        positions ``[B, E]``, ring ``[B, H, ring, D]``, and the :func:`tally` of the coded tokens.
+        Tokens ``0 .. max(S - window, 0)`` count as coded; those in the ring are coded too, and
+        coded again when they leave it.
     """
     length, code = x.shape[2], parse_layout(layout)
     first = None
     if code.positional:
         _, first = torch.ops.apack.make_pool(x, visible, None, 1, 0)
-    parts, judged = encode_tokens(x, params, code, first, 0)
-    strain = None if judged is None else judged[0]
+    coded = torch.sym_max(length - window, 0)
+    levels = None
+    if code.shares:
+        here = torch.arange(length, device=x.device)
+        seen = here < coded if visible is None else visible & (here < coded)
+        weight = torch.where(seen, token_sizes(x) if importance is None else importance, -1.0)
+        levels = torch.ops.apack.token_levels(weight, code.shares)
+    parts, judged = encode_tokens(x, params, code, first, 0, levels)
+    strain = None if judged is None else judged.strain
     pool, positions = torch.ops.apack.make_pool(x, visible, strain, sinks, extra)
     capacity = (length + chunk - 1) // chunk * chunk
+    planes = len(code.shares)
     payload = [
-        torch.nn.functional.pad(part, (0, 0, 0, capacity - length)).contiguous() for part in parts
+        torch.nn.functional.pad(part, (0, 0, 0, capacity - length)).contiguous()
+        for part in parts[: len(parts) - planes]
     ]
-    coded = torch.sym_max(length - window, 0)
+    for plane, quota in enumerate(quotas(code, coded), 1):
+        assert levels is not None
+        rows = in_plane(parts[len(parts) - planes + plane - 1], levels >= plane, quota)
+        room = plane_capacity(quota, chunk) - quota
+        payload.append(torch.nn.functional.pad(rows, (0, 0, 0, room)).contiguous())
     slots = coded + torch.arange(ring, device=x.device)
     recent = x.index_select(2, slots.clamp(max=length - 1))  # slots past the end: stale
     here = torch.arange(length, device=x.device)
@@ -62,10 +80,21 @@ def encode(
     return [*payload, pool, positions, recent, tally(judged, seen, positions, 0)]
 
 
+def plane_capacity(rows: int, chunk: int) -> int:
+    """Rows that a plane has room for, so that ``rows`` fit."""
+    return torch.sym_max((rows + chunk - 1) // chunk, 1) * chunk
+
+
+def token_sizes(x: Tensor) -> Tensor:
+    """Squared sizes ``[B, T]`` of tokens ``x [B, H, T, D]``; numbers that are not finite are 0."""
+    return torch.where(x.isfinite(), x, 0.0).float().square().sum((1, 3))
+
+
 def encode_tokens(
-    x: Tensor, params: Sequence[Tensor], layout: Layout, pool_positions: Tensor | None, start: int
-) -> tuple[list[Tensor], tuple[Tensor, Tensor] | None]:
-    """Payload, error and size (:meth:`Layout.encode_and_judge`) of tokens ``x [B, H, T, D]``.
+    x: Tensor, params: Sequence[Tensor], layout: Layout, pool_positions: Tensor | None, start: int,
+    levels: Tensor | None = None,
+) -> tuple[list[Tensor], Judged | None]:  # fmt: skip
+    """Payload, and how well (:meth:`Layout.encode_and_judge`), of tokens ``x [B, H, T, D]``.
 
     Numbers that are not finite are coded as 0.
 
@@ -76,29 +105,28 @@ def encode_tokens(
         pool_positions: of the cache, ``[B, E]``: says where each sequence begins; not read if the
             code does not ask for positions.
         start: of the first token.
+        levels: of the tokens ``[B, T]``, where the layout has planes.
     """
     if layout.kind != "exact":
         x = torch.where(x.isfinite(), x, 0.0)
     positions = None
     if pool_positions is not None:
         positions = positions_of(layout, pool_positions, start, x.shape[2])
-    return layout.encode_and_judge(x, params, positions)
+    return layout.encode_and_judge(x, params, positions, levels)
 
 
-def tally(
-    judged: tuple[Tensor, Tensor] | None, seen: Tensor, pool_positions: Tensor, start: int
-) -> Tensor:
+def tally(judged: Judged | None, seen: Tensor, pool_positions: Tensor, start: int) -> Tensor:
     """Error, size and number of the tokens that are read from codes: ``[3]`` float32.
 
     Args:
-        judged: error and size of each token ``[B, T]``; None: all three are 0.
+        judged: of each token; None: all three are 0.
         seen: ``[B|1, T]`` or ``[T]`` bool: tokens that count.
         pool_positions: ``[B, E]``: tokens that are read from the pool.
         start: position of the first token.
     """
     if judged is None:
         return torch.zeros(3, device=pool_positions.device)
-    error, size = judged
+    error, size, _ = judged
     here = start + torch.arange(error.shape[1], device=error.device)
     pooled = (pool_positions[:, :, None] == here).any(1)  # [B, T]
     counted = seen & ~pooled

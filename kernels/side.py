@@ -17,7 +17,8 @@ class Side(NamedTuple):
     pool, if one of its positions is s; else from the codes.
 
     Attributes:
-        payload: codes of the tokens ``0 .. coded``, capacity C: each ``[B, C, width]``.
+        payload: codes of the tokens ``0 .. coded``, capacity C: each ``[B, C, width]``; planes
+            have rows for some of them only (``planes.py``).
         pool: tokens kept exact: ``[B, H, E, D]``.
         pool_positions: their positions, -1 for a free slot: ``[B, E]`` int64.
         ring: the most recent tokens, exact: ``[B, H, ring, D]``.

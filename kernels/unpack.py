@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..codec import parse_layout
+from .planes import spread
 from .pool import override
 from .positions import positions_of
 from .side import Side
@@ -26,7 +27,8 @@ def unpack(side: Sequence[Tensor], lengths: Tensor, length: int, layout: str) ->
     tensors = Side.of(side, code)
     dtype = tensors.ring.dtype
     positions = positions_of(code, tensors.pool_positions, 0, tensors.capacity)
-    decoded = code.decode(tensors.payload, tensors.params, dtype, positions)  # [B, H, C, D]
+    payload = spread(tensors.payload, code)
+    decoded = code.decode(payload, tensors.params, dtype, positions)  # [B, H, C, D]
     if tensors.pool.shape[2]:
         decoded = override(decoded, tensors.pool_positions, tensors.pool, 2)
     everything = torch.cat([decoded, tensors.ring], 2)

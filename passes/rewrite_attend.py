@@ -46,7 +46,7 @@ def rewrite_attend(draft: Draft) -> PassReport:
                     site.scale,
                     draft.layouts[k],
                     draft.layouts[v],
-                    *_more(draft, site),
+                    *more_of(draft, site),
                 ),
             )
             wanted, given = value_of(site.node), value_of(site.q)
@@ -62,8 +62,8 @@ def rewrite_attend(draft: Draft) -> PassReport:
     return PassReport("rewrite_attend", len(sites))
 
 
-def _more(draft: Draft, site: AttentionSite) -> tuple[float | fx.Node, ...]:
-    """Arguments of ``attend`` that most sites do without."""
+def more_of(draft: Draft, site: AttentionSite) -> tuple[float | fx.Node, ...]:
+    """Arguments of ``attend`` and ``importance`` that most sites do without."""
     if site.sinks is None:
         return (site.softcap,) if site.softcap else ()
     sinks = draft.map[site.sinks]

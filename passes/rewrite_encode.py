@@ -26,8 +26,9 @@ from .draft import ARGUMENTS, DenseOutput, Draft, EncodedOutput
 from .find_rotation import find_rotation
 from .find_updates import CachedSite, CacheUpdate
 from .plan import PlannedSite
+from .rewrite_attend import more_of
 
-TOLD = 5
+TOLD = 6
 """Extra results of :func:`collect` for each site."""
 
 
@@ -55,11 +56,17 @@ def rewrite_encode(
         layout, policy = layouts[number], policies[number]
         visible = seen.of(planned)
         x = draft.map[update.node]
-        with draft.graph.inserting_after(draft.map[planned.cached.site.node]):
+        last = draft.map[planned.cached.site.node]
+        weights = []
+        if parse_layout(layout).shares:
+            with draft.graph.inserting_after(last):
+                last = _importance(draft, planned)
+            weights.append(last)
+        with draft.graph.inserting_after(last):
             call = draft.graph.call_function(
                 torch.ops.apack.encode.default,
                 (x, visible, draft.code(number, layout), layout, policy.sinks, policy.extra,
-                 policy.window, policy.ring, policy.chunk),
+                 policy.window, policy.ring, policy.chunk, *weights),
             )  # fmt: skip
         count = len(parse_layout(layout).payload_fields(torch.float32)) + 4
         pieces = []
@@ -82,17 +89,29 @@ def _return_pieces(draft: Draft, update: CacheUpdate, code: int, pieces: list[fx
     draft.result(update.node, recipe)
 
 
-def collect(draft: Draft, sinks: int, visual: bool = False) -> PassReport:
+def _importance(draft: Draft, planned: PlannedSite) -> fx.Node:
+    """How much attention the tokens of a site receive, at the current insertion point."""
+    site = planned.cached.site
+    return draft.graph.call_function(
+        torch.ops.apack.importance.default,
+        (draft.map[site.q], draft.map[planned.cached.k.node], draft.mask(site), site.causal,
+         site.scale, *more_of(draft, site)),
+    )  # fmt: skip
+
+
+def collect(draft: Draft, sinks: int, visual: bool = False, tiers: bool = False) -> PassReport:
     """Return dense tensors, and behind all results what a fit needs to know of each site.
 
     The extra results are, for each ``encode`` site: its moments; visible tokens or None; cosines
-    and sines of the rotation of its keys, or None; whether it is interleaved.
+    and sines of the rotation of its keys, or None; whether it is interleaved; the importance of its
+    tokens, or None.
 
     Args:
         draft: the graph.
         sinks: the first tokens, which do not count.
         visual: whether the new graph takes a mask of visual tokens behind the Dynamo arguments.
             Sites of a first prefill then have a second set of moments: of visual tokens.
+        tiers: whether to tell the importance.
     """
     sites = draft.plan.having("encode")
     own = [planned.cached for planned in sites if not planned.cached.crosses]
@@ -120,7 +139,8 @@ def collect(draft: Draft, sinks: int, visual: bool = False) -> PassReport:
                 (draft.map[cached.site.q], draft.map[cached.k.node], draft.map[cached.v.node],
                  visible, kinds, cos, sin, interleaved, sinks),
             )  # fmt: skip
-        draft.extra += [moments, visible, cos, sin, interleaved]
+            weight = _importance(draft, planned) if tiers else None
+        draft.extra += [moments, visible, cos, sin, interleaved, weight]
     return PassReport("collect", len(sites))
 
 

@@ -8,7 +8,7 @@ a store of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from weakref import WeakSet
 
@@ -18,8 +18,9 @@ from torch import Tensor
 from ..codec import CodeRef
 from ..codec.lowrank import REFACTOR
 from ..compat import full_precision
-from ..kernels.encode import encode_tokens, tally
+from ..kernels.encode import encode_tokens, tally, token_sizes
 from ..kernels.factor import refactored
+from ..kernels.planes import counted, in_plane, quotas, write_rows
 from ..kernels.pool import fill_pool
 from ..kernels.side import Side
 from ..ops.encode_cuda import encode_kernels
@@ -58,6 +59,7 @@ class SideStore:
         length: tokens held in all.
         tally: error, size and number of the tokens coded, in what the fit expected
             (``kernels.encode.tally``).
+        rows: of each plane, the most that are in use.
         name: of the site and side that the store was made for.
     """
 
@@ -69,17 +71,20 @@ class SideStore:
         self.length = length
         self.name = ""
         self.tally = torch.zeros(3)
+        self.rows = quotas(ref.layout, coded)  # of each plane, at most so many are in use
         self.factored = coded  # with a basis of its own: tokens that the basis was made from
         self._leases: WeakSet[Lease] = WeakSet()
         self._lists: list[WeakSet[SideStore]] = []
 
     @classmethod
     def encode(
-        cls, x: Tensor, ref: CodeRef, policy: Policy, visible: Tensor | None = None
-    ) -> SideStore:
+        cls, x: Tensor, ref: CodeRef, policy: Policy, visible: Tensor | None = None,
+        importance: Tensor | None = None,
+    ) -> SideStore:  # fmt: skip
         """Pack a dense ``[B, H, S, D]``; see ``apack::encode``."""
         policy = policy.for_code(ref)
-        tensors = torch.ops.apack.encode(x, visible, *encode_arguments(ref, policy, x.device))
+        arguments = encode_arguments(ref, policy, x.device)
+        tensors = torch.ops.apack.encode(x, visible, *arguments, importance)
         return cls.from_encoded(tensors, ref, policy, x.shape[2])
 
     @classmethod
@@ -161,6 +166,7 @@ class SideStore:
             # The window is gone with the tokens behind `length`; the coded ones stay coded.
             self.coded = length
             self.factored = min(self.factored, length)
+            self.rows = [min(rows, length) for rows in self.rows]
             taken = self.side.pool_positions[:, self.policy.sinks :]  # sinks are reserved for good
             with writing(self.tensors(), self.device):
                 taken.masked_fill_(taken >= length, -1)
@@ -228,36 +234,60 @@ class SideStore:
         payload = self._with_room(end)
         kernels = None if code.layout.per_sequence else encode_kernels(x, code.layout)
         if kernels is not None:
-            counted = kernels.encode_more(
+            sums = kernels.encode_more(
                 x, code.on(self.device), code.layout, payload, pool, positions,
                 torch.full((1,), start, dtype=torch.int32, device=self.device),
             )  # fmt: skip
             self.side = self.side._replace(payload=payload)
-            self._coded(end, counted)
+            self._coded(end, sums)
             return
         if code.layout.per_sequence and end - self.factored >= REFACTOR:
             x, start = torch.cat([self.dense(start), x], 2), 0
             ref = refactored(ref, x, positions)
             code = ref.code
-        parts, judged = encode_tokens(x, code.on(self.device), code.layout, positions, start)
+        levels = None
+        if code.layout.shares:
+            levels = torch.ops.apack.token_levels(token_sizes(x), code.layout.shares)
+        parts, judged = encode_tokens(
+            x, code.on(self.device), code.layout, positions, start, levels
+        )
         if pool.shape[2]:
-            strain = None if judged is None else judged[0]
+            strain = None if judged is None else judged.strain
             pool, positions = fill_pool(pool, positions, x, start, None, strain)
         seen = torch.ones(x.shape[2], dtype=torch.bool, device=x.device)
-        counted = tally(judged, seen, positions, start)
-        for whole, part in zip(payload, parts, strict=True):
-            whole[:, start:end] = part
+        sums = tally(judged, seen, positions, start)
+        self._write(payload, parts, levels, start, end)
         # In place: a step that was captured as a CUDA graph reads these addresses.
         self.side.pool.copy_(pool)
         self.side.pool_positions.copy_(positions)
         self.side = self.side._replace(payload=payload)
-        self._coded(end, counted)
+        self._coded(end, sums)
         if ref is not self.ref:
             self.ref, self.factored = ref, end
 
-    def _coded(self, end: int, counted: Tensor) -> None:
+    def _write(
+        self, payload: Sequence[Tensor], parts: Sequence[Tensor], levels: Tensor | None,
+        start: int, end: int,
+    ) -> None:  # fmt: skip
+        """Put what was coded of the tokens ``start .. end`` where it belongs."""
+        tokenwise = self._tokenwise
+        for whole, part in zip(payload[:tokenwise], parts[:tokenwise], strict=True):
+            whole[:, start:end] = part
+        for number, count in enumerate(quotas(self.ref.layout, end - start)):
+            assert levels is not None
+            first = counted(payload[tokenwise - 1], number + 1, start)
+            rows = in_plane(parts[tokenwise + number], levels > number, count)
+            write_rows(payload[tokenwise + number], rows, first)
+            self.rows[number] += count
+
+    def _coded(self, end: int, sums: Tensor) -> None:
         self.coded = end
-        self.tally = self.tally.to(counted.device) + counted
+        self.tally = self.tally.to(sums.device) + sums
+
+    @property
+    def _tokenwise(self) -> int:
+        """Payload tensors with a row for every token; planes are behind them."""
+        return len(self.side.payload) - len(self.ref.layout.shares)
 
     def _round_up(self, tokens: int) -> int:
         chunk = self.policy.chunk
@@ -268,11 +298,19 @@ class SideStore:
         self.side = self.side._replace(payload=self._with_room(tokens))
 
     def _with_room(self, tokens: int) -> tuple[Tensor, ...]:
-        if tokens <= self.side.capacity:
-            return self.side.payload
+        more = quotas(self.ref.layout, max(tokens - self.coded, 0))
+        planes = [rows + new for rows, new in zip(self.rows, more, strict=True)]
+        wanted = [tokens] * self._tokenwise + planes
+        return tuple(
+            self._grown(p, rows) for p, rows in zip(self.side.payload, wanted, strict=True)
+        )
+
+    def _grown(self, part: Tensor, rows: int) -> Tensor:
+        if rows <= part.shape[1]:
+            return part
         # By a little more when there is much: captured steps are captured anew each time.
-        more = self._round_up(tokens + self.side.capacity // SLACK) - self.side.capacity
-        return tuple(torch.nn.functional.pad(p, (0, 0, 0, more)) for p in self.side.payload)
+        more = self._round_up(rows + part.shape[1] // SLACK) - part.shape[1]
+        return torch.nn.functional.pad(part, (0, 0, 0, more))
 
     # Whole-store operations --------------------------------------------------------------------
 
@@ -280,8 +318,12 @@ class SideStore:
         self, each: Callable[[Tensor], Tensor], payload: Callable[[Tensor], Tensor] | None = None
     ) -> SideStore:
         payload = payload or each
+        tokenwise, planes = (
+            self.side.payload[: self._tokenwise],
+            self.side.payload[self._tokenwise :],
+        )
         side = Side(
-            tuple(payload(p) for p in self.side.payload),
+            (*map(payload, tokenwise), *map(each, planes)),
             each(self.side.pool),
             each(self.side.pool_positions),
             each(self.side.ring),
@@ -293,6 +335,7 @@ class SideStore:
         """A store with the same tokens in other tensors."""
         heir = SideStore(self.ref, self.policy, side, self.coded, self.length)
         heir.factored, heir.tally = self.factored, self.tally.clone()
+        heir.rows = list(self.rows)
         self.introduce(heir)
         return heir
 

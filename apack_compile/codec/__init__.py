@@ -4,6 +4,7 @@ from .code import Code, CodeRef
 from .exact import ExactLayout
 from .layout import Layout, parse_layout
 from .lowrank import LowRankLayout
+from .tiered import TieredLayout
 from .transform import TransformLayout
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "ExactLayout",
     "Layout",
     "LowRankLayout",
+    "TieredLayout",
     "TransformLayout",
     "parse_layout",
 ]

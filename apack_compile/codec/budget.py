@@ -19,6 +19,7 @@ from torch import Tensor
 from .bits import CLASSES
 from .quantiser import tailed_quantiser
 from .spectrum import RUN, Spectrum
+from .tiered import TieredLayout, felt_error, mean_bits
 from .transform import GAIN_DTYPE, TransformLayout
 
 MOST_LAYOUTS = 6
@@ -35,30 +36,39 @@ class _Table:
     Attributes:
         energy: ``[L, runs]`` float64, descending.
         groups: of heads.
-        fixed: bytes of the gains of a token.
+        fixed: bytes of the gains and the level of a token.
+        bits: of a component of each class, in the mean over the tokens.
+        left: what its quantiser leaves of unit variance.
     """
 
     energy: Tensor
     groups: int
     fixed: int
+    bits: tuple[float, ...]
+    left: tuple[float, ...]
 
     @classmethod
-    def of(cls, spectra: Sequence[Spectrum], gain: bool) -> _Table:
+    def of(cls, spectra: Sequence[Spectrum], gain: bool, shares: Sequence[int] = ()) -> _Table:
         variances = torch.stack([s.variances.sum(0).double().cpu() for s in spectra])  # [L, n]
         runs = variances.shape[1] // RUN
         groups = spectra[0].mean.shape[0]
         energy = variances[:, : runs * RUN].unflatten(1, (runs, RUN)).sum(2)
-        return cls(energy, groups, groups * GAIN_DTYPE.itemsize if gain else 0)
+        fixed = (groups * GAIN_DTYPE.itemsize if gain else 0) + bool(shares)
+        if not shares:
+            left = tuple(tailed_quantiser(b)[1] for b in CLASSES)
+            return cls(energy, groups, fixed, tuple(map(float, CLASSES)), left)
+        bits = tuple(mean_bits(b, shares) for b in CLASSES)
+        return cls(energy, groups, fixed, bits, tuple(felt_error(b, shares) for b in CLASSES))
 
-    def nbytes(self, counts: Counts) -> int:
+    def nbytes(self, counts: Counts) -> float:
         """Bytes of a token."""
-        bits = sum(b * n for b, n in zip(CLASSES, counts, strict=True))
-        return self.groups * RUN * bits // 8 + self.fixed
+        bits = sum(b * n for b, n in zip(self.bits, counts, strict=True))
+        return self.groups * RUN * bits / 8 + self.fixed
 
     def wanted(self, price: float) -> list[Counts]:
         """What each layer takes when a byte costs ``price``."""
-        bits = torch.tensor([*CLASSES, 0], dtype=torch.float64)
-        left = torch.tensor([tailed_quantiser(b)[1] for b in CLASSES] + [1.0], dtype=torch.float64)
+        bits = torch.tensor([*self.bits, 0], dtype=torch.float64)
+        left = torch.tensor([*self.left, 1.0], dtype=torch.float64)
         cost = self.energy[..., None] * left + price * self.groups * RUN / 8 * bits  # [L, runs, 4]
         chosen = cost.argmin(-1)
         counts = torch.stack([(chosen == i).sum(1) for i in range(3)], 1).tolist()  # [L, 3]
@@ -71,15 +81,18 @@ class _Table:
         ends = torch.tensor(options).cumsum(1)  # [options, 3]
         kept = torch.zeros(len(self.energy), len(options), dtype=torch.float64)
         start = torch.zeros(len(options), dtype=torch.int64)
-        for i, bits in enumerate(CLASSES):
-            gained = 1.0 - tailed_quantiser(bits)[1]
-            kept += gained * (so_far[:, ends[:, i]] - so_far[:, start])
+        for i, left in enumerate(self.left):
+            kept += (1.0 - left) * (so_far[:, ends[:, i]] - so_far[:, start])
             start = ends[:, i]
         return total - kept
 
 
 def share_budget(
-    keys: Sequence[Spectrum], values: Sequence[Spectrum], budget: int, most: int = MOST_LAYOUTS
+    keys: Sequence[Spectrum],
+    values: Sequence[Spectrum],
+    budget: int,
+    most: int = MOST_LAYOUTS,
+    shares: Sequence[int] = (),
 ) -> list[tuple[TransformLayout, TransformLayout]]:
     """Layouts of keys and values of layers of one shape, under one budget.
 
@@ -87,6 +100,7 @@ def share_budget(
         keys, values: of each layer, variances in one unit.
         budget: bytes of a token in all layers together, gains counted.
         most: different pairs of layouts.
+        shares: of the planes of values (:class:`TieredLayout`); none: all tokens have all bits.
 
     Returns:
         A pair for each layer. Values carry a gain, keys do not.
@@ -94,7 +108,7 @@ def share_budget(
     Raises:
         ValueError: no code is that small.
     """
-    sides = _Table.of(keys, False), _Table.of(values, True)
+    sides = _Table.of(keys, False), _Table.of(values, True, shares)
     low, high = -40.0, 0.0
     scale = float(sum(side.energy.sum() for side in sides)) or 1.0
     best: tuple[float, list[tuple[Counts, Counts]]] | None = None
@@ -113,7 +127,7 @@ def share_budget(
             f"{budget} bytes a token"
         )
     pairs = _spend_rest(sides, best[1], budget)
-    return [(_layout(keys[0], k, False), _layout(values[0], v, True)) for k, v in pairs]
+    return [(_layout(keys[0], k, False), _layout(values[0], v, True, shares)) for k, v in pairs]
 
 
 def _spend_rest(
@@ -161,11 +175,15 @@ def _choose(
     return [options[i] for i in chosen], error
 
 
-def _pair_bytes(sides: tuple[_Table, _Table], pair: tuple[Counts, Counts]) -> int:
+def _pair_bytes(sides: tuple[_Table, _Table], pair: tuple[Counts, Counts]) -> float:
     return sides[0].nbytes(pair[0]) + sides[1].nbytes(pair[1])
 
 
-def _layout(side: Spectrum, counts: Counts, gain: bool) -> TransformLayout:
+def _layout(
+    side: Spectrum, counts: Counts, gain: bool, shares: Sequence[int] = ()
+) -> TransformLayout:
     heads, dim, groups = side.shape
     r8, r4, r2 = (RUN * n for n in counts)
+    if shares:
+        return TieredLayout(heads, dim, groups, r8, r4, r2, int(gain), 0, 0, *shares)
     return TransformLayout(heads, dim, groups, r8, r4, r2, int(gain))

@@ -31,8 +31,9 @@ class ExactLayout(Layout):
         return payload[0].unflatten(-1, (self.heads, self.dim)).transpose(1, 2)  # [B, H, T, D]
 
     def encode(
-        self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None = None
-    ) -> list[Tensor]:
+        self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None = None,
+        levels: Tensor | None = None,
+    ) -> list[Tensor]:  # fmt: skip
         """Heads side by side, token by token."""
         return [x.transpose(1, 2).flatten(2)]  # [B, T, H * D]
 

@@ -24,23 +24,25 @@ from .budget import share_budget
 from .code import Code
 from .kinds import balance, kind_error, rest
 from .moments import Moments
-from .quantiser import tailed_quantiser
+from .quantiser import lacking_quantiser, tailed_quantiser
 from .recipe import Recipe
 from .rotation import Rotation
 from .sensitivity import Sensitivity
 from .spectrum import RUN, Spectrum, spectrum
+from .tiered import TIERS, TieredLayout, felt_error, mean_bits
 from .transform import GAIN_DTYPE, TransformLayout
 
 RIDGE = 0.1
 """Added to a sensitivity, over its mean: some hundred gradients make it."""
 
 
-def allocate(variances: Tensor, budget: int) -> tuple[int, int, int]:
+def allocate(variances: Tensor, budget: float, shares: Sequence[int] = ()) -> tuple[int, int, int]:
     """Components with 8, 4 and 2 bits, largest variances first, in at most ``budget`` bytes.
 
     Args:
         variances: ``[n]``, descending.
         budget: bytes for one token of one group.
+        shares: of planes, if the code has any: bits are then counted in the mean over the tokens.
 
     Returns:
         Three multiples of ``RUN`` with the least total distortion.
@@ -49,10 +51,14 @@ def allocate(variances: Tensor, budget: int) -> tuple[int, int, int]:
     energy = variances[: blocks * RUN].unflatten(0, (blocks, RUN)).sum(1).double()
     cumulative = torch.cat([energy.new_zeros(1), energy.cumsum(0)])
     saved = [1.0 - tailed_quantiser(bits)[1] for bits in CLASSES]
+    cost = [RUN * bits / 8 for bits in CLASSES]
+    if shares:
+        saved = [1.0 - felt_error(bits, shares) for bits in CLASSES]
+        cost = [RUN * mean_bits(bits, shares) / 8 for bits in CLASSES]
     a = torch.arange(blocks + 1)
     n8, n4 = torch.meshgrid(a, a, indexing="ij")
-    left = budget - RUN * n8 - RUN // 2 * n4
-    n2 = (left.div(RUN // 4, rounding_mode="floor")).clamp(min=0).minimum(blocks - n8 - n4)
+    left = budget - cost[0] * n8 - cost[1] * n4
+    n2 = (left / cost[2]).floor().long().clamp(min=0).minimum(blocks - n8 - n4)
     fits = (left >= 0) & (n8 + n4 <= blocks)
     n4_end = (n8 + n4).clamp(max=blocks)
     n2_end = (n4_end + n2.clamp(min=0)).clamp(max=blocks)
@@ -66,7 +72,9 @@ def allocate(variances: Tensor, budget: int) -> tuple[int, int, int]:
     return counts[0], counts[1], counts[2]
 
 
-def choose_layout(spectra: Sequence[Spectrum], budget: int, gain: bool) -> TransformLayout:
+def choose_layout(
+    spectra: Sequence[Spectrum], budget: int, gain: bool, shares: Sequence[int] = ()
+) -> TransformLayout:
     """One layout for layers of one shape: bits by the mean of their relative variances.
 
     One layout for all keys and one for all values keeps kernels and compile time few.
@@ -75,6 +83,7 @@ def choose_layout(spectra: Sequence[Spectrum], budget: int, gain: bool) -> Trans
         spectra: of the layers.
         budget: bytes for a token of one layer.
         gain: whether each token and group gets a gain, if the budget has room for it.
+        shares: of planes, where there is a gain; none: all tokens have all bits.
 
     Raises:
         ValueError: no code is that small.
@@ -82,12 +91,14 @@ def choose_layout(spectra: Sequence[Spectrum], budget: int, gain: bool) -> Trans
     heads, dim, groups = spectra[0].shape
     relative = [(s.variances / s.variances.sum().clamp_min(1e-30)).cpu() for s in spectra]
     variances = torch.stack(relative).mean((0, 1))
-    code_bytes = budget // groups - (GAIN_DTYPE.itemsize if gain else 0)
+    code_bytes = (budget - bool(shares)) / groups - (GAIN_DTYPE.itemsize if gain else 0)
     if gain and code_bytes < RUN // 4:
-        code_bytes, gain = budget // groups, False
-    counts = allocate(variances, code_bytes)
+        code_bytes, gain, shares = budget // groups, False, ()
+    counts = allocate(variances, code_bytes, shares)
     if not sum(counts):
         raise ValueError(f"{heads} KV heads of {dim} have no code of {budget} bytes a token")
+    if shares:
+        return TieredLayout(heads, dim, groups, *counts, int(gain), 0, 0, *shares)
     return TransformLayout(heads, dim, groups, *counts, int(gain))
 
 
@@ -107,19 +118,31 @@ def quantise(side: Spectrum, layout: TransformLayout, rotation: Rotation | None 
     ]
     if layout.gain:
         params.append(steps.expand(layout.groups, rank))
-    distortion = side.variances[:, rank:].sum()
-    start = 0
-    for bits, count in layout.runs:
-        energy = side.variances[:, start : start + count].sum()
-        distortion = distortion + tailed_quantiser(bits)[1] * energy
-        start += count
-    expected = distortion.clamp_min(1e-30).sqrt()
+    levels = [_distortion(side, layout, lacking) for _, lacking in layout.tiers]
+    distortion = sum(
+        (share * left for (share, _), left in zip(layout.tiers, levels, strict=True)),
+        side.variances.new_zeros(()),
+    ).clamp_min(1e-30)
+    expected = distortion.sqrt()
     params += [side.metric / expected, step / expected]
+    if layout.shares:
+        params.append((torch.stack(levels) / distortion).clamp_min(1e-6))
     if layout.positional:
         assert rotation is not None
         params.append(rotation.waves)
     error = float(distortion / side.variances.sum().clamp_min(1e-30))
     return Code(layout, tuple(p.float().contiguous() for p in params), error)
+
+
+def _distortion(side: Spectrum, layout: TransformLayout, lacking: int) -> Tensor:
+    """Mean squared error of tokens that lack so many bits, in the metric of the basis."""
+    distortion = side.variances[:, layout.rank :].sum()
+    start = 0
+    for bits, count in layout.runs:
+        energy = side.variances[:, start : start + count].sum()
+        distortion = distortion + lacking_quantiser(bits, lacking)[1] * energy
+        start += count
+    return distortion
 
 
 def side_budget(channels: int, ratio: float) -> int:
@@ -221,11 +244,13 @@ def fit_transform(
         side_budget(side[0].mean.numel(), recipe.ratio) for side in (keys, values)
     )
     if layouts is None:
+        shares = TIERS if recipe.tiers else ()
         if layers[0].sensitivity is None:
-            pair = choose_layout(keys, k_budget, False), choose_layout(values, v_budget, True)
-            layouts = [pair] * len(keys)
+            k_layout = choose_layout(keys, k_budget, False)
+            layouts = [(k_layout, choose_layout(values, v_budget, True, shares))] * len(keys)
         else:
-            layouts = share_budget(keys, values, len(keys) * (k_budget + v_budget))
+            budget = len(keys) * (k_budget + v_budget)
+            layouts = share_budget(keys, values, budget, shares=shares)
         if before:
             layouts = [
                 (replace(k, rotary=turn.width, interleaved=int(turn.interleaved)), v)

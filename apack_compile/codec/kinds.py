@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .layout import Layout
 from .moments import Moments
-from .quantiser import tailed_quantiser
+from .quantiser import lacking_quantiser
 from .spectrum import Spectrum, blocks_of
 from .transform import TransformLayout
 
@@ -94,8 +94,10 @@ def kind_error(side: Spectrum, layout: Layout, total: Tensor, gram: Tensor, coun
     start = 0
     for bits, number in layout.runs:
         run = slice(start, start + number)
-        left = gain * made_for[:, run] * _quantiser_error(bits, ratio[:, run] / gain)
-        error, start = error + left.sum(), start + number
+        for share, lacking in layout.tiers:
+            left = _quantiser_error(bits, ratio[:, run] / gain, lacking)
+            error = error + share * (gain * made_for[:, run] * left).sum()
+        start += number
     return float(error / energy.sum().clamp_min(1e-30))
 
 
@@ -109,18 +111,20 @@ def _energy(side: Spectrum, total: Tensor, gram: Tensor, count: Tensor) -> Tenso
     return ((about @ side.forward.double()) * side.forward.double()).sum(1).clamp_min(0)
 
 
-def _quantiser_error(bits: int, ratio: Tensor) -> Tensor:
+def _quantiser_error(bits: int, ratio: Tensor, lacking: int = 0) -> Tensor:
     """Mean squared error of a quantiser for unit variance on Gaussians of variance ``ratio``."""
-    table = _table(bits).to(ratio.device)
+    if lacking >= bits:
+        return ratio
+    table = _table(bits, lacking).to(ratio.device)
     place = (ratio.clamp(10.0**-DECADES, 10.0**DECADES).log10() + DECADES) * POINTS
     low = place.floor().long().clamp(max=len(table) - 2)
     return torch.lerp(table[low], table[low + 1], place - low).exp()
 
 
 @cache
-def _table(bits: int) -> Tensor:
+def _table(bits: int, lacking: int) -> Tensor:
     """Logarithms of the errors on Gaussians whose variances go up in equal factors."""
-    step, half = tailed_quantiser(bits)[0], 2 ** (bits - 1)
+    step, half = lacking_quantiser(bits, lacking)[0], 2 ** (bits - lacking - 1)
     grid = torch.linspace(-8, 8, 8001, dtype=torch.float64)
     density = torch.exp(-grid.square() / 2)
     density = density / density.sum()

@@ -7,7 +7,10 @@ are frozen, hashable and round-trip through a short text (``spec``), which is wh
 
 Shapes: B batch, H KV heads, Hq query heads (a multiple of H), T tokens, Q queries, D head_dim.
 A layout that is ``positional`` wants the positions ``[B|1, T]`` of the tokens that it codes, and
-the same positions whenever it reads them.
+the same positions whenever it reads them. A layout may have *planes*, payload tensors with rows for
+some tokens only: the last ones, one for each of its ``shares``. The one before them then holds the
+levels of the tokens: one of level l is in planes 1 to l. Layouts themselves see planes with a row
+for every token; who stores them leaves rows out and puts them back (``kernels/planes.py``).
 """
 
 from __future__ import annotations
@@ -16,12 +19,30 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+PARTS = 32
+"""Shares of tokens are multiples of one part in so many: a block fills them evenly."""
+
 _KINDS: dict[str, type[Layout]] = {}
+
+
+class Judged(NamedTuple):
+    """How well tokens are coded, in the metric that the code is best in.
+
+    Attributes:
+        error: squared error of each token ``[B, T]``, over the mean error on the tokens that the
+            code was fitted on: 1 is as expected.
+        size: squared size, in the same unit.
+        strain: the error over what is expected of this very token: less of one with fewer bits.
+    """
+
+    error: Tensor
+    size: Tensor
+    strain: Tensor
 
 
 @dataclass(frozen=True)
@@ -53,6 +74,11 @@ class Layout(ABC):
         _KINDS[cls.kind] = cls
 
     @property
+    def shares(self) -> tuple[int, ...]:
+        """Of ``PARTS`` tokens, how many have a row in plane 1, 2, ...; empty: no planes."""
+        return ()
+
+    @property
     @abstractmethod
     def param_count(self) -> int:
         """How many tensors ``params`` has."""
@@ -69,15 +95,23 @@ class Layout(ABC):
     def payload_fields(self, dtype: torch.dtype) -> tuple[tuple[int, torch.dtype], ...]:
         """Width and dtype of each payload tensor ``[B, T, width]`` for a cache of ``dtype``."""
 
-    def token_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes that one coded token of one sequence takes."""
-        return sum(width * kind.itemsize for width, kind in self.payload_fields(dtype))
+    def token_bytes(self, dtype: torch.dtype) -> float:
+        """Bytes that one coded token of one sequence takes, in the mean."""
+        fields_ = self.payload_fields(dtype)
+        rows = [PARTS] * (len(fields_) - len(self.shares)) + list(self.shares)
+        sizes = (width * kind.itemsize for width, kind in fields_)
+        return sum(size * share for size, share in zip(sizes, rows, strict=True)) / PARTS
 
     @abstractmethod
     def encode(
-        self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None = None
-    ) -> list[Tensor]:
-        """Code ``x [B, H, T, D]`` into payload tensors ``[B, T, width]``."""
+        self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None = None,
+        levels: Tensor | None = None,
+    ) -> list[Tensor]:  # fmt: skip
+        """Code ``x [B, H, T, D]`` into payload tensors ``[B, T, width]``.
+
+        Tokens of a layout with planes are of ``levels [B, T]`` uint8 (None: the highest), and
+        every plane has a row for each of them here.
+        """
 
     @abstractmethod
     def decode(
@@ -87,14 +121,11 @@ class Layout(ABC):
         """Payload tensors back to ``[B, H, T, D]`` in ``dtype``."""
 
     def encode_and_judge(
-        self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None = None
-    ) -> tuple[list[Tensor], tuple[Tensor, Tensor] | None]:
-        """:meth:`encode`, and the squared error and size of each token ``[B, T]``.
-
-        Both in the metric that the code is best in, over the mean error on the tokens that it was
-        fitted on: an error of 1 is as expected. None if nothing is to be expected of the code.
-        """
-        return self.encode(x, params, positions), None
+        self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None = None,
+        levels: Tensor | None = None,
+    ) -> tuple[list[Tensor], Judged | None]:  # fmt: skip
+        """:meth:`encode`, and how well; None if nothing is to be expected of the code."""
+        return self.encode(x, params, positions, levels), None
 
     @abstractmethod
     def scores(

@@ -78,8 +78,9 @@ class LowRankLayout(Layout):
         return x.transpose(1, 2).flatten(2)
 
     def encode(
-        self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None = None
-    ) -> list[Tensor]:
+        self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None = None,
+        levels: Tensor | None = None,
+    ) -> list[Tensor]:  # fmt: skip
         """Project on the basis."""
         x = self.turned_back(x.to(working_dtype(x.dtype)), params, positions)
         most = torch.finfo(FACTOR_DTYPE).max

@@ -21,8 +21,11 @@ class Recipe:
         v_basis: ``pca``: joint principal components of the heads of a group. ``hadamard``: a
             rotation of each head that no data decides, with a gain for each token and head
             (QuaRot, NeurIPS 2024).
+        tiers: values have as many bits as the attention that their token receives is worth
+            (:class:`~apack_compile.codec.tiered.TieredLayout`).
     """
 
     ratio: float
     k_code: str = "post-rope"
     v_basis: str = "pca"
+    tiers: bool = False

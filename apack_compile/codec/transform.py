@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from .bits import CLASSES, pack, unpack
-from .layout import Layout, scores_of_keys, working_dtype
+from .layout import Judged, Layout, scores_of_keys, working_dtype
 from .rotation import rotate
 
 GAIN_DTYPE = torch.float16
@@ -93,6 +93,11 @@ class TransformLayout(Layout):
         """Components R that are stored, per group."""
         return self.r8 + self.r4 + self.r2
 
+    @property
+    def tiers(self) -> tuple[tuple[float, int], ...]:
+        """Shares of the tokens, and the bits that they lack."""
+        return ((1.0, 0),)
+
     def payload_fields(self, dtype: torch.dtype) -> tuple[tuple[int, torch.dtype], ...]:
         """Code bytes of all groups, then the gains."""
         code_bytes = self.groups * sum(bits * count // 8 for bits, count in self.runs)
@@ -133,41 +138,55 @@ class TransformLayout(Layout):
         return rotate(x, positions, sign * params[-1], bool(self.interleaved))
 
     def encode(
-        self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None = None
-    ) -> list[Tensor]:
+        self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None = None,
+        levels: Tensor | None = None,
+    ) -> list[Tensor]:  # fmt: skip
         """Turn back, project, divide by the gain, round, clamp, pack."""
-        return self._encode(x, params, positions)[0]
+        _, y = self._components(x, params, positions)
+        return self._packed(y, params, levels)[0]
 
     def encode_and_judge(
-        self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None = None
-    ) -> tuple[list[Tensor], tuple[Tensor, Tensor] | None]:
+        self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None = None,
+        levels: Tensor | None = None,
+    ) -> tuple[list[Tensor], Judged | None]:  # fmt: skip
         """What is not in the stored components is size minus theirs: nothing is decoded."""
-        payload, centred, y, left = self._encode(x, params, positions)
+        centred, y = self._components(x, params, positions)
+        payload, back = self._packed(y, params, levels)
         metric, scales = (p.to(y.dtype) for p in params[3 + (self.gain > 0) :][:2])
         scales = scales[:, None]
         per_head = centred.unflatten(-1, (-1, self.dim)).transpose(2, 3).flatten(1, 2)
         size = (per_head @ metric).square().sum((1, 3))  # [B, T]
         stored = (y * scales).square().sum((1, 3))
-        wrong = (left * scales).square().sum((1, 3))
-        return payload, ((size - stored).clamp_min(0) + wrong, size)
+        wrong = ((y - back) * scales).square().sum((1, 3))
+        error = (size - stored).clamp_min(0) + wrong
+        return payload, Judged(error, size, error)
 
-    def _encode(
+    def _components(
         self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None
-    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-        """Payload; tokens about the mean ``[B, G, T, n]``; components ``[B, G, T, R]``, errors."""
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens about the mean ``[B, G, T, n]`` and their components ``[B, G, T, R]``."""
         x = self._turned(x.to(working_dtype(x.dtype)), params, positions, -1)
         mean, analysis = params[0].to(x.dtype), params[1].to(x.dtype)
         centred = self._grouped(x) - mean[:, None]
-        y = centred @ analysis
+        return centred, centred @ analysis
+
+    def _rounded_gains(self, y: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """The gain of each token and group as it is stored: ``[B, G, T]``."""
+        white = y * params[3].to(y.dtype)[:, None]
+        size = white.square().mean(-1).sqrt() if self.gain == 1 else white.abs().amax(-1)
+        return size.clamp(LEAST_GAIN, MOST_GAIN).to(GAIN_DTYPE)
+
+    def _packed(
+        self, y: Tensor, params: Sequence[Tensor], levels: Tensor | None
+    ) -> tuple[list[Tensor], Tensor]:
+        """The payload of components ``y [B, G, T, R]``, and what it stands for."""
         payload = []
         gains = None
         if self.gain:
-            white = y * params[3].to(y.dtype)[:, None]
-            size = white.square().mean(-1).sqrt() if self.gain == 1 else white.abs().amax(-1)
-            rounded = size.clamp(LEAST_GAIN, MOST_GAIN).to(GAIN_DTYPE)  # [B, G, T]
+            rounded = self._rounded_gains(y, params)
             payload.append(rounded.transpose(1, 2))
             gains = rounded.to(y.dtype)[..., None]
-        parts, levels = [], []
+        parts, middles = [], []
         counts = [count for _, count in self.runs]
         for (bits, _), part in zip(
             self.runs, (y if gains is None else y / gains).split(counts, -1), strict=True
@@ -175,10 +194,10 @@ class TransformLayout(Layout):
             half = 2 ** (bits - 1)
             codes = (part.floor() + half).clamp(0, 2 * half - 1)
             parts.append(pack(codes, bits))
-            levels.append(codes + (0.5 - half))
-        back = torch.cat(levels, -1)
+            middles.append(codes + (0.5 - half))
+        back = torch.cat(middles, -1)
         packed = torch.cat(parts, -1).transpose(1, 2).flatten(2)  # [B, T, G * bytes]
-        return [packed, *payload], centred, y, y - (back if gains is None else back * gains)
+        return [packed, *payload], back if gains is None else back * gains
 
     def decode(
         self, payload: Sequence[Tensor], params: Sequence[Tensor], dtype: torch.dtype,

@@ -88,6 +88,7 @@ class Lesson:
         length: tokens of the prompt.
         visual: the tensors of the :class:`Moments` of visual tokens; empty: there are none; None:
             it is not known which are.
+        importance: ``[B, S]``: attention that the tokens received; None: it was not asked for.
     """
 
     sums: Sequence[Tensor]
@@ -96,6 +97,7 @@ class Lesson:
     dims: tuple[int, int]
     length: int
     visual: Sequence[Tensor] | None = None
+    importance: Tensor | None = None
 
 
 @dataclass

@@ -36,7 +36,7 @@ def encode_kernels(x: Tensor, layout: Layout) -> Any:
 
 
 def encode(
-    x: Tensor, visible: Tensor | None, params: Sequence[Tensor], layout: str, *settings: int
+    x: Tensor, visible: Tensor | None, params: Sequence[Tensor], layout: str, *settings: Any
 ) -> list[Tensor]:
     """:func:`~apack_compile.kernels.encode.encode` by kernels where they apply, else plain."""
     code = parse_layout(layout)

@@ -29,7 +29,11 @@ from ..kernels.append import append_ as _append_
 from ..kernels.attend import attend as _attend
 from ..kernels.attend import attend_biased as _attend_biased
 from ..kernels.encode import encode as _plain_encode
+from ..kernels.encode import plane_capacity
+from ..kernels.importance import importance as _importance
 from ..kernels.moments import moments as _moments
+from ..kernels.planes import quotas
+from ..kernels.planes import token_levels as _token_levels
 from ..kernels.pool import make_pool as _make_pool
 from ..kernels.score_bias import score_bias as _score_bias
 from ..kernels.unpack import unpack as _unpack
@@ -105,8 +109,10 @@ def _attend_for_inductor(
 
 def _side_grows(side: Sequence[Tensor], layout: str) -> list[Grows]:
     code = parse_layout(layout)
-    payload = len(code.payload_fields(side[0].dtype))
-    stored = [Grows(True, (1,), alike=True)] * payload + [Grows(True)] * (3 + code.per_sequence)
+    planes = len(code.shares)
+    tokenwise = len(code.payload_fields(side[0].dtype)) - planes
+    stored = [Grows(True, (1,), alike=True)] * tokenwise + [Grows(True, (1,))] * planes
+    stored += [Grows(True)] * (3 + code.per_sequence)
     return [*stored, *[Grows()] * (len(side) - len(stored))]
 
 
@@ -123,8 +129,9 @@ def _attend_grows(
 def _encode_grows(
     x: Tensor, visible: Tensor | None, params: Sequence[Tensor], *settings: Any
 ) -> list[Grows]:
+    more = [Grows(True, (1,)) for x in settings if isinstance(x, Tensor)]  # the importance
     seen = [] if visible is None else [Grows(True, (1,))]
-    return [Grows(True, (2,)), *seen, *[Grows()] * len(params)]
+    return [Grows(True, (2,)), *seen, *[Grows()] * len(params), *more]
 
 
 def _encode_results(
@@ -144,13 +151,18 @@ def _score_bias_fake(
 def _encode_fake(
     x: Tensor, visible: Tensor | None, params: Sequence[Tensor], layout: str,
     sinks: int, extra: int, window: int, ring: int, chunk: int,
+    importance: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     batch, heads, length, dim = x.shape
-    capacity = (length + chunk - 1) // chunk * chunk
+    code = parse_layout(layout)
+    fields = code.payload_fields(x.dtype)
+    rows = [(length + chunk - 1) // chunk * chunk] * (len(fields) - len(code.shares))
+    coded = torch.sym_max(length - window, 0)
+    rows += [plane_capacity(quota, chunk) for quota in quotas(code, coded)]
     return [
         *(
-            x.new_empty(batch, capacity, width, dtype=dtype)
-            for width, dtype in parse_layout(layout).payload_fields(x.dtype)
+            x.new_empty(batch, count, width, dtype=dtype)
+            for count, (width, dtype) in zip(rows, fields, strict=True)
         ),
         x.new_empty(batch, heads, sinks + extra, dim),
         x.new_empty(batch, sinks + extra, dtype=torch.int64),
@@ -193,7 +205,7 @@ _ATTEND = (
 )
 _ENCODE = (
     "(Tensor x, Tensor? visible, Tensor[] params, str layout, int sinks, int extra, int window, "
-    "int ring, int chunk) -> Tensor[]"
+    "int ring, int chunk, Tensor? importance=None) -> Tensor[]"
 )
 
 _define_composite(f"attend_biased(Tensor q, Tensor bias, {_ATTEND}", _attend_biased)
@@ -237,6 +249,18 @@ _define(
     "-> (Tensor, Tensor)",
     _make_pool,
     _make_pool_fake,
+)
+_define(
+    "token_levels(Tensor importance, int[] shares) -> Tensor",
+    _token_levels,
+    lambda importance, shares: torch.empty_like(importance, dtype=torch.uint8),
+)
+_define(
+    "importance(Tensor q, Tensor k, Tensor? mask, bool causal, float scale, float softcap=0.0, "
+    "Tensor? sinks=None) -> Tensor",
+    _importance,
+    lambda q, k, *rest: q.new_empty(q.shape[0], k.shape[2], dtype=torch.float32),
+    _importance,
 )
 _define_composite("append_(Tensor(a!) ring, Tensor new, Tensor lengths) -> ()", _append_)
 _define_composite("visible(Tensor mask, SymInt batch, SymInt length) -> Tensor", _visible)

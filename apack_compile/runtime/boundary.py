@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from ..cache import PackedKV, Policy, SideStore
 from ..codec import CodeRef
+from ..fitting.layer import Lesson
 from ..options import Options
 from ..passes.base import value_of
 from ..passes.draft import (
@@ -129,7 +130,7 @@ class Boundary:
 
     def outputs(
         self, args: Sequence[Any], interface: Interface, results: list[Any],
-        refs: Sequence[CodeRef], visible: Mapping[fx.Node, Any],
+        refs: Sequence[CodeRef], lessons: Mapping[fx.Node, Lesson],
     ) -> tuple[Any, ...]:  # fmt: skip
         """The results of the Dynamo graph.
 
@@ -138,7 +139,7 @@ class Boundary:
             interface: of the rewritten graph.
             results: of that; dense ones are let go of as they are packed.
             refs: codes of what it encoded, or is packed here.
-            visible: visible tokens of the cache tensors that are packed here.
+            lessons: what the prefill tells of the cache tensors that are packed here.
         """
         for number, value in interface.written:
             args[self.handles[number]].replace(results[value])
@@ -149,13 +150,13 @@ class Boundary:
                 outputs.append(results[recipe.value])
                 continue
             if recipe not in made:
-                made[recipe] = self._handle(args, interface, results, refs, visible, recipe)
+                made[recipe] = self._handle(args, interface, results, refs, lessons, recipe)
             outputs.append(made[recipe])
         return tuple(outputs)
 
     def _handle(
         self, args: Sequence[Any], interface: Interface, results: list[Any],
-        refs: Sequence[CodeRef], visible: Mapping[fx.Node, Any], recipe: Any,
+        refs: Sequence[CodeRef], lessons: Mapping[fx.Node, Lesson], recipe: Any,
     ) -> Tensor:  # fmt: skip
         if isinstance(recipe, ArgumentOutput):
             return args[recipe.argument]
@@ -174,8 +175,8 @@ class Boundary:
             assert isinstance(recipe, DenseOutput)
             dense, results[recipe.value] = results[recipe.value], None
             try:
-                seen = visible.get(self.updates[recipe.code].node)
-                store = SideStore.encode(dense, ref, policy, seen)
+                lesson = lessons[self.updates[recipe.code].node]
+                store = SideStore.encode(dense, ref, policy, lesson.visible, lesson.importance)
             except torch.OutOfMemoryError:
                 log.warning("attentionpack: memory ran out while a cache was packed: left dense")
                 return dense

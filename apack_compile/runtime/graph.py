@@ -23,7 +23,7 @@ from ..codec.sensitivity import Sensitivity
 from ..compat import COMPILING, compile_inner
 from ..fitting.file import ProfileError
 from ..fitting.keep import Identity, identify, recall, remember
-from ..fitting.layer import LEARNING, PROFILES, LayerProfile, Profiles
+from ..fitting.layer import LEARNING, PROFILES, LayerProfile, Lesson, Profiles
 from ..fitting.learn import first_line, learn
 from ..fitting.progress import Progress
 from ..lower.decode import CUDAGRAPHS
@@ -226,11 +226,11 @@ class PackedGraph:
 
     def pack(self, args: tuple[Any, ...], study: Study, refs: Sequence[CodeRef]) -> tuple[Any, ...]:
         """The results of the Dynamo graph, made of those of an uncompiled prefill."""
-        visible: dict[fx.Node, Any] = {}
-        for planned, tokens in zip(self._encode_sites, study.visible, strict=True):
-            visible.setdefault(planned.cached.k.node, tokens)
-            visible.setdefault(planned.cached.v.node, tokens)
-        return self.boundary.outputs(args, study.interface, study.results, refs, visible)
+        lessons: dict[fx.Node, Lesson] = {}
+        for planned, lesson in zip(self._encode_sites, study.lessons, strict=True):
+            lessons.setdefault(planned.cached.k.node, lesson)
+            lessons.setdefault(planned.cached.v.node, lesson)
+        return self.boundary.outputs(args, study.interface, study.results, refs, lessons)
 
     def _factor(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Run without Inductor, and give every sequence a basis of its own."""

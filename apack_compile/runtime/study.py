@@ -109,7 +109,7 @@ class Studies:
         try:
             draft = Draft(self.gm, self.plan, layouts)
             rewrite_unpack(draft)
-            collect(draft, self.options.sinks, bool(images))
+            collect(draft, self.options.sinks, bool(images), self.options.tiers)
             gm, interface = draft.finish()
         except Exception as error:
             raise Unprepared(first_line(error)) from error
@@ -118,14 +118,14 @@ class Studies:
         told = results[interface.extra : interface.extra + TOLD * len(self.sites)]
         lessons = []
         for number, (site, length) in enumerate(zip(self.sites, lengths, strict=True)):
-            sums, visible, cos, sin, interleaved = told[number * TOLD : (number + 1) * TOLD]
+            sums, visible, cos, sin, interleaved, weight = told[number * TOLD :][:TOLD]
             turn = Turn.of(cos, sin, interleaved, length)
             k_shape, v_shape = shape_of(site.cached.k.node), shape_of(site.cached.v.node)
             assert k_shape is not None and v_shape is not None
             dims, count = (k_shape[3], v_shape[3]), len(fields(Moments))
             no_image = visual is False and not site.cached.crosses
             of_images = sums[count:] or (() if no_image else None)
-            lessons.append(Lesson(sums[:count], turn, visible, dims, length, of_images))
+            lessons.append(Lesson(sums[:count], turn, visible, dims, length, of_images, weight))
         return Study(interface, results, tuple(lessons))
 
     def sense(self, args: tuple[Any, ...], study: Study) -> Measured | str:

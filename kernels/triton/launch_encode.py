@@ -39,7 +39,7 @@ def _columns(layout: TransformLayout) -> tuple[int, int, int]:
 
 def takes(x: Tensor, layout: object) -> bool:
     """Whether the kernels can code these tokens."""
-    if not isinstance(layout, TransformLayout) or layout.positional:
+    if not isinstance(layout, TransformLayout) or layout.positional or layout.shares:
         return False
     p8, p4, p2 = _columns(layout)
     fits = p8 + 2 * p4 + 4 * p2 + _pad(layout.dim) <= MOST_COLUMNS

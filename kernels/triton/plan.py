@@ -73,7 +73,8 @@ def _power(n: int, least: int) -> int:
 def supported(layout: Layout) -> bool:
     """Whether the kernels know this kind of code."""
     if isinstance(layout, TransformLayout):
-        return not layout.positional and all(count % 16 == 0 for _, count in layout.runs)
+        simple = not layout.positional and not layout.shares
+        return simple and all(count % 16 == 0 for _, count in layout.runs)
     return isinstance(layout, ExactLayout)
 
 

@@ -244,7 +244,7 @@ def test_the_tokens_of_the_fit_are_under_the_strain_that_was_expected(ratio: flo
     for code in fit(x, x, ratio):
         _, judged = code.layout.encode_and_judge(x, code.params)
         assert judged is not None
-        error, size = judged
+        error, size, _ = judged
         # steps are wider than a Gaussian's best, and gains of single tokens are noise
         assert 0.7 < error.mean() < 1.5
         assert error.sum() / size.sum() == pytest.approx(code.error, rel=0.5)

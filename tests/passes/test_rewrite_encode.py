@@ -74,7 +74,7 @@ def test_moments_of_a_prefill_are_extra_results() -> None:
     draft = captured.draft()
     assert collect(draft, sinks=2).matched == 1
     gm, interface = draft.finish()
-    results, (moments, visible, cos, sin, interleaved) = run(
+    results, (moments, visible, cos, sin, interleaved, weight) = run(
         captured, Rewritten(gm, interface, [], [])
     )
     for mine, theirs in zip(results, expected, strict=True):

@@ -25,6 +25,9 @@ MEMBERS: dict[str, tuple[dict[str, Any], str, str]] = {
     "hadamard": (
         {**FITTED, "v_basis": "hadamard"}, "gain=0", "groups=2",
     ),
+    "tiers": (
+        {**FITTED, "tiers": True}, "transform:", "tiered:",
+    ),
     "int8": (
         {"codec": "int8", "inner": "eager"},
         "transform:heads=2,dim=16,groups=2,r8=16,r4=0,r2=0,gain=2",
@@ -46,7 +49,7 @@ MEMBERS: dict[str, tuple[dict[str, Any], str, str]] = {
 }  # fmt: skip
 
 
-KINDS = ("pre-rope", "int4", "paper")
+KINDS = ("pre-rope", "tiers", "int4", "paper")
 """One of each kind of layout, for the tests that take long."""
 
 

@@ -1,0 +1,61 @@
+r"""How much attention tokens receive: ``apack::importance``.
+
+SDPA never shows its probabilities, so those of the last queries of a prefill are computed once
+more (an observation window: SnapKV, arXiv 2404.14469; AttentionPack, arXiv 2603.23914, 3.3):
+
+    I_s  =  1 / (Hq W)  sum_h sum_t  p_h,t,s        t: the last W queries
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..codec.layout import scores_of_keys, working_dtype
+
+OBSERVED = 64
+"""Queries W: at S = 4,096 one part in 64 of the scores of a prefill (one in 32 if it is causal)."""
+
+
+def importance(
+    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Mean attention weight that each token gets from the last queries: ``[B, S]`` float32.
+
+    Args:
+        q: queries ``[B, Hq, Q, D]``.
+        k: keys ``[B, H, S, D]``.
+        mask: bool (True: seen) or float (added), broadcastable to ``[B, Hq, Q, S]``; or None.
+        causal: whether token t sees tokens ``0 .. t`` alone (counted from the first key).
+        scale: factor of the scores.
+        softcap, sinks: see :func:`~apack_compile.kernels.attend.attend`.
+
+    Queries that see nothing give nothing (padding), and bring the mean down for the whole sequence
+    alike: what counts is the order of tokens.
+    """
+    queries, length = q.shape[2], k.shape[2]
+    last = torch.arange(OBSERVED, device=q.device) - OBSERVED + queries
+    last = last.clamp(min=0)  # of fewer queries the first one counts again
+    work = working_dtype(q.dtype)
+    scores = scores_of_keys(q.index_select(2, last).to(work) * scale, k.to(work))  # [B, Hq, W, S]
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        if mask.dim() >= 2 and mask.shape[-2] != 1:
+            mask = mask.index_select(-2, last)
+        if mask.dtype == torch.bool:
+            scores = torch.where(mask, scores, float("-inf"))
+        else:
+            scores = scores + mask.to(work)
+    if causal:
+        seen = torch.arange(length, device=q.device) <= last[:, None]
+        scores = torch.where(seen, scores, float("-inf"))
+    if sinks is not None:
+        sink = sinks.to(work).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], -1)
+    top = scores.amax(-1, keepdim=True)
+    weights = (scores - torch.where(top == float("-inf"), 0.0, top)).exp()
+    total = weights.sum(-1, keepdim=True)
+    p = weights[..., :length] / torch.where(total == 0, 1.0, total)
+    return p.mean((1, 2)).float()

@@ -1,0 +1,80 @@
+"""Planes: payload tensors with rows for some tokens only, in the order of the tokens.
+
+The token of level l has a row in planes 1 to l. Which row is counted, not stored: as many as there
+are tokens of that level or above before it. Tokens that are cropped away leave no gap, and those
+that come next take their rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..codec import Layout
+from ..codec.layout import PARTS
+
+
+def quotas(layout: Layout, tokens: int) -> list[int]:
+    """Rows in each plane for so many tokens of a sequence that are coded together."""
+    return [share * tokens // PARTS for share in layout.shares]
+
+
+def token_levels(importance: Tensor, shares: Sequence[int]) -> Tensor:
+    """The levels of tokens: uint8 ``[B, T]``. The meaning of ``apack::token_levels``.
+
+    Args:
+        importance: ``[B, T]``; tokens with a negative one do not count and are of level 0.
+        shares: of ``PARTS`` tokens that count, how many are in plane 1, 2, ...; descending.
+    """
+    order = importance.argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(importance.shape[1], device=importance.device).expand_as(order)
+    rank = torch.zeros_like(order).scatter(1, order, place)  # [B, T]
+    tokens = (importance >= 0).sum(1, keepdim=True)
+    levels = torch.zeros_like(rank)
+    for share in shares:
+        levels = levels + (rank < share * tokens // PARTS)
+    return levels.to(torch.uint8)
+
+
+def counted(levels: Tensor, plane: int, end: int) -> Tensor:
+    """Rows of a plane that belong to the first ``end`` tokens: ``[B, 1]`` int64.
+
+    Args:
+        levels: ``[B, C, 1]``, as they are stored.
+    """
+    return (levels[:, :end, 0] >= plane).sum(1, keepdim=True)
+
+
+def in_plane(rows: Tensor, has: Tensor, count: int) -> Tensor:
+    """The rows of a plane: ``[B, count, width]``, those of tokens in the plane first.
+
+    Args:
+        rows: of each token, ``[B, T, width]``.
+        has: ``[B, T]`` bool: tokens that are in the plane, at most ``count`` of a sequence.
+        count: rows wanted.
+    """
+    order = (~has).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+    return rows.gather(1, order[..., None].expand(-1, -1, rows.shape[2]))
+
+
+def write_rows(plane: Tensor, rows: Tensor, first: Tensor) -> None:
+    """Write ``rows [B, N, width]`` into ``plane [B, R, width]`` from row ``first [B, 1]`` on."""
+    index = first + torch.arange(rows.shape[1], device=plane.device)
+    plane.scatter_(1, index[..., None].expand_as(rows), rows)
+
+
+def spread(payload: Sequence[Tensor], layout: Layout) -> list[Tensor]:
+    """The payload with a row for every token in every plane; those that are in none read any."""
+    planes = len(layout.shares)
+    if not planes:
+        return list(payload)
+    tokenwise, rows = payload[: len(payload) - planes], payload[len(payload) - planes :]
+    levels = tokenwise[-1][..., 0]  # [B, C]
+    whole = list(tokenwise)
+    for plane, held in enumerate(rows, 1):
+        has = levels >= plane
+        index = (has.cumsum(1) - 1).clamp(0, held.shape[1] - 1)
+        whole.append(held.gather(1, index[..., None].expand(-1, -1, held.shape[2])))
+    return whole

@@ -68,7 +68,7 @@ def poison(side: list[Tensor], lengths: Tensor, layout: Layout) -> list[Tensor]:
     side = [t.clone() for t in side]
     count = len(layout.payload_fields(torch.float32))
     coded, recent = lengths.tolist()
-    for payload in side[:count]:
+    for payload in side[: count - len(layout.shares)]:
         stale = payload[:, coded:]
         stale.fill_(float("nan") if stale.is_floating_point() else 171)
     pool, positions, ring = side[count : count + 3]
@@ -78,10 +78,22 @@ def poison(side: list[Tensor], lengths: Tensor, layout: Layout) -> list[Tensor]:
     return side
 
 
-def fitted_ref(heads: int = 2, dim: int = 8, ratio: float = 4, gain: bool = True) -> CodeRef:
+def fitted_ref(
+    heads: int = 2, dim: int = 8, ratio: float = 4, gain: bool = True, tiers: bool = False
+) -> CodeRef:
     """A code that was fitted: for keys, or for values (``gain``: one gain a token)."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(1, heads, 200, dim, generator=generator)
     evidence = Evidence(Moments.of(x, x, x, None))
-    codes = fit_transform([evidence], (dim, dim), Recipe(ratio), 0)
+    codes = fit_transform([evidence], (dim, dim), Recipe(ratio, tiers=tiers), 0)
     return CodeRef(codes[0][int(gain)])
+
+
+def at_every_level(ref: CodeRef, x: Tensor, positions: Tensor | None = None) -> list[Tensor]:
+    """What the code makes of tokens ``[B, H, T, D]`` at each level that they may be of."""
+    layout, params, found = ref.layout, ref.code.params, []
+    for level in range(len(ref.layout.shares) + 1):
+        levels = torch.full((x.shape[0], x.shape[2]), level, dtype=torch.uint8)
+        payload = layout.encode(x, params, positions, levels)
+        found.append(layout.decode(payload, params, x.dtype, positions))
+    return found

@@ -19,7 +19,7 @@ from apack_compile.cache import PackedKV, Policy, SideStore
 from apack_compile.codec import Code, CodeRef, TransformLayout
 from apack_compile.kernels.pool import SPARE
 
-from ..helpers import few, fitted_ref
+from ..helpers import at_every_level, few, fitted_ref
 from .histories import Histories, Pair, pairs
 
 POLICY = Policy(sinks=2, extra=SPARE + 2, window=8, block=16, chunk=16)
@@ -35,19 +35,20 @@ def turned(ref: CodeRef) -> CodeRef:
 
 
 KEYS, VALUES = fitted_ref(gain=False), fitted_ref(ratio=2)
+TIERED = fitted_ref(ratio=2, tiers=True)
 SETUPS: dict[str, tuple[CodeRef, Policy]] = {
     "keys": (KEYS, POLICY),
     "values": (VALUES, POLICY),
     "keys before their rotation": (turned(KEYS), POLICY),
     "values, no sinks": (VALUES, replace(POLICY, sinks=0)),
+    "values in tiers": (TIERED, POLICY),
 }
 
 
 def through_code(ref: CodeRef, x: Tensor, places: Tensor) -> Tensor:
-    """What the code makes of each token ``[B, H, T, D]``."""
-    layout, params, positions = ref.layout, ref.code.params, places[:, 0, :, 0]
-    payload = layout.encode(torch.where(x.isfinite(), x, 0.0), params, positions)
-    return layout.decode(payload, params, x.dtype, positions)
+    """What the code makes of each token at each level: ``[B, levels * H, T, D]``."""
+    finite = torch.where(x.isfinite(), x, 0.0)
+    return torch.cat(at_every_level(ref, finite, places[:, 0, :, 0]), 1)
 
 
 @dataclass
@@ -55,7 +56,8 @@ class CodedPair(Pair):
     """A pair, and what is known of its tokens.
 
     Attributes:
-        coded: ``[B, H, S, D]``: tokens as the code gives them back, wherever they are kept.
+        coded: ``[B, levels * H, S, D]``: tokens as the code gives them back, wherever they are
+            kept, at each level that they may be of.
         places: ``[B, 1, S, 1]``: positions counted from the first visible token of a row.
     """
 
@@ -127,14 +129,21 @@ class CodedPair(Pair):
         assert got.shape == self.dense.shape
         exact = self.sinks | self.broken | self.recent | self.pooled
         assert_same_tokens(got, torch.where(exact, self.dense, got), 0)
-        assert_same_tokens(got, torch.where(exact, got, self.coded), 1e-12)  # float64 rounding
+        assert_same_tokens(got, torch.where(exact, got, self.nearest(got)), 1e-12)  # rounding
+
+    def nearest(self, got: Tensor) -> Tensor:
+        """The coded tokens at the level that each has been given."""
+        levels = self.coded.unflatten(1, (-1, got.shape[1]))  # [B, levels, H, S, D]
+        off = (levels - got[:, None]).abs().amax((2, 4), keepdim=True)  # [B, levels, 1, S, 1]
+        best = off.nan_to_num().argmin(1, keepdim=True).expand(-1, 1, *levels.shape[2:])
+        return levels.gather(1, best)[:, 0]
 
     def check_cast(self, dtype: torch.dtype) -> None:
         """Exact tokens are cast, coded ones rounded once more at most."""
         got = self.packed.to(dtype).unpack()  # type: ignore[attr-defined]
         exact = self.sinks | self.broken | self.recent | self.pooled
         assert_same_tokens(got, torch.where(exact, self.dense.to(dtype), got), 0)
-        close = torch.where(exact, got, self.coded.to(dtype))
+        close = torch.where(exact, got, self.nearest(got.double()).to(dtype))
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(got, close, rtol=eps, atol=eps, equal_nan=True)
 

@@ -5,7 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apack_compile.codec import ExactLayout, Layout, TransformLayout, parse_layout
+from apack_compile.codec import (
+    ExactLayout,
+    Layout,
+    TieredLayout,
+    TransformLayout,
+    parse_layout,
+)
 from apack_compile.codec.layout import working_dtype
 
 from ..helpers import few
@@ -14,6 +20,7 @@ sizes = st.integers(1, 4096)
 layouts = st.one_of(
     st.builds(ExactLayout, sizes, sizes),
     st.builds(TransformLayout, sizes, sizes, sizes, sizes, sizes, sizes, st.integers(0, 1)),
+    st.builds(TieredLayout, *[sizes] * 6, st.just(1), st.just(0), st.just(0), sizes, sizes),
 )
 
 

@@ -81,10 +81,20 @@ def test_moments_of_a_prefill_are_extra_results() -> None:
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
     assert visible.sum(1).tolist() == [44, 50]
     assert moments[0].item() == 94 - 2 * 2, "padding and sinks do not count"
-    assert (cos, sin, interleaved) == (None, None, False)
+    assert (cos, sin, interleaved, weight) == (None, None, False, None)
     q = next(a for a in captured.args if a.shape == (2, 4, 50, 8))
     again = torch.ops.apack.moments(q, *expected[1:], visible, None, None, None, False, 2)
     assert all(torch.equal(a, b) for a, b in zip(moments, again, strict=True))
+
+
+def test_a_fit_of_codes_in_tiers_is_told_the_importance_of_tokens() -> None:
+    captured = capture(prefill, tokens(50, 4), tokens(50), tokens(50), left_padded())
+    draft = captured.draft()
+    collect(draft, sinks=2, tiers=True)
+    gm, interface = draft.finish()
+    _, (*_, weight) = run(captured, Rewritten(gm, interface, [], []))
+    assert weight.shape == (2, 50)
+    assert not weight[0, :6].any() and bool((weight[1] > 0).all())
 
 
 def test_a_fit_that_knows_visual_tokens_has_their_moments_behind_all() -> None:

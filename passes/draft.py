@@ -23,6 +23,8 @@ from torch import fx
 from ..codec import parse_layout
 from .base import output_of, value_of
 from .find_attention import AttentionSite
+from .find_writes import base_of, is_written
+from .mask import Mask, MaskPart, apart, write_mask
 from .plan import Plan
 
 ARGUMENTS, LENGTHS, HANDLES = 0, 1, 2
@@ -138,7 +140,7 @@ class Draft:
         self._special: dict[fx.Node, Callable[[Callable[[fx.Node], int]], Output]] = {}
         self.extra: list[fx.Node] = []
         self.written: dict[int, fx.Node] = {}
-        self._turned: dict[fx.Node, fx.Node] = {}
+        self._masks: dict[tuple[Mask, int], fx.Node] = {}
 
     # Inputs --------------------------------------------------------------------------------------
 
@@ -204,17 +206,27 @@ class Draft:
         self._results = [new if r is old else r for r in self._results]
         self.map[original] = new
 
+    def queries(self, site: AttentionSite) -> fx.Node:
+        """``[B, Hq, Q, D]`` of a site in the new graph, at the current insertion point."""
+        q = self.map[site.q]
+        return q if value_of(site.q).dim() == 4 else apart(self.graph, q, site.heads)
+
     def mask(self, site: AttentionSite) -> fx.Node | None:
-        """The mask of a site in the new graph; if it is bool, True where a token is seen."""
-        if site.mask is None or not site.hides:
-            return None if site.mask is None else self.map[site.mask]
-        if site.mask not in self._turned:
-            node = self.map[site.mask]
-            with self.graph.inserting_before(self.first_user(node)):
-                self._turned[site.mask] = self.graph.call_function(
-                    torch.ops.aten.logical_not.default, (node,)
-                )
-        return self._turned[site.mask]
+        """The mask of a site in the new graph; if it is bool, True where a token is seen.
+
+        What is computed for it serves all sites, unless the graph writes to a mask in place.
+        """
+        if (mask := site.mask) is None or mask.parts == (MaskPart(mask.parts[0].node),):
+            return None if mask is None else self.map[mask.parts[0].node]
+        if any(is_written(base_of(part.node)) for part in mask.parts):
+            return write_mask(self.graph, mask, self.map, site.heads)
+        key = mask, site.heads
+        if key not in self._masks:
+            nodes = {self.map[part.node] for part in mask.parts}
+            last = next(n for n in reversed(self.graph.nodes) if n in nodes)
+            with self.graph.inserting_before(self.first_user(last)):  # for the sites before, too
+                self._masks[key] = write_mask(self.graph, mask, self.map, site.heads)
+        return self._masks[key]
 
     def is_live(self, node: fx.Node) -> bool:
         """Whether a node of the new graph is read by another, or is a plain result."""

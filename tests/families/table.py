@@ -115,9 +115,11 @@ TABLE: dict[str, Record] = {
     "gpt_neox": Record(2, 0.027, 0.31, note="partial rotary positions", daily="whole"),
     "gpt_oss": Record(2, 0.57, 0.95, note="a sink among the scores of each head", daily="whole"),
     "falcon": Record(2, 0.22, 0.72, note="one KV head", daily="whole"),
+    "falcon_alibi": Record(2, 0.13, 0.31, note="a bias that is scaled, and a mask"),
     "bloom": Record(
         2, 0.02, 0.2, note="heads side by side (baddbmm, bmm), a bias of each", daily="whole"
     ),
+    "mpt": Record(2, 0.024, 0.14, note="a bias, and a mask that hides"),
     "lfm2": Record(1, 0.067, 0.21, note="the other layer is a convolution", daily="whole"),
     "deepseek_v3": Record(0, left={LATENT: 2}, note="latent attention", daily="decode"),
     "gpt2": Record(2, 0.053, 0.7, daily="whole"),

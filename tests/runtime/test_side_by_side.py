@@ -23,10 +23,10 @@ STEPS = 24
 
 @pytest.fixture(scope="module")
 def both() -> Iterator[tuple[Any, Any]]:
-    """Two layers of BLOOM, whose weights tell tokens apart, and the same compiled."""
+    """One layer of BLOOM, whose weights tell tokens apart, and the same compiled."""
     torch._dynamo.reset()
     config = transformers.BloomConfig(
-        vocab_size=zoo.VOCAB, hidden_size=64, n_layer=2, n_head=4, eos_token_id=None, pad_token_id=0
+        vocab_size=zoo.VOCAB, hidden_size=64, n_layer=1, n_head=4, eos_token_id=None, pad_token_id=0
     )
     model = zoo.make("BloomForCausalLM", config)
     registry.untie(model)
@@ -43,7 +43,7 @@ def _fresh_dynamo() -> None:
 def packs(model: Any, out: Any) -> None:
     """Nothing is left dense."""
     report = apack_compile.report(model)
-    assert report.sites == 2 and report.attends > 0
+    assert report.sites == 1 and report.attends > 0
     assert not [skip for graph in report.graph_reports for skip in graph.skipped], str(report)
     assert all(isinstance(layer.keys, PackedKV) for layer in out.past_key_values.layers)
 

@@ -23,7 +23,8 @@ from torch import fx
 from ..codec import parse_layout
 from .base import output_of, value_of
 from .find_attention import AttentionSite
-from .plan import Plan
+from .flex_mask import FlexMask, write_mask
+from .plan import Plan, PlannedSite
 
 ARGUMENTS, LENGTHS, HANDLES = 0, 1, 2
 BEFORE, AFTER, GROWN, STILL = 0, 1, 2, 3
@@ -139,6 +140,7 @@ class Draft:
         self.extra: list[fx.Node] = []
         self.written: dict[int, fx.Node] = {}
         self._turned: dict[fx.Node, fx.Node] = {}
+        self._made: dict[tuple[FlexMask, bool], fx.Node] = {}
 
     # Inputs --------------------------------------------------------------------------------------
 
@@ -206,6 +208,8 @@ class Draft:
 
     def mask(self, site: AttentionSite) -> fx.Node | None:
         """The mask of a site in the new graph; if it is bool, True where a token is seen."""
+        if isinstance(site.mask, FlexMask):
+            return self._flex_mask(site, site.mask)
         if site.mask is None or not site.hides:
             return None if site.mask is None else self.map[site.mask]
         if site.mask not in self._turned:
@@ -215,6 +219,31 @@ class Draft:
                     torch.ops.aten.logical_not.default, (node,)
                 )
         return self._turned[site.mask]
+
+    def _flex_mask(self, site: AttentionSite, mask: FlexMask) -> fx.Node:
+        """Made in front of the first site that has it; sites come in order."""
+        planned = next(p for p in self.plan.sites if p.cached.site is site)
+        packed = planned.treatment == "attend"
+        if (mask, packed) not in self._made:
+            with self.graph.inserting_before(self.map[site.node]):
+                keys = self._packed_keys(planned) if packed else self._dense_keys(site)
+                node = write_mask(self.graph, mask, site.q, keys, self.map.__getitem__)
+            self._made[mask, packed] = node
+        return self._made[mask, packed]
+
+    def _packed_keys(self, planned: PlannedSite) -> fx.Node:
+        """``[0, 1, ...]``, as many as the packed keys and those that this graph appends."""
+        number = self.number(planned.cached.k.past)
+        new = self.plan.appended[number]
+        device = self._devices[number]
+        arange = torch.ops.aten.arange.start
+        keys = self.graph.call_function(arange, (-new, self.length(number)), {"device": device})
+        return self.graph.call_function(torch.ops.aten.add.Tensor, (keys, new)) if new else keys
+
+    def _dense_keys(self, site: AttentionSite) -> fx.Node:
+        size = self.graph.call_function(torch.ops.aten.sym_size.int, (self.map[site.k], 2))
+        kwargs = {"device": value_of(site.k).device}
+        return self.graph.call_function(torch.ops.aten.arange.default, (size,), kwargs)
 
     def is_live(self, node: fx.Node) -> bool:
         """Whether a node of the new graph is read by another, or is a plain result."""

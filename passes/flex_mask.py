@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from .base import shape_of, value_of
-from .flex_mods import Ref, Step
+from .flex_mods import ROUNDED, Ref, Step
 
 aten = torch.ops.aten
 
@@ -140,7 +140,8 @@ class _Writer:
         present = self.call(aten.any.dim, same, 3)  # [B|1, H|1, R, C]
         rows, cols = self.mask.blocks.sizes
         for dim, numbers, size in ((2, self.size_range(2), rows), (3, self.keys, cols)):
-            block = self.call(aten.floor_divide.default, numbers, size)
+            # Inductor's C++ for floor_divide of integers gives garbage where sizes vary (2.13).
+            block = self.call(ROUNDED, numbers, size, rounding_mode="trunc")
             present = self.call(aten.index_select.default, present, dim, block)
         return present
 
@@ -152,7 +153,10 @@ class _Writer:
 
     def run(self, number: int) -> fx.Node:
         step = self.mask.steps[number]
-        return self.call(step.target, *(self.operand(a) for a in step.args))
+        args = [self.operand(a) for a in step.args]
+        if step.target is ROUNDED:
+            return self.call(ROUNDED, *args[:2], rounding_mode=args[2])
+        return self.call(step.target, *args)
 
     def operand(self, value: Any) -> Any:
         if isinstance(value, tuple):

@@ -37,6 +37,9 @@ WHERE = {
 }
 """By whether what is chosen are tensors."""
 
+ROUNDED = aten.div.Tensor_mode
+"""Takes as its third argument how it rounds."""
+
 INDICES = 4
 """Of a score, b, h, q and k: results -4 to -1."""
 
@@ -198,10 +201,22 @@ class Reader:
             raise Unread(f"{name} is called in an unknown way")
         if name == "where" and len(args) == 3 and isinstance(args[0], Ref):
             return self._call(WHERE[isinstance(args[1], Ref), isinstance(args[2], Ref)], *args)
-        operators = {1: UNARY, 2: BINARY}.get(len(args), {})
-        if name not in operators:
+        if name in ("floordiv", "floor_divide") and len(args) == 2:
+            return self._floor_divided(*args)
+        found = UNARY.get(name) if len(args) == 1 else None
+        if len(args) == 2:
+            tensors = isinstance(args[0], Ref), isinstance(args[1], Ref)
+            found = BINARY.get(name, {}).get(tensors)
+        if found is None:
             raise Unread(f"{name} is not known there")
-        return self._call(operators[name], *args)
+        return self._call(found, *args)
+
+    def _floor_divided(self, value: Any, by: Any) -> Ref:
+        """Inductor's C++ for ``floor_divide`` of integers gives garbage where sizes vary (2.13)."""
+        if not isinstance(value, Ref) or not isinstance(by, int) or isinstance(by, bool) or not by:
+            raise Unread("a division is rounded by what is no integer")
+        whole = self._call(aten.sub.Tensor, value, self._call(aten.remainder.Scalar, value, by))
+        return self._call(ROUNDED, whole, by, "trunc")
 
     def _cast(self, name: str, node: fx.Node, args: Any, kwargs: Any) -> Ref:
         value = value_of(node)

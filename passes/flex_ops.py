@@ -5,7 +5,10 @@ What ``vmap`` makes of them for one score after another they make of all scores 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch._ops import OpOverload
 
 aten = torch.ops.aten
 
@@ -26,37 +29,61 @@ UNARY = {
     "floor": aten.floor.default,
 }
 
-BINARY = {
-    "add": aten.add.Tensor,
-    "sub": aten.sub.Tensor,
-    "mul": aten.mul.Tensor,
-    "div": aten.div.Tensor,
-    "truediv": aten.div.Tensor,
-    "true_divide": aten.div.Tensor,
-    "floordiv": aten.floor_divide.default,
-    "floor_divide": aten.floor_divide.default,
-    "mod": aten.remainder.Tensor,
-    "remainder": aten.remainder.Tensor,
-    "and_": aten.bitwise_and.Tensor,
-    "bitwise_and": aten.bitwise_and.Tensor,
-    "__and__": aten.bitwise_and.Tensor,
-    "or_": aten.bitwise_or.Tensor,
-    "bitwise_or": aten.bitwise_or.Tensor,
-    "__or__": aten.bitwise_or.Tensor,
-    "xor": aten.bitwise_xor.Tensor,
-    "bitwise_xor": aten.bitwise_xor.Tensor,
-    "__xor__": aten.bitwise_xor.Tensor,
-    "logical_and": aten.logical_and.default,
-    "logical_or": aten.logical_or.default,
-    "logical_xor": aten.logical_xor.default,
-    "eq": aten.eq.Tensor,
-    "ne": aten.ne.Tensor,
-    "lt": aten.lt.Tensor,
-    "le": aten.le.Tensor,
-    "gt": aten.gt.Tensor,
-    "ge": aten.ge.Tensor,
-    "minimum": aten.minimum.default,
-    "maximum": aten.maximum.default,
+Overloads = dict[tuple[bool, bool], OpOverload]
+"""By whether the operands are tensors; others are numbers."""
+
+
+def _either(overload: OpOverload) -> Overloads:
+    """It takes numbers for tensors."""
+    return dict.fromkeys([(True, True), (True, False), (False, True)], overload)
+
+
+def _bits(packet: Any) -> Overloads:
+    return {
+        (True, True): packet.Tensor,
+        (True, False): packet.Scalar,
+        (False, True): packet.Scalar_Tensor,
+    }
+
+
+def _compare(packet: Any) -> Overloads:
+    return {(True, True): packet.Tensor, (True, False): packet.Scalar}
+
+
+def _tensors(packet: Any) -> Overloads:
+    return {(True, True): packet.default}
+
+
+_DIV, _AND, _OR, _XOR = (
+    _either(aten.div.Tensor), _bits(aten.bitwise_and), _bits(aten.bitwise_or),
+    _bits(aten.bitwise_xor),
+)  # fmt: skip
+
+BINARY: dict[str, Overloads] = {
+    "add": _either(aten.add.Tensor),
+    "sub": _either(aten.sub.Tensor),
+    "mul": _either(aten.mul.Tensor),
+    **dict.fromkeys(["div", "truediv", "true_divide"], _DIV),
+    **dict.fromkeys(["mod", "remainder"], _bits(aten.remainder)),
+    "pow": {
+        (True, True): aten.pow.Tensor_Tensor,
+        (True, False): aten.pow.Tensor_Scalar,
+        (False, True): aten.pow.Scalar,
+    },
+    **dict.fromkeys(["and_", "bitwise_and", "__and__"], _AND),
+    **dict.fromkeys(["or_", "bitwise_or", "__or__"], _OR),
+    **dict.fromkeys(["xor", "bitwise_xor", "__xor__"], _XOR),
+    "logical_and": _tensors(aten.logical_and),
+    "logical_or": _tensors(aten.logical_or),
+    "logical_xor": _tensors(aten.logical_xor),
+    "eq": _compare(aten.eq),
+    "ne": _compare(aten.ne),
+    "lt": _compare(aten.lt),
+    "le": _compare(aten.le),
+    "gt": _compare(aten.gt),
+    "ge": _compare(aten.ge),
+    "minimum": _tensors(aten.minimum),
+    "maximum": _tensors(aten.maximum),
 }
 
 CASTS = ("to", "float", "double", "half", "bfloat16", "int", "long", "bool")

@@ -23,7 +23,7 @@ from torch._ops import OpOverload
 from .base import output_of, value_of
 from .find_chain import HIDDEN
 from .find_writes import name_of
-from .flex_ops import BINARY, CASTS, UNARY
+from .flex_ops import BINARY, CASTS, UNARY, plain_name
 
 aten = torch.ops.aten
 
@@ -183,7 +183,7 @@ class Reader:
         return self._steps.setdefault(step, Ref(len(self._steps)))
 
     def _evaluate(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        name = name_of(node)
+        name = plain_name(name_of(node))
         every = [*args, *kwargs.values()]
         if any(isinstance(a, Scores) for a in every):
             return self._of_scores(name, node, args, kwargs)

@@ -17,7 +17,6 @@ UNARY = {
     "abs": aten.abs.default,
     "invert": aten.bitwise_not.default,
     "bitwise_not": aten.bitwise_not.default,
-    "__invert__": aten.bitwise_not.default,
     "logical_not": aten.logical_not.default,
     "tanh": aten.tanh.default,
     "sigmoid": aten.sigmoid.default,
@@ -70,9 +69,9 @@ BINARY: dict[str, Overloads] = {
         (True, False): aten.pow.Tensor_Scalar,
         (False, True): aten.pow.Scalar,
     },
-    **dict.fromkeys(["and_", "bitwise_and", "__and__"], _AND),
-    **dict.fromkeys(["or_", "bitwise_or", "__or__"], _OR),
-    **dict.fromkeys(["xor", "bitwise_xor", "__xor__"], _XOR),
+    **dict.fromkeys(["and_", "bitwise_and"], _AND),
+    **dict.fromkeys(["or_", "bitwise_or"], _OR),
+    **dict.fromkeys(["xor", "bitwise_xor"], _XOR),
     "logical_and": _tensors(aten.logical_and),
     "logical_or": _tensors(aten.logical_or),
     "logical_xor": _tensors(aten.logical_xor),
@@ -88,3 +87,11 @@ BINARY: dict[str, Overloads] = {
 
 CASTS = ("to", "float", "double", "half", "bfloat16", "int", "long", "bool")
 """To another dtype, or to the device where a tensor is."""
+
+
+def plain_name(name: str) -> str:
+    """``__eq__``, as Dynamo of torch 2.11 and 2.12 calls it, is ``eq``; ``__and__`` is ``and_``."""
+    if not (name.startswith("__") and name.endswith("__")):
+        return name
+    inner = name[2:-2]
+    return f"{inner}_" if inner in ("and", "or") else inner

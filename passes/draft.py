@@ -23,9 +23,9 @@ from torch import fx
 from ..codec import parse_layout
 from .base import output_of, value_of
 from .find_attention import AttentionSite
-from .find_writes import base_of, is_written
-from .mask import Mask, MaskPart, apart, write_mask
+from .mask import apart
 from .plan import Plan
+from .site_masks import SiteMasks
 
 ARGUMENTS, LENGTHS, HANDLES = 0, 1, 2
 BEFORE, AFTER, GROWN, STILL = 0, 1, 2, 3
@@ -140,7 +140,7 @@ class Draft:
         self._special: dict[fx.Node, Callable[[Callable[[fx.Node], int]], Output]] = {}
         self.extra: list[fx.Node] = []
         self.written: dict[int, fx.Node] = {}
-        self._masks: dict[tuple[Mask, int], fx.Node] = {}
+        self._masks = SiteMasks(self)
 
     # Inputs --------------------------------------------------------------------------------------
 
@@ -188,6 +188,10 @@ class Draft:
         every = self.input(LENGTHS, start + when)
         return self.graph.call_function(torch.ops.aten.select.int, (every, 0, number))
 
+    def device(self, number: int) -> torch.device:
+        """Where a packed input is."""
+        return self._devices[number]
+
     def length(self, number: int) -> fx.Node:
         """The logical length of a packed input, before this graph's appends."""
         return self.input(LENGTHS, number)
@@ -212,21 +216,8 @@ class Draft:
         return q if value_of(site.q).dim() == 4 else apart(self.graph, q, site.heads)
 
     def mask(self, site: AttentionSite) -> fx.Node | None:
-        """The mask of a site in the new graph; if it is bool, True where a token is seen.
-
-        What is computed for it serves all sites, unless the graph writes to a mask in place.
-        """
-        if (mask := site.mask) is None or mask.parts == (MaskPart(mask.parts[0].node),):
-            return None if mask is None else self.map[mask.parts[0].node]
-        if any(is_written(base_of(part.node)) for part in mask.parts):
-            return write_mask(self.graph, mask, self.map, site.heads)
-        key = mask, site.heads
-        if key not in self._masks:
-            nodes = {self.map[part.node] for part in mask.parts}
-            last = next(n for n in reversed(self.graph.nodes) if n in nodes)
-            with self.graph.inserting_before(self.first_user(last)):  # for the sites before, too
-                self._masks[key] = write_mask(self.graph, mask, self.map, site.heads)
-        return self._masks[key]
+        """The mask of a site in the new graph; if it is bool, True where a token is seen."""
+        return self._masks.of(site)
 
     def is_live(self, node: fx.Node) -> bool:
         """Whether a node of the new graph is read by another, or is a plain result."""

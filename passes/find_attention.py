@@ -2,10 +2,11 @@
 
     scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), attn_mask=m, scale=s, ...)
     matmul(softmax(matmul(q, repeat_kv(k).transpose(2, 3)) * s + m), repeat_kv(v))
+    flex_attention(q, k, v, score_mod, block_mask, s)
         ->  AttentionSite(q, k, v, mask=m, scale=s, causal=...)
 
 Nothing is changed. Arguments may be positional or named, present or absent; what is written out is
-read by ``find_chain.py``.
+read by ``find_chain.py``, flex_attention by ``find_flex.py``.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_hop
 
 from .base import PassReport, Skip, argument, calls, shape_of, value_of
 from .find_chain import Chain, find_chain
+from .find_flex import Flex, find_flex
 from .find_writes import is_written
+from .flex_mask import FlexMask
 from .mask import Mask, MaskPart, mask_part
 from .regroup import lies_so, regrouped
 from .views import apart, in_one_order, walk_up
@@ -35,7 +37,7 @@ class AttentionSite:
         q: queries ``[B, Hq, Q, D]``, or ``[B * Hq, Q, D]``.
         k, v: the roots of keys and values, ``[B, H, S, D]``, before any repeat_kv or cast.
         heads: query heads, Hq.
-        mask: what is laid over the scores, or None.
+        mask: what is laid over the scores, or what makes it (flex_attention), or None.
         scale: factor of the scores.
         causal: the call's own ``is_causal`` (PyTorch aligns it to the upper left).
         softcap: scores s become ``softcap * tanh(s / softcap)`` before the mask; 0: they stay.
@@ -47,7 +49,7 @@ class AttentionSite:
     k: fx.Node
     v: fx.Node
     heads: int
-    mask: Mask | None
+    mask: Mask | FlexMask | None
     scale: float
     causal: bool
     softcap: float = 0.0
@@ -73,8 +75,14 @@ def _attention(node: fx.Node) -> AttentionSite | str | None:
     """The record of a call, or why there is none; None if it is no attention."""
     if calls(node, torch._C._nn.scaled_dot_product_attention):
         return _canonical(node)
-    if calls(node, flex_attention_hop):
-        return "flex_attention: left dense"
+    flex = find_flex(node)
+    if isinstance(flex, Flex):
+        site = _checked(flex.node, flex.q, flex.k, flex.v, flex.scale)
+        if isinstance(site, str):
+            return site
+        return replace(site, mask=flex.mask, softcap=flex.softcap)
+    if flex is not None:
+        return flex
     chain = find_chain(node)
     if not isinstance(chain, Chain):
         return chain

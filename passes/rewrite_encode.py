@@ -25,6 +25,7 @@ from .base import PassReport, same_size, shape_of
 from .draft import ARGUMENTS, DenseOutput, Draft, EncodedOutput
 from .find_rotation import find_rotation
 from .find_updates import CachedSite, CacheUpdate
+from .flex_mask import FlexMask
 from .mask import Mask
 from .plan import PlannedSite
 
@@ -141,7 +142,7 @@ class _Visible:
 
     def __init__(self, draft: Draft) -> None:
         self.draft = draft
-        self.known: dict[Mask, fx.Node] = {}
+        self.known: dict[Mask | FlexMask, fx.Node] = {}
 
     def of(self, planned: PlannedSite) -> fx.Node | None:
         site = planned.cached.site

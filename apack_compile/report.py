@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .cache.store import SideStore
 from .codec.code import Code, total_bytes
+from .fitting.layer import LayerProfile
 from .passes.base import PassReport, Skip
 from .runtime.stats import REGISTRY, GraphRecord
 
@@ -52,9 +52,9 @@ class Report:
         basis_bytes: of the codes' parameters, which belong to the model.
         errors: relative squared coding error of each site's keys and values, as predicted from
             the tokens the codes were fitted on.
-        measured: of each site's keys and values in the caches that are alive, the relative squared
-            error of the coded tokens, and the error over the predicted one (drift: 1 is as
-            predicted).
+        measured: of each layer's keys and values in the caches that are alive, by its first site,
+            the relative squared error of the coded tokens, and the error over the predicted one
+            (drift: 1 is as predicted).
         kinds: the same on text and on visual tokens alone, where both were seen.
     """
 
@@ -140,15 +140,22 @@ def _drift_hint(drift: float) -> str:
     return " (the codes were fitted on other content: apack_compile.fit on samples like this)"
 
 
-def _measured(stores: Iterable[SideStore]) -> dict[str, tuple[float, float]]:
-    """Relative error and drift of coded tokens, by site and side."""
-    sums: dict[str, list[float]] = {}
-    for store in stores:
+def _measured(records: Iterable[GraphRecord]) -> list[tuple[str, tuple[float, float]]]:
+    """Relative error and drift of coded tokens, by layer and side.
+
+    Several graphs may have one layer, and sites of several layers the same name.
+    """
+    sums: dict[tuple[int, str], list[float]] = {}
+    owners: list[GraphRecord | LayerProfile] = []  # alive as long as their ids are used
+    for record, store in {id(s): (r, s) for r in records for s in r.stores}.values():
         error, size, count = store.tally.tolist()
         if count and size:
-            mine = sums.setdefault(store.name, [0.0, 0.0, 0.0])
-            sums[store.name] = [a + b for a, b in zip(mine, (error, size, count), strict=True)]
-    return {name: (error / size, error / count) for name, (error, size, count) in sums.items()}
+            owners.append(record.layers.get(store.name.rpartition(".")[0]) or record)
+            key = id(owners[-1]), store.name
+            mine = sums.setdefault(key, [0.0, 0.0, 0.0])
+            sums[key] = [a + b for a, b in zip(mine, (error, size, count), strict=True)]
+    found = [(name, (error / size, error / n)) for (_, name), (error, size, n) in sums.items()]
+    return sorted(found, key=lambda pair: pair[0])
 
 
 def _graph_lines(number: int, graph: GraphReport) -> Iterable[str]:
@@ -204,7 +211,7 @@ def report(model: nn.Module | None = None) -> Report:
         total_bytes([s.ref for s in stores]),
         tuple((name, code.error) for name, code in codes),
         tuple((name, code.kinds) for name, code in codes if code.kinds is not None),
-        tuple(sorted(_measured(stores).items())),
+        tuple(_measured(records)),
     )
 
 

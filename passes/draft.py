@@ -23,7 +23,9 @@ from torch import fx
 from ..codec import parse_layout
 from .base import output_of, value_of
 from .find_attention import AttentionSite
+from .mask import apart
 from .plan import Plan
+from .site_masks import SiteMasks
 
 ARGUMENTS, LENGTHS, HANDLES = 0, 1, 2
 BEFORE, AFTER, GROWN, STILL = 0, 1, 2, 3
@@ -138,7 +140,7 @@ class Draft:
         self._special: dict[fx.Node, Callable[[Callable[[fx.Node], int]], Output]] = {}
         self.extra: list[fx.Node] = []
         self.written: dict[int, fx.Node] = {}
-        self._turned: dict[fx.Node, fx.Node] = {}
+        self._masks = SiteMasks(self)
 
     # Inputs --------------------------------------------------------------------------------------
 
@@ -186,6 +188,10 @@ class Draft:
         every = self.input(LENGTHS, start + when)
         return self.graph.call_function(torch.ops.aten.select.int, (every, 0, number))
 
+    def device(self, number: int) -> torch.device:
+        """Where a packed input is."""
+        return self._devices[number]
+
     def length(self, number: int) -> fx.Node:
         """The logical length of a packed input, before this graph's appends."""
         return self.input(LENGTHS, number)
@@ -204,17 +210,14 @@ class Draft:
         self._results = [new if r is old else r for r in self._results]
         self.map[original] = new
 
+    def queries(self, site: AttentionSite) -> fx.Node:
+        """``[B, Hq, Q, D]`` of a site in the new graph, at the current insertion point."""
+        q = self.map[site.q]
+        return q if value_of(site.q).dim() == 4 else apart(self.graph, q, site.heads)
+
     def mask(self, site: AttentionSite) -> fx.Node | None:
         """The mask of a site in the new graph; if it is bool, True where a token is seen."""
-        if site.mask is None or not site.hides:
-            return None if site.mask is None else self.map[site.mask]
-        if site.mask not in self._turned:
-            node = self.map[site.mask]
-            with self.graph.inserting_before(self.first_user(node)):
-                self._turned[site.mask] = self.graph.call_function(
-                    torch.ops.aten.logical_not.default, (node,)
-                )
-        return self._turned[site.mask]
+        return self._masks.of(site)
 
     def is_live(self, node: fx.Node) -> bool:
         """Whether a node of the new graph is read by another, or is a plain result."""

@@ -3,7 +3,7 @@
     einsum("bhqd,bhkd->bhqk", q, k)     scores
     einsum("bhqk,bhkd->bhqd", p, v)     weighted sums
 
-Letters are free, and operands may stand the other way round.
+Letters are free, operands may stand the other way round, and ``bh`` may be one dimension.
 """
 
 from __future__ import annotations
@@ -15,10 +15,16 @@ from torch import fx
 
 from .base import argument, calls
 
-_SCORES = {"abcd,abed->abce": (0, 1), "abcd,abed->abec": (1, 0)}
+_SCORES = {
+    "abcd,abed->abce": (0, 1), "abcd,abed->abec": (1, 0),
+    "abc,adc->abd": (0, 1), "abc,adc->adb": (1, 0),
+}  # fmt: skip
 """Equations, letters in the order in which they come; where queries and keys are."""
 
-_SUMS = {"abcd,abde->abce": (0, 1), "abcd,abec->abed": (1, 0)}
+_SUMS = {
+    "abcd,abde->abce": (0, 1), "abcd,abec->abed": (1, 0),
+    "abc,acd->abd": (0, 1), "abc,adb->adc": (1, 0),
+}  # fmt: skip
 """The same of weights and values."""
 
 

@@ -2,10 +2,11 @@
 
     scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), attn_mask=m, scale=s, ...)
     matmul(softmax(matmul(q, repeat_kv(k).transpose(2, 3)) * s + m), repeat_kv(v))
+    flex_attention(q, k, v, score_mod, block_mask, s)
         ->  AttentionSite(q, k, v, mask=m, scale=s, causal=...)
 
 Nothing is changed. Arguments may be positional or named, present or absent; what is written out is
-read by ``find_chain.py``.
+read by ``find_chain.py``, flex_attention by ``find_flex.py``.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_hop
 
 from .base import PassReport, Skip, argument, calls, shape_of, value_of
 from .find_chain import Chain, find_chain
-from .views import walk_up
+from .find_flex import Flex, find_flex
+from .find_writes import is_written
+from .flex_mask import FlexMask
+from .mask import Mask, MaskPart, mask_part
+from .regroup import lies_so, regrouped
+from .views import apart, in_one_order, walk_up
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,11 @@ class AttentionSite:
     """One attention call, canonical.
 
     Attributes:
-        node: the call; its value is ``[B, Hq, Q, Dv]``.
-        q: queries ``[B, Hq, Q, D]``.
+        node: the call; its value is ``[B, Hq, Q, Dv]``, or ``[B * Hq, Q, Dv]``.
+        q: queries ``[B, Hq, Q, D]``, or ``[B * Hq, Q, D]``.
         k, v: the roots of keys and values, ``[B, H, S, D]``, before any repeat_kv or cast.
-        mask: bool or float tensor, or None.
-        hides: whether a bool mask says which tokens are hidden, not which are seen.
+        heads: query heads, Hq.
+        mask: what is laid over the scores, or what makes it (flex_attention), or None.
         scale: factor of the scores.
         causal: the call's own ``is_causal`` (PyTorch aligns it to the upper left).
         softcap: scores s become ``softcap * tanh(s / softcap)`` before the mask; 0: they stay.
@@ -43,10 +48,10 @@ class AttentionSite:
     q: fx.Node
     k: fx.Node
     v: fx.Node
-    mask: fx.Node | None
+    heads: int
+    mask: Mask | FlexMask | None
     scale: float
     causal: bool
-    hides: bool = False
     softcap: float = 0.0
     sinks: fx.Node | None = None
 
@@ -70,19 +75,21 @@ def _attention(node: fx.Node) -> AttentionSite | str | None:
     """The record of a call, or why there is none; None if it is no attention."""
     if calls(node, torch._C._nn.scaled_dot_product_attention):
         return _canonical(node)
-    if calls(node, flex_attention_hop):
-        return "flex_attention: left dense"
+    flex = find_flex(node)
+    if isinstance(flex, Flex):
+        site = _checked(flex.node, flex.q, flex.k, flex.v, flex.scale)
+        if isinstance(site, str):
+            return site
+        return replace(site, mask=flex.mask, softcap=flex.softcap)
+    if flex is not None:
+        return flex
     chain = find_chain(node)
     if not isinstance(chain, Chain):
         return chain
-    if chain.mask is not None and not isinstance(value_of(chain.mask), torch.Tensor):
-        return "the mask is not a tensor: left dense"
     site = _checked(chain.node, chain.q, chain.k, chain.v, chain.scale)
     if isinstance(site, str):
         return site
-    return replace(
-        site, mask=chain.mask, hides=chain.hides, softcap=chain.softcap, sinks=chain.sinks
-    )
+    return replace(site, mask=chain.mask, softcap=chain.softcap, sinks=chain.sinks)
 
 
 def _canonical(node: fx.Node) -> AttentionSite | str:
@@ -104,24 +111,44 @@ def _canonical(node: fx.Node) -> AttentionSite | str:
     if isinstance(value_of(scale), torch.SymFloat):
         scale = float(value_of(scale))  # with dynamic=True; Dynamo then guards this number
     site = _checked(node, q, k, v, scale)
-    return site if isinstance(site, str) else replace(site, mask=mask, causal=causal)
+    if isinstance(site, str):
+        return site
+    if not in_one_order(q, k, v, (node,)):
+        return "queries, keys or values are not [B, heads, tokens, head_dim]"
+    if mask is None:
+        return replace(site, causal=causal)
+    part: MaskPart | None = MaskPart(mask)
+    rows, keys = shape_of(q) or (), shape_of(k) or ()
+    if len(rows) == 3:
+        part = mask_part(mask, (*rows[:2], keys[1]))
+    if part is None:
+        return "a mask that does not fit the scores is laid over them: left dense"
+    return replace(site, mask=Mask((part,)), causal=causal)
 
 
 def _checked(node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, scale: Any) -> AttentionSite | str:
     """The record of an attention without its mask, if its shapes are those of one."""
-    q_shape = shape_of(q)
-    if q_shape is None or len(q_shape) != 4:
+    q_shape, whole = shape_of(q), apart(k)
+    if q_shape is None or len(q_shape) not in (3, 4):
         return "queries are not [B, heads, tokens, head_dim]"
-    if not isinstance(q_shape[3], int):
+    if not isinstance(q_shape[-1], int):
         return "head_dim is not known when compiling"
     keys, values = walk_up(k), walk_up(v)
     k_shape, v_shape = shape_of(keys), shape_of(values)
-    if k_shape is None or v_shape is None or len(k_shape) != 4 or len(v_shape) != 4:
+    if whole is None or k_shape is None or v_shape is None:
         return "keys or values are not [B, heads, tokens, head_dim]"
-    if not all(isinstance(shape[i], int) for shape in (k_shape, v_shape) for i in (1, 3)):
+    if len(k_shape) != 4 or len(v_shape) != 4:
+        return "keys or values are not [B, heads, tokens, head_dim]"
+    wide = shape_of(whole) or ()
+    if not all(isinstance(s[i], int) for s in (wide, k_shape, v_shape) for i in (1, 3)):
         return "heads or head_dim of keys or values are not known when compiling"
-    if q_shape[1] % k_shape[1] or k_shape[1] != v_shape[1] or k_shape[3] != q_shape[3]:
-        return f"{q_shape[1]} query heads do not go with {k_shape[1]} and {v_shape[1]} KV heads"
+    heads = (q_shape if len(q_shape) == 4 else wide)[1]
+    if heads % k_shape[1] or k_shape[1] != v_shape[1] or k_shape[3] != q_shape[-1]:
+        return f"{heads} query heads do not go with {k_shape[1]} and {v_shape[1]} KV heads"
     if not isinstance(scale, (int, float)):
         return "the scale is not a constant"
-    return AttentionSite(node, q, keys, values, None, float(scale), False)
+    if len(q_shape) == 3 and not is_written(q):
+        before = regrouped(q)
+        if before is not None and len(shape_of(before) or ()) == 4 and lies_so(before, wide[:2]):
+            q = before
+    return AttentionSite(node, q, keys, values, heads, None, float(scale), False)

@@ -2,13 +2,16 @@
 
     s = matmul(q, repeat_kv(k).transpose(2, 3)) * scale       or / a number; or q scaled before
         einsum("bhqd,bhkd->bhqk", q, repeat_kv(k)) * scale
+        baddbmm(bias, q, k.transpose(1, 2), beta=beta, alpha=scale)      heads side by side, or bmm
     s = tanh(s / cap) * cap                                   or none (softcap)
-    s = s + mask                                              or masked_fill(m, -inf), where(m, s, -inf)
+    s = s + mask                                              or masked_fill(m, -inf), where(m, s, -inf);
+                                                              several, and scaled behind
     p = dropout(softmax(s, -1, float32).to(q.dtype), 0.0)     casts and an idle dropout, or none
     o = matmul(p, repeat_kv(v))
 
 What a mask hides, hides the same whether -inf or a very negative number stands for it. Sinks
-among the scores are read by ``sinks.py``.
+among the scores are read by ``sinks.py``. Between the products heads may lie side by side with
+sequences (``regroup.py``), at every step or at some.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -21,15 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from .base import MATMUL, argument, calls, shape_of, value_of
-from .einsum import scores_operands, sum_operands
+from .base import argument, calls, shape_of, value_of
 from .find_writes import is_written, writes
+from .mask import Mask, MaskPart, mask_part
+from .products import is_baddbmm, scores_of, weighted
+from .regroup import VIEWS, regrouped
 from .sinks import cuts_last, joined, logits, without_max
-from .views import is_cast
+from .views import in_one_order, is_cast
 
 _SOFTMAX = ("softmax", torch.softmax, F.softmax)
-_BMM = ("bmm", torch.bmm)
-_RESHAPE = ("view", "reshape", torch.reshape)
 _MUL = ("mul", "mul_", torch.mul, operator.mul, operator.imul)
 _DIV = ("div", "div_", torch.div, operator.truediv, operator.itruediv)
 _ADD = ("add", "add_", torch.add, operator.add, operator.iadd)
@@ -43,11 +46,10 @@ class Chain:
     """Attention as it is written out.
 
     Attributes:
-        node: the last product, ``[B, Hq, Q, Dv]``.
-        q: queries.
-        k, v: operands of the products, keys not transposed.
-        mask: added to the scores, or bool; or None.
-        hides: whether a bool mask says which tokens are hidden, not which are seen.
+        node: the last product, ``[B, Hq, Q, Dv]`` or ``[B * Hq, Q, Dv]``.
+        q: queries, of either shape.
+        k, v: operands of the products, of either shape, keys not transposed.
+        mask: what is laid over the scores, or None.
         scale: factor of the product of queries and keys.
         softcap: what scores are capped at before the mask is laid over them; 0: they are not.
         sinks: one score more for each query head, in any shape, or None.
@@ -57,8 +59,7 @@ class Chain:
     q: fx.Node
     k: fx.Node
     v: fx.Node
-    mask: fx.Node | None
-    hides: bool
+    mask: Mask | None
     scale: float
     softcap: float
     sinks: fx.Node | None
@@ -66,19 +67,24 @@ class Chain:
 
 @dataclass(frozen=True)
 class _Scores:
-    """What a softmax is taken of: ``cap tanh(scale q.k)``, or ``scale q.k`` where cap is 0."""
+    """What a softmax is taken of: ``cap tanh(scale q.k)``, or ``scale q.k`` where cap is 0.
+
+    ``views`` are those on the way from the product to the softmax.
+    """
 
     q: fx.Node
     k: fx.Node
-    mask: fx.Node | None = None
-    hides: bool = False
-    added: bool = False
+    mask: Mask | None = None
+    views: tuple[fx.Node, ...] = ()
     scale: float = 1.0
     cap: float = 0.0
 
 
 _Found = _Scores | str | None
 """What scores are made of; or of what unsupported form they are; or that they are none."""
+
+_OTHER_ORDER = "attention written out over other than [B, heads, queries, keys]: left dense"
+_OTHER_MASK = "a mask that does not fit the scores is laid over them: left dense"
 
 
 def find_chain(softmax: fx.Node) -> Chain | str | None:
@@ -89,20 +95,23 @@ def find_chain(softmax: fx.Node) -> Chain | str | None:
     if node is None:
         return None
     shape = shape_of(softmax)
-    if shape is None or len(shape) != 4 or any(calls(step, *_RESHAPE) for step in path):
-        return "attention written out over other than [B, heads, queries, keys]: left dense"
-    if argument(softmax, 1, "dim") not in (-1, 3):
+    views = tuple(step for step in path if calls(step, *VIEWS))
+    if shape is None or len(shape) not in (3, 4) or not all(map(regrouped, views)):
+        return _OTHER_ORDER
+    if argument(softmax, 1, "dim") not in (-1, len(shape) - 1):
         return "the softmax is not over keys: left dense"
+    if any("out" in step.kwargs for step in (*path, node)):
+        return "attention weights are written to a given tensor: left dense"
     if any(len(step.users) > 1 for step in path):
         return "attention weights are used by more than the values: left dense"
-    v = _weighted(node)[1]
+    v = weighted(node)[1]
     top, reader, sinks = argument(softmax, 0, "input"), softmax, None
     cuts = [step for step in path if calls(step, operator.getitem)]
     if without_max(top) is not top:
         top, reader = without_max(top), top
     if joined(top):
         (top, column), reader = joined(top) or (None, None), top
-        sinks = logits(column, shape[1])
+        sinks = logits(column, shape[1]) if len(shape) == 4 else None
         if sinks is None or len(cuts) != 1 or not cuts_last(cuts[0]):
             return "sinks among the scores in an unknown form: left dense"
     elif cuts:
@@ -112,9 +121,11 @@ def find_chain(softmax: fx.Node) -> Chain | str | None:
         return scores
     if scores is None or not isinstance(v, fx.Node):
         return "attention written out in an unknown form: left dense"
+    if not in_one_order(scores.q, scores.k, v, (*scores.views, softmax, *views, node)):
+        return _OTHER_ORDER
     scale = scores.scale * (scores.cap or 1.0)  # cap tanh(scale q.k / cap)
     cap = abs(scores.cap)  # tanh is odd
-    return Chain(node, scores.q, scores.k, v, scores.mask, scores.hides, scale, cap, sinks)
+    return Chain(node, scores.q, scores.k, v, scores.mask, scale, cap, sinks)
 
 
 def _product_above(softmax: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
@@ -123,21 +134,14 @@ def _product_above(softmax: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
     while True:
         following = None
         for user in path[-1].users:
-            if _weighted(user)[0] is path[-1]:
+            if weighted(user)[0] is path[-1]:
                 return user, path
-            passed = calls(user, "contiguous", operator.getitem, *_RESHAPE)
+            passed = calls(user, "contiguous", operator.getitem, *VIEWS)
             if passed or is_cast(user) or _is_idle_dropout(user):
                 following = user
         if following is None:
             return None, path
         path.append(following)
-
-
-def _weighted(node: fx.Node) -> tuple[Any, Any]:
-    """Weights and values whose product a node is; None twice if it is none."""
-    if calls(node, *MATMUL, *_BMM):
-        return argument(node, 0, "input"), argument(node, 1, "other")
-    return sum_operands(node) or (None, None)
 
 
 def _is_idle_dropout(node: fx.Node) -> bool:
@@ -150,52 +154,43 @@ def _is_idle_dropout(node: fx.Node) -> bool:
 
 def _scores(node: Any, reader: fx.Node) -> _Found:
     """What ``node``, as ``reader`` reads it, is made of."""
-    if not isinstance(node, fx.Node):
+    if not isinstance(node, fx.Node) or "out" in node.kwargs:
         return None
     if any(user is not reader and writes(user, node) for user in node.users):
         return "scores are written to in place: left dense"
     if is_cast(node) or calls(node, "contiguous"):
         return _scores(argument(node, 0, "input"), node)
-    if calls(node, *MATMUL):
-        return _product(node)
-    operands = scores_operands(node)
+    if regrouped(node) is not None:
+        found = _scores(regrouped(node), node)
+        return replace(found, views=(*found.views, node)) if isinstance(found, _Scores) else found
+    operands = scores_of(node)
     if operands is not None:
-        return _Scores(*operands) if all(isinstance(o, fx.Node) for o in operands) else None
+        return _with_input(_Scores(*operands), node) if is_baddbmm(node) else _Scores(*operands)
     if calls(node, *_MUL, *_DIV):
         return _scaled(node)
     if calls(node, *_ADD):
         return _added(node)
     if calls(node, "masked_fill", "masked_fill_", torch.masked_fill):
         scores, mask, value = (argument(node, i, n) for i, n in enumerate(("", "mask", "value")))
-        return _hidden(_scores(scores, node), mask, value, True)
+        return _hidden(_scores(scores, node), scores, mask, value, True)
     if calls(node, torch.where):
         names = ("condition", "input", "other")
         seen, scores, value = (argument(node, i, name) for i, name in enumerate(names))
-        return _hidden(_scores(scores, node), seen, value, False)
+        return _hidden(_scores(scores, node), scores, seen, value, False)
     if calls(node, "tanh", torch.tanh):
         return _capped(_scores(argument(node, 0, "input"), node))
     return None
 
 
-def _product(node: fx.Node) -> _Scores | None:
-    q, transposed = argument(node, 0, "input"), argument(node, 1, "other")
-    if not isinstance(q, fx.Node) or not isinstance(transposed, fx.Node):
+def _with_input(found: _Scores, node: fx.Node) -> _Found:
+    """``beta * input + alpha * q @ k^T``; where beta is 0, the input may hold anything."""
+    alpha, beta = (_number(node.kwargs.get(name, 1)) for name in ("alpha", "beta"))
+    if not alpha or beta is None:
         return None
-    if is_written(transposed):
-        return None
-    if calls(transposed, "transpose", torch.transpose, "swapaxes"):
-        dims = {argument(transposed, 1, "dim0"), argument(transposed, 2, "dim1")}
-        if {d % 4 for d in dims if isinstance(d, int)} != {2, 3}:
-            return None
-    elif calls(transposed, "permute"):
-        order = argument(transposed, 1, "dims", ())
-        order = order if isinstance(order, (tuple, list)) else transposed.args[1:]
-        if tuple(order) != (0, 1, 3, 2):
-            return None
-    elif not (calls(transposed, getattr) and transposed.args[1] == "mT"):
-        return None
-    k = argument(transposed, 0, "input")
-    return _Scores(q, k) if isinstance(k, fx.Node) else None
+    found, bias = replace(found, scale=alpha), argument(node, 0, "input")
+    if beta == 0 or (calls(bias, torch.zeros) and not is_written(bias)):
+        return found
+    return _laid(found, node, bias, factor=beta)
 
 
 def _scaled(node: fx.Node) -> _Found:
@@ -209,11 +204,12 @@ def _scaled(node: fx.Node) -> _Found:
     if not isinstance(found, _Scores):
         return found
     factor = 1 / factor if calls(node, *_DIV) else factor
-    if found.added or (found.mask is not None and factor < 0):
-        return "the mask is scaled with the scores: left dense"
+    mask = None if found.mask is None else found.mask.scaled(factor)
+    if found.mask is not None and mask is None:
+        return "the mask is turned round with the scores: left dense"
     if found.cap:
-        return replace(found, cap=found.cap * factor)
-    return replace(found, scale=found.scale * factor)
+        return replace(found, cap=found.cap * factor, mask=mask)
+    return replace(found, scale=found.scale * factor, mask=mask)
 
 
 def _capped(found: _Found) -> _Found:
@@ -245,17 +241,28 @@ def _added(node: fx.Node) -> _Found:
         if found is None:
             continue
         value = value_of(mask)
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            return "what is added to the scores is no mask of numbers: left dense"
-        if not value.dim():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.dim():
             return "a number is added to all scores: left dense"
-        if found.mask is not None:
-            return "two masks are laid over the scores: left dense"
-        return replace(found, mask=mask, added=True)
+        return _laid(found, scores, mask)
     return None
 
 
-def _hidden(found: _Found, mask: Any, value: Any, hides: bool) -> _Found:
+def _laid(found: _Scores, scores: fx.Node, mask: Any, factor: float = 1.0) -> _Found:
+    """Scores with a mask of numbers more."""
+    value = value_of(mask)
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return "what is added to the scores is no mask of numbers: left dense"
+    return _under(found, mask_part(mask, shape_of(scores) or ()), factor)
+
+
+def _under(found: _Scores, part: MaskPart | None, factor: float = 1.0) -> _Found:
+    if part is None:
+        return _OTHER_MASK
+    part = replace(part, factor=factor)
+    return replace(found, mask=Mask((part,)) if found.mask is None else found.mask + part)
+
+
+def _hidden(found: _Found, scores: Any, mask: Any, value: Any, hides: bool) -> _Found:
     if not isinstance(found, _Scores):
         return found
     value, shown = _number(value), value_of(mask)
@@ -263,6 +270,4 @@ def _hidden(found: _Found, mask: Any, value: Any, hides: bool) -> _Found:
         return "tokens are hidden in an unknown way: left dense"
     if not shown.dim() or shown.dtype != torch.bool:
         return "tokens are hidden in an unknown way: left dense"
-    if found.mask is not None:
-        return "two masks are laid over the scores: left dense"
-    return replace(found, mask=mask, hides=hides)
+    return _under(found, mask_part(mask, shape_of(scores) or (), hides))

@@ -178,7 +178,7 @@ def _crosses(site: AttentionSite, k: CacheUpdate, flow: nx.DiGraph) -> bool:
     assert k_shape is not None and q_shape is not None
     if k.kind != "empty":
         return False
-    if not same_size(k_shape[2], q_shape[2]):
+    if not same_size(k_shape[2], q_shape[-2]):
         return True
     of_k, of_q = projected_from(flow, k.new), projected_from(flow, site.q)
     return bool(of_k and of_q and not of_k & of_q)

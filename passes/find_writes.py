@@ -71,7 +71,7 @@ def _by_schema(node: fx.Node) -> Iterator[Any]:
 
 
 def _by_name(node: fx.Node) -> Iterator[Any]:
-    name = _name(node)
+    name = name_of(node)
     if isinstance(node.target, torch._ops.HigherOrderOperator) and "mutation" in name:
         yield from node.all_input_nodes  # a Triton kernel of the user's: any of them
     in_place = name.endswith("_") and not name.endswith("__")
@@ -93,10 +93,10 @@ def _is_view(node: fx.Node) -> bool:
         return False
     if isinstance(node.target, torch._ops.OpOverload):
         return any(r.alias_info is not None for r in node.target._schema.returns)
-    return _name(node) in _VIEWS
+    return name_of(node) in _VIEWS
 
 
-def _name(node: fx.Node) -> str:
+def name_of(node: fx.Node) -> str:
     """Of the function or method called, without its overload."""
     target: Any = node.target
     if target is getattr:

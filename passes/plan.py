@@ -143,7 +143,7 @@ def _treat(cached: CachedSite, strict: bool) -> tuple[Treatment, str | None]:
     if any(u.past is not None and is_written(u.past) for u in (cached.k, cached.v)):
         return "unpack", "the graph writes to the packed cache in place: dense from here on"
     shape = shape_of(cached.site.q if fixed else cached.k.new)
-    tokens = None if shape is None else shape[2]
+    tokens = None if shape is None else shape[-2]
     if isinstance(tokens, torch.SymInt) and not strict and not free_unbacked_symbols(tokens):
         if tokens > MAX_QUERIES:
             return "unpack", f"over {MAX_QUERIES} new tokens on a packed cache: dense attention"
@@ -155,7 +155,7 @@ def _treat(cached: CachedSite, strict: bool) -> tuple[Treatment, str | None]:
     if cached.site.causal and cached.site.mask is None:
         return "unpack", "is_causal on a cache: dense attention"
     q_shape = shape_of(cached.site.q)
-    if q_shape is None or q_shape[2] != tokens:
+    if q_shape is None or q_shape[-2] != tokens:
         return "unpack", "queries and new keys are different in number: dense attention"
     return "attend", None
 

@@ -38,7 +38,7 @@ def rewrite_attend(draft: Draft) -> PassReport:
             new = draft.graph.call_function(
                 torch.ops.apack.attend.default,
                 (
-                    draft.map[site.q],
+                    draft.queries(site),
                     draft.mask(site),
                     draft.side(k),
                     draft.side(v),
@@ -52,6 +52,8 @@ def rewrite_attend(draft: Draft) -> PassReport:
             wanted, given = value_of(site.node), value_of(site.q)
             if wanted.dtype != given.dtype:  # written out: as the weights were cast
                 new = draft.graph.call_function(torch.ops.aten.to.dtype, (new, wanted.dtype))
+            if wanted.dim() == 3:
+                new = draft.graph.call_function(torch.ops.aten.flatten.using_ints, (new, 0, 1))
         new.meta = dict(old.meta)
         operands = list(old.all_input_nodes)
         old.replace_all_uses_with(new)

@@ -25,6 +25,8 @@ from .base import PassReport, same_size, shape_of
 from .draft import ARGUMENTS, DenseOutput, Draft, EncodedOutput
 from .find_rotation import find_rotation
 from .find_updates import CachedSite, CacheUpdate
+from .flex_mask import FlexMask
+from .mask import Mask
 from .plan import PlannedSite
 from .rewrite_attend import more_of
 
@@ -136,7 +138,7 @@ def collect(draft: Draft, sinks: int, visual: bool = False, tiers: bool = False)
         with draft.graph.inserting_after(after):
             moments = draft.graph.call_function(
                 torch.ops.apack.moments.default,
-                (draft.map[cached.site.q], draft.map[cached.k.node], draft.map[cached.v.node],
+                (draft.queries(cached.site), draft.map[cached.k.node], draft.map[cached.v.node],
                  visible, kinds, cos, sin, interleaved, sinks),
             )  # fmt: skip
             weight = _importance(draft, planned) if tiers else None
@@ -160,7 +162,7 @@ class _Visible:
 
     def __init__(self, draft: Draft) -> None:
         self.draft = draft
-        self.known: dict[fx.Node, fx.Node] = {}
+        self.known: dict[Mask | FlexMask, fx.Node] = {}
 
     def of(self, planned: PlannedSite) -> fx.Node | None:
         site = planned.cached.site
@@ -169,8 +171,8 @@ class _Visible:
         if site.mask not in self.known:
             graph = self.draft.graph
             keys = self.draft.map[planned.cached.k.node]
-            mask = self.draft.mask(site)
             with graph.inserting_before(self.draft.map[site.node]):
+                mask = self.draft.mask(site)
                 sizes = [
                     graph.call_function(torch.ops.aten.sym_size.int, (keys, d)) for d in (0, 2)
                 ]

@@ -4,6 +4,7 @@
     a = keys[:, :, None, :, :]                         [B, H, 1, S, D]
     b = a.expand(B, H, G, S, D)
     c = b.reshape(B, H * G, S, D)                      <- operand; or repeat_interleave(keys, G, 1)
+    d = c.reshape(B * H * G, S, D)                     <- operand with heads side by side
 
 Only forms that repeat each KV head G times in a row count; anything else stops the walk.
 """
@@ -18,6 +19,7 @@ from torch import fx
 
 from .base import argument, calls, same_size, shape_of
 from .find_writes import is_written
+from .regroup import lies_so, regrouped
 
 _CASTS = ("to", "float", "half", "bfloat16", "double", "type_as")
 _FULL = slice(None)
@@ -26,7 +28,7 @@ _FULL = slice(None)
 def walk_up(node: fx.Node) -> fx.Node:
     """The root of an operand: ``[B, H, S, D]``, neither a view nor a cast of another tensor."""
     while not is_written(node):  # else that is what attention reads, and not a view of the cache
-        step = _repeat_kv(node) or _repeat_interleave(node)
+        step = _repeat_kv(node) or _repeat_interleave(node) or _joined(node)
         if step is not None:
             node = step
         elif calls(node, "contiguous") or is_cast(node):
@@ -34,6 +36,40 @@ def walk_up(node: fx.Node) -> fx.Node:
         else:
             break
     return node
+
+
+def apart(node: fx.Node) -> fx.Node | None:
+    """``[B, H, T, D]`` of an operand that is that, or ``[B * H, T, D]`` of it."""
+    while len(shape_of(node) or ()) == 3 and not is_written(node):
+        step = _joined(node)
+        if step is None and (calls(node, "contiguous") or is_cast(node)):
+            step = node.args[0]
+        if step is None:
+            return None
+        node = step
+    return node if len(shape_of(node) or ()) == 4 else None
+
+
+def in_one_order(q: fx.Node, k: fx.Node, v: fx.Node, steps: tuple[fx.Node, ...]) -> bool:
+    """Whether heads side by side with sequences are in the order of the keys at every step.
+
+    Args:
+        q, k, v: operands of the attention.
+        steps: views between its products, and what they and itself give.
+    """
+    if all(len(shape_of(x) or ()) == 4 for x in (q, k, v, *steps)):
+        return True
+    keys, values = apart(k), apart(v)
+    if keys is None or values is None:
+        return False
+    lead = (shape_of(q if len(shape_of(q) or ()) == 4 else keys) or ())[:2]
+    return all(lies_so(x, lead) for x in (q, keys, values, *steps))
+
+
+def _joined(node: fx.Node) -> fx.Node | None:
+    """``x [B, H, T, D]`` whose heads lie side by side in ``node [B * H, T, D]``."""
+    root = regrouped(node) if len(shape_of(node) or ()) == 3 else None
+    return root if len(shape_of(root) or ()) == 4 else None
 
 
 def is_cast(node: Any) -> bool:

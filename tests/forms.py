@@ -27,10 +27,11 @@ class Form:
         norm: whether queries and keys are normed head by head.
         repeat: how KV heads become query heads.
         cast: whether keys and values are cast between cache and attention.
-        attend: SDPA, or written out.
+        attend: SDPA, or written out; ``bmm`` and ``baddbmm`` with heads side by side.
         scale: what is scaled, where it is written out.
         softcap: of scores that are written out; 0: none.
         sinks: whether each head has a score more, without a value.
+        alibi: whether a bias by position and head is laid over the scores, beside the mask.
         mask: added, filled in, or (SDPA) given as bool.
         twice: whether two attentions read the same keys and values.
     """
@@ -44,10 +45,11 @@ class Form:
     norm: bool = False
     repeat: Literal["expand", "interleave", "sdpa"] = "expand"
     cast: bool = False
-    attend: Literal["sdpa", "matmul", "einsum"] = "sdpa"
+    attend: Literal["sdpa", "matmul", "einsum", "bmm", "baddbmm"] = "sdpa"
     scale: Literal["query", "scores", "divide", "none"] = "scores"
     softcap: Literal[0, 2] = 0
     sinks: bool = False
+    alibi: bool = False
     mask: Literal["float", "bool"] = "float"
     twice: bool = False
 
@@ -146,8 +148,17 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=gqa)
         if form.scale == "query":
             q = q * scale
+        (b, _, t, _), s = q.shape, k.shape[2]
+        inside = form.attend == "baddbmm" and not form.softcap  # else the bias would be capped
+        if form.attend in ("bmm", "baddbmm"):
+            q, k, v = (x.reshape(b * HEADS, -1, x.shape[-1]) for x in (q, k, v))
         if form.attend == "einsum":
             scores = torch.einsum("bhqd,bhkd->bhqk", q, k)
+        elif form.attend == "baddbmm":
+            slopes = alibi(s, q).expand(b, -1, -1, -1).reshape(b * HEADS, 1, s)
+            scores = slopes.baddbmm(
+                q, k.transpose(1, 2), beta=float(form.alibi and inside), alpha=0.5
+            )
         else:
             scores = torch.matmul(q, k.transpose(-1, -2))
         if form.scale == "scores":
@@ -156,9 +167,12 @@ class Attention(nn.Module):
             scores = scores / form.k_dim**0.5
         if form.softcap:
             scores = torch.tanh(scores / form.softcap) * form.softcap
+        scores = scores.view(b, HEADS, t, s)
+        if form.alibi and not inside:
+            scores = scores + alibi(s, q)
         scores = scores + added if form.mask == "float" else scores.masked_fill(~seen, least)
         if form.sinks:
-            column = self.sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+            column = self.sinks.reshape(1, -1, 1, 1).expand(b, -1, t, -1)
             scores = torch.cat([scores, column.to(q.dtype)], -1)
         weights = F.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
         if form.sinks:
@@ -166,7 +180,16 @@ class Attention(nn.Module):
         weights = F.dropout(weights, 0.0, self.training)
         if form.attend == "einsum":
             return torch.einsum("bhqk,bhkd->bhqd", weights, v)
+        if form.attend in ("bmm", "baddbmm"):
+            weights = weights.reshape(b * HEADS, t, s)
+            return torch.bmm(weights, v).view(b, HEADS, t, form.v_dim)
         return torch.matmul(weights, v)
+
+
+def alibi(length: int, like: Tensor) -> Tensor:
+    """Biases ``[1, H, 1, S]`` that grow with the position (arXiv 2108.12409)."""
+    slopes = 2.0 ** -torch.arange(1, HEADS + 1, device=like.device)
+    return (slopes[:, None, None] * torch.arange(length, device=like.device)).to(like)[None]
 
 
 class Decoder(nn.Module):

@@ -31,8 +31,8 @@ OTHER_NAMES = {"truediv": "div", "itruediv": "div", "iadd": "add", "imul": "mul"
 def works_by_token(name: str) -> bool:
     """Whether a function of this name, of PyTorch or its tensors, does not mix tokens."""
     packet = getattr(torch.ops.aten, OTHER_NAMES.get(name, name), None)
-    if name in BY_TOKEN or packet is None:
-        return name in BY_TOKEN
+    if name in BY_TOKEN or not isinstance(packet, torch._ops.OpOverloadPacket):
+        return name in BY_TOKEN  # what Python gives every object, such as __le__, is no operator
     overloads = [getattr(packet, overload) for overload in packet.overloads()]
     return any(torch.Tag.pointwise in overload.tags for overload in overloads)
 

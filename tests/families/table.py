@@ -9,7 +9,6 @@ from typing import Literal
 SLIDING = "the whole cache is not stored (sliding window): left dense"
 NOT_STORED = "no cache: keys and values are not stored"
 LATENT = "keys or values are projected from the cache (latent attention): left dense"
-FLAT = "attention written out over other than [B, heads, queries, keys]: left dense"
 JOINED = "the cache is joined with other keys or values: left dense"
 PREALLOCATED = "preallocated cache, written in place: left dense"
 
@@ -116,7 +115,11 @@ TABLE: dict[str, Record] = {
     "gpt_neox": Record(2, 0.027, 0.31, note="partial rotary positions", daily="whole"),
     "gpt_oss": Record(2, 0.57, 0.95, note="a sink among the scores of each head", daily="whole"),
     "falcon": Record(2, 0.22, 0.72, note="one KV head", daily="whole"),
-    "bloom": Record(0, left={FLAT: 2}, note="heads side by side (baddbmm, bmm)", daily="whole"),
+    "falcon_alibi": Record(2, 0.13, 0.31, note="a bias that is scaled, and a mask"),
+    "bloom": Record(
+        2, 0.02, 0.2, note="heads side by side (baddbmm, bmm), a bias of each", daily="whole"
+    ),
+    "mpt": Record(2, 0.024, 0.14, note="a bias, and a mask that hides"),
     "lfm2": Record(1, 0.067, 0.21, note="the other layer is a convolution", daily="whole"),
     "deepseek_v3": Record(0, left={LATENT: 2}, note="latent attention", daily="decode"),
     "gpt2": Record(2, 0.053, 0.7, daily="whole"),

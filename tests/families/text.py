@@ -62,7 +62,9 @@ DECODERS: dict[str, dict[str, Any]] = {
     "gpt_neox": dict(prefix="GPTNeoX", without=GROUPS),
     "gpt_oss": dict(prefix="GptOss", head_dim=16, layer_types=["full_attention"] * 2, **EXPERTS),
     "falcon": dict(prefix="Falcon", without=GROUPS),
+    "falcon_alibi": dict(prefix="Falcon", without=GROUPS, alibi=True, attn_implementation="eager"),
     "bloom": dict(prefix="Bloom", without=GROUPS, n_layer=2, n_head=4),
+    "mpt": dict(prefix="Mpt", d_model=64, n_layers=2, n_heads=4, max_seq_len=256, use_cache=True),
     "lfm2": dict(prefix="Lfm2", layer_types=["conv", "full_attention"]),
     "deepseek_v3": dict(prefix="DeepseekV3", **LATENT),
 }

@@ -53,7 +53,8 @@ def test_arguments_are_found_wherever_they_stand(
     assert site.k is not site.v
     assert (site.mask is not None) == masked
     if site.mask is not None:
-        assert site.mask.meta["example_value"].dtype == torch.bool
+        (part,) = site.mask.parts
+        assert part.node.meta["example_value"].dtype == torch.bool
     assert site.scale == (1 / math.sqrt(8) if scale is None else scale)
     assert site.causal == causal
 
@@ -116,7 +117,7 @@ SKIPPED: dict[str, tuple[Attend, str]] = {
     ),
     "three dimensions": (
         lambda q, k, v, m: sdpa(q[:, 0], k[:, 0], v[:, 0]),
-        "queries are not [B, heads, tokens, head_dim]",
+        "keys or values are not [B, heads, tokens, head_dim]",
     ),
     "keys of three dimensions": (
         lambda q, k, v, m: sdpa(q, k[0], v[0]),

@@ -38,6 +38,8 @@ FORMS: dict[str, tuple[Weigh, float, bool, bool]] = {
         0.5, True, True),
     "scaled behind the mask": (
         lambda q, k, m: (plain(q, k).masked_fill(m < 0, -1e9) * 0.5).softmax(-1), 0.5, True, True),
+    "scaled with its mask": (
+        lambda q, k, m: ((plain(q, k) * 0.5 + m) / 2).softmax(-1), 0.25, True, False),
     "where": (
         lambda q, k, m: torch.where(m == 0, plain(q, k), LOWEST).softmax(-1), 1.0, True, False),
     "in place": (
@@ -121,6 +123,45 @@ def test_scores_less_their_maximum_are_those_scores() -> None:
     torch.testing.assert_close(got, captured.expected()[0], **CLOSE)
 
 
+# Weights under several masks: a bias of each head [4, 1, S] beside m.
+SEVERAL: dict[str, tuple[Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], list[float]]] = {
+    "two added": (lambda q, k, m, b: (plain(q, k) + b + m).softmax(-1), [1, 1]),
+    "as MPT": (
+        lambda q, k, m, b: (plain(q, k) * 0.5 + b).masked_fill(m < 0, LOWEST).softmax(-1), [1, 1]),
+    "as Falcon": (
+        lambda q, k, m, b: ((plain(q, k).view(2, 4, 3, 33) + b).mul_(0.5) + m).softmax(-1),
+        [0.5, 1]),
+    "turned round": (lambda q, k, m, b: ((plain(q, k) + b) * -0.5 + m).softmax(-1), [-0.5, 1]),
+    "two that hide": (
+        lambda q, k, m, b: torch.where(
+            b < 3, plain(q, k), -1e9).masked_fill(m < 0, LOWEST).softmax(-1), [1, 1]),
+    "capped": (
+        lambda q, k, m, b: (((plain(q, k) / 2).tanh() * 2 + b) * 0.5 + m).softmax(-1), [0.5, 1]),
+}  # fmt: skip
+
+
+def bias(keys: int) -> Tensor:
+    return torch.tensor([0.1, 0.2, 0.0, -0.3])[:, None, None] * torch.arange(keys)
+
+
+@pytest.mark.parametrize("form", SEVERAL)
+def test_several_masks_are_laid_over_the_scores(form: str) -> None:
+    weigh, factors = SEVERAL[form]
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, m: Tensor, b: Tensor) -> Any:
+        keys, values = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        return weigh(q, repeat_kv(keys), m, b) @ repeat_kv(values), keys, values
+
+    captured = capture(fn, *given(3), bias(33))
+    assert (captured.treatments, captured.reasons) == (["attend"], [])
+    assert captured.plan.sites[0].cached.site.mask is not None
+    assert [part.factor for part in captured.plan.sites[0].cached.site.mask.parts] == factors
+    new = rewrite(captured)
+    (got, *_), _ = run(captured, new)
+    torch.testing.assert_close(got, captured.expected()[0], **CLOSE)
+    assert not {"softmax", "matmul", "unpack", "masked_fill", "tanh"} & set(new.calls)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_written_out_attention_is_attended_on_codes(form: str) -> None:
     weigh, scale, masked, hides = FORMS[form]
@@ -128,7 +169,9 @@ def test_a_written_out_attention_is_attended_on_codes(form: str) -> None:
     (planned,) = captured.plan.sites
     assert (planned.treatment, captured.reasons) == ("attend", [])
     site = planned.cached.site
-    assert (site.scale, site.mask is not None, site.hides) == (scale, masked, hides)
+    assert (site.scale, site.heads) == (scale, 4)
+    parts = () if site.mask is None else site.mask.parts
+    assert [part.hides for part in parts] == [hides] * masked
     assert site.softcap == (2.0 if "softcap" in form else 0.0)
     new = rewrite(captured)
     want = captured.expected()
@@ -165,12 +208,15 @@ REFUSED: dict[str, tuple[Weigh, str]] = {
     "softcap over the mask": (
         lambda q, k, m: (torch.tanh(plain(q, k) + m) * 50).softmax(-1), "mask is capped"),
     "a mask turned round": (
-        lambda q, k, m: (plain(q, k).masked_fill(m < 0, -1e9) * -0.5).softmax(-1), "scaled"),
+        lambda q, k, m: (plain(q, k).masked_fill(m < 0, -1e9) * -0.5).softmax(-1), "turned round"),
     "over queries": (lambda q, k, m: (plain(q, k) + m).softmax(-2), "not over keys"),
-    "two masks": (lambda q, k, m: (plain(q, k) + m + m).softmax(-1), "two masks"),
-    "a mask that is scaled": (lambda q, k, m: ((plain(q, k) + m) * 0.5).softmax(-1), "scaled"),
     "hidden by a small number": (
         lambda q, k, m: plain(q, k).masked_fill(m < 0, -10.0).softmax(-1), "unknown way"),
+    "a mask for more sequences": (
+        lambda q, k, m: (plain(q[:1], k[:1]) + m).softmax(-1), "does not fit"),
+    "weights in a given tensor": (
+        lambda q, k, m: (lambda s: torch.softmax(s, -1, out=torch.empty_like(s)))(plain(q, k) + m),
+        ""),
     "a power": (lambda q, k, m: (plain(q, k) ** 2 + m).softmax(-1), "unknown form"),
     "a number for all": (
         lambda q, k, m: (plain(q, k) + m.sum() * 0).softmax(-1), "a number is added"),
@@ -203,23 +249,6 @@ def test_other_forms_are_left_alone_with_the_reason(form: str) -> None:
     assert captured.treatments == []
     if reason:
         assert reason in captured.reasons[0]
-
-
-def test_products_over_heads_side_by_side_are_left_alone_with_the_reason() -> None:
-    """Bug: they were left alone without a word."""
-
-    def fn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, bias: Tensor) -> Any:
-        keys, values = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
-        q, flat, rows = (x.reshape(4, -1, 8) for x in (q, keys, values))
-        scores = bias.baddbmm(batch1=q, batch2=flat.transpose(-1, -2), beta=1.0, alpha=0.3)
-        weights = scores.view(2, 2, 1, -1).softmax(-1)
-        return torch.bmm(weights.view(4, 1, -1), rows), keys, values
-
-    captured = capture(fn, *[tokens(1)] * 3, tokens(9), tokens(9), torch.zeros(4, 1, 10))
-    assert captured.treatments == []
-    assert captured.reasons == [
-        "attention written out over other than [B, heads, queries, keys]: left dense"
-    ]
 
 
 def test_scores_that_are_masked_by_a_statement_are_left_alone() -> None:

@@ -277,15 +277,23 @@ def test_a_sensitivity_that_fails_gives_every_layer_the_same_bits(
 
 
 def test_layers_of_several_graphs_are_told_apart_in_the_report() -> None:
-    """Bug: sites of different graphs have the same names; later layers took the place of others."""
+    """Bug: sites of different graphs have the same names; later layers took the place of others.
+
+    Bug: errors measured of layers of the same name were put together.
+    """
     case = zoo.aria(text=200)  # a graph for every layer
     options = {"ratio": 8, "inner": "eager", "window": 8, "block": 16, "fit_tokens": 64}
     compiled = torch.compile(case.model, backend="attentionpack", options=options)
     with torch.no_grad():
-        compiled(**case.inputs, use_cache=True)
+        out = compiled(**case.inputs, use_cache=True)
     report = apack_compile.report(case.model)
     assert len(report.errors) == 4 and report.sites == 2
     assert len({error for _, error in report.errors}) == 4
+    sides = [side for layer in out.past_key_values.layers for side in (layer.keys, layer.values)]
+    tallies = [side.store.tally.tolist() for side in sides]
+    assert sorted(error for _, (error, _) in report.measured) == pytest.approx(
+        sorted(error / size for error, size, _ in tallies)
+    )
     other = torch.compile(case.model, backend="attentionpack", options=options | {"ratio": 4})
     with torch.no_grad():
         other(**case.inputs, use_cache=True)

@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .capture import CLOSE, capture, packed, repeat_kv, rewrite, run, tokens
+
+B, H, Q, S, D = 2, 4, 3, 33, 8
+LOWEST = torch.finfo(torch.float32).min
+OTHER = "attention written out over other than [B, heads, queries, keys]: left dense"
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def flat(x: Tensor) -> Tensor:
+    return x.reshape(B * H, -1, D)
+
+
+def products(q: Tensor, k: Tensor) -> Tensor:
+    return torch.bmm(flat(q), flat(k).transpose(1, 2))
+
+
+def bloom(q: Tensor, k: Tensor, v: Tensor, m: Tensor, a: Tensor, beta: float = 1.0) -> Tensor:
+    q, k, v = flat(q), flat(k).transpose(-1, -2), flat(v)
+    scores = a.baddbmm(batch1=q, batch2=k, beta=beta, alpha=0.3).view(B, H, Q, -1)
+    weights = F.softmax(scores + m, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.bmm(weights.view(B * H, Q, -1), v)
+
+
+def bart(q: Tensor, k: Tensor, v: Tensor, m: Tensor, a: Tensor) -> Tensor:
+    scores = (products(q, k).view(B, H, Q, S) + m).view(B * H, Q, S)
+    weights = F.dropout(F.softmax(scores, dim=-1), p=0.0, training=False)
+    return torch.bmm(weights, flat(v)).view(B, H, Q, D)
+
+
+def wide(m: Tensor) -> Tensor:
+    return m.expand(B, H, Q, S).reshape(B * H, Q, S)
+
+
+# From q [B, H, Q, D], k and v [B, H, S, D], a mask [B, 1, Q, S] and biases [B * H, 1, S] to
+# outputs of any shape; the scale; factor, and whether heads are joined, of each part of the mask.
+FORMS: dict[str, tuple[Attend, float, list[tuple[float, bool]]]] = {
+    "as bloom": (bloom, 0.3, [(1, True), (1, False)]),
+    "a bias that is scaled": (
+        lambda q, k, v, m, a: bloom(q, k, v, m, a, beta=-0.5), 0.3, [(-0.5, True), (1, False)]),
+    "an input that does not count": (
+        lambda q, k, v, m, a: torch.bmm((torch.baddbmm(
+            torch.empty(B * H, Q, S), flat(q), flat(k).mT, beta=0, alpha=0.5) + wide(m)
+        ).softmax(2), flat(v)), 0.5, [(1, True)]),
+    "an input of zeros": (
+        lambda q, k, v, m, a: torch.bmm(torch.baddbmm(
+            torch.zeros(B * H, Q, S), flat(q), flat(k).mT, alpha=0.5).softmax(-1), flat(v)),
+        0.5, []),
+    "as bart was": (bart, 1.0, [(1, False)]),
+    "queries scaled side by side": (
+        lambda q, k, v, m, a: (
+            (flat(q) * 0.5) @ flat(k).permute(0, 2, 1) + a + m[0]).softmax(-1) @ flat(v),
+        1.0, [(1, True), (1, False)]),
+    "keys turned before": (
+        lambda q, k, v, m, a: torch.bmm(torch.bmm(
+            q.flatten(0, 1), k.transpose(2, 3).flatten(0, 1)).softmax(-1), v.flatten(0, 1)
+        ).unflatten(0, (B, H)), 1.0, []),
+    "hidden side by side": (
+        lambda q, k, v, m, a: torch.bmm(
+            products(q, k).masked_fill(wide(m) < 0, LOWEST).softmax(-1), flat(v)),
+        1.0, [(1, True)]),
+    "einsum": (
+        lambda q, k, v, m, a: torch.einsum("nqk,nkd->nqd", torch.einsum(
+            "nqd,nkd->nqk", flat(q), flat(k)).mul(0.5).add(a).softmax(-1), flat(v)),
+        0.5, [(1, True)]),
+    "side by side from the softmax on": (
+        lambda q, k, v, m, a: torch.bmm(flat_weights(
+            (q @ k.transpose(2, 3) + m).softmax(-1)), flat(v)), 1.0, [(1, False)]),
+    "sdpa": (
+        lambda q, k, v, m, a: F.scaled_dot_product_attention(
+            flat(q), flat(k), flat(v), attn_mask=wide(m), scale=0.5), 0.5, [(1, True)]),
+}  # fmt: skip
+
+
+def flat_weights(p: Tensor) -> Tensor:
+    return p.reshape(B * H, Q, S)
+
+
+def decode(attend: Attend, repeat: Callable[[Tensor], Tensor] = repeat_kv) -> Callable[..., Any]:
+    def fn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, m: Tensor, a: Tensor) -> Any:
+        keys, values = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        return attend(q, repeat(keys), repeat(values), m, a), keys, values
+
+    return fn
+
+
+def given(heads: int = 2) -> tuple[Tensor, ...]:
+    mask = torch.where(torch.rand(B, 1, Q, S) < 0.8, 0.0, LOWEST)
+    mask[..., -1] = 0.0
+    past = S - Q
+    new = (tokens(Q, H), tokens(Q, heads), tokens(Q, heads))
+    return *new, packed(past, heads), packed(past, heads), mask, torch.randn(B * H, 1, S)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_heads_side_by_side_are_attended_on_codes(form: str) -> None:
+    attend, scale, parts = FORMS[form]
+    captured = capture(decode(attend), *given())
+    assert (captured.treatments, captured.reasons) == (["attend"], [])
+    site = captured.plan.sites[0].cached.site
+    assert (site.scale, site.heads) == (scale, H)
+    found = () if site.mask is None else site.mask.parts
+    assert [(part.factor, part.joined) for part in found] == parts
+    new = rewrite(captured)
+    want = captured.expected()[0]
+    (got, *_), _ = run(captured, new)
+    torch.testing.assert_close(got, want, **CLOSE)
+    assert got.shape == want.shape
+    left = {"softmax", "bmm", "baddbmm", "matmul", "einsum", "unpack", "cat"} & set(new.calls)
+    assert not left, "what was written out is gone"
+
+
+@pytest.mark.parametrize("form", ["as bloom", "queries scaled side by side"])
+def test_a_prefill_with_heads_side_by_side_leaves_its_cache_packed(form: str) -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, m: Tensor, a: Tensor) -> Any:
+        k, v = k * 1, v * 1
+        return FORMS[form][0](q, repeat_kv(k), repeat_kv(v), m, a), k, v
+
+    mask = torch.zeros(B, 1, Q, Q)
+    mask[1, :, :, :1] = LOWEST
+    captured = capture(fn, tokens(Q, H), tokens(Q), tokens(Q), mask, torch.randn(B * H, 1, Q))
+    assert captured.treatments == ["encode"]
+    results, _ = run(captured, rewrite(captured))
+    torch.testing.assert_close(results[0], captured.expected()[0], **CLOSE)
+
+
+def test_sizes_that_vary_are_proven() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, m: Tensor, a: Tensor) -> Any:
+        keys, values = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        b, n = q.shape[0], q.shape[2]
+        q, turned, rows = (x.reshape(b * H, -1, D) for x in (q, keys, values))
+        scores = a.baddbmm(q, turned.transpose(1, 2), alpha=0.3).view(b, H, n, -1)
+        weights = (scores + m[:, :, :, : keys.shape[2]]).softmax(-1).view(b * H, n, -1)
+        return torch.bmm(weights, rows).view(b, H, n, D), keys, values
+
+    captured = capture(fn, *given(H), dynamic=True)
+    assert (captured.treatments, captured.reasons) == (["attend"], [])
+    (got, *_), _ = run(captured, rewrite(captured))
+    torch.testing.assert_close(got, captured.expected()[0], **CLOSE)
+
+
+def swapped(x: Tensor) -> Tensor:
+    """Heads before sequences."""
+    return x.transpose(0, 1).reshape(B * H, -1, D)
+
+
+def wrongly_repeated(x: Tensor) -> Tensor:
+    """KV heads in turn, where each query head wants its own group."""
+    b, h, s, d = x.shape
+    return x[:, None].expand(b, 2, h, s, d).reshape(b, 2 * h, s, d)
+
+
+REFUSED: dict[str, tuple[Attend, str]] = {
+    "heads before sequences": (
+        lambda q, k, v, m, a: torch.bmm(
+            torch.bmm(swapped(q), swapped(k).mT).softmax(-1), swapped(v)), "not stored"),
+    "scores taken apart in another order": (
+        lambda q, k, v, m, a: torch.bmm((products(q, k).view(H, B, Q, S) + m.transpose(0, 1)
+        ).softmax(-1).view(B * H, Q, S), flat(v)), OTHER),
+    "values in another order": (
+        lambda q, k, v, m, a: torch.bmm(products(q, k).softmax(-1), swapped(v)), OTHER),
+    "weights turned round": (
+        lambda q, k, v, m, a: torch.bmm(products(q, k).softmax(-1).view(
+            B, H, Q, S).transpose(0, 1).reshape(B * H, Q, S), flat(v)), "no attention here grows"),
+    "scores read as others": (
+        lambda q, k, v, m, a: products(q, k).view(B * H, S, Q).view(
+            B * H, Q * 3, S // 3).softmax(-1) @ flat(v)[:, : S // 3], "unknown form"),
+    "rows of other tokens": (
+        lambda q, k, v, m, a: torch.bmm(products(q, k.reshape(B, H, D, S).transpose(
+            2, 3)).softmax(-1), flat(v)), "4 query heads do not go with 4 and 2"),
+    "repeated side by side": (
+        lambda q, k, v, m, a: torch.bmm(torch.bmm(
+            flat(q), k[:, :2].reshape(B * 2, S, D).repeat(2, 1, 1).mT
+        ).softmax(-1), flat(v)), OTHER),
+    "a mask of other heads": (
+        lambda q, k, v, m, a: torch.bmm(
+            (products(q, k) + m[None]).softmax(-1)[0, 0], flat(v)), OTHER),
+    "a mask that makes them four": (
+        lambda q, k, v, m, a: torch.matmul(
+            (products(q, k) + m[:1]).softmax(-1), flat(v)), "does not fit"),
+    "a scale that is a tensor": (
+        lambda q, k, v, m, a: torch.bmm(
+            (products(q, k) * a[0, 0, 0]).softmax(-1), flat(v)), "unknown form"),
+    "the softmax over queries": (
+        lambda q, k, v, m, a: torch.bmm(products(q, k).softmax(1), flat(v)), "not over keys"),
+    "sdpa of heads before sequences": (
+        lambda q, k, v, m, a: F.scaled_dot_product_attention(
+            swapped(q), swapped(k), swapped(v)), "not stored"),
+    "sdpa of values in another order": (
+        lambda q, k, v, m, a: F.scaled_dot_product_attention(
+            flat(q), flat(k), swapped(v)), "not [B, heads, tokens, head_dim]"),
+}  # fmt: skip
+
+
+def left_dense(fn: Callable[..., Any], heads: int = 2) -> list[str]:
+    """The reasons; what is left dense gives what the graph gives."""
+    captured = capture(fn, *given(heads))
+    assert captured.treatments == []
+    (got, *_), _ = run(captured, rewrite(captured))
+    torch.testing.assert_close(got, captured.expected()[0], **CLOSE)
+    return captured.reasons
+
+
+@pytest.mark.parametrize("form", REFUSED)
+def test_other_orders_are_left_alone_with_the_reason(form: str) -> None:
+    attend, reason = REFUSED[form]
+    assert reason in left_dense(decode(attend))[0]
+
+
+def test_kv_heads_repeated_in_turn_are_left_alone() -> None:
+    assert "not stored" in left_dense(decode(bloom, wrongly_repeated))[0]
+
+
+def test_bits_read_as_another_dtype_are_no_view() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, m: Tensor, a: Tensor) -> Tensor:
+        scores = products(q, k).view(torch.int32).abs().view(torch.float32)
+        return torch.bmm(scores.softmax(-1), flat(v))
+
+    assert "unknown form" in left_dense(decode(attend))[0]
+
+
+def test_a_mask_written_to_in_place_is_read_as_it_is_when_used() -> None:
+    """Bug: a mask that had to be turned round was read before the graph had written to it."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, m: Tensor, a: Tensor) -> Tensor:
+        hidden = torch.zeros(B, 1, Q, S, dtype=torch.bool)
+        hidden[:, :, :, 5:20] = True
+        return (q @ k.transpose(2, 3)).masked_fill(hidden, LOWEST).softmax(-1) @ v
+
+    captured = capture(decode(attend), *given())
+    assert (captured.treatments, captured.reasons) == (["attend"], [])
+    (got, *_), _ = run(captured, rewrite(captured))
+    torch.testing.assert_close(got, captured.expected()[0], **CLOSE)

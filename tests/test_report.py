@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import apack_compile
+from apack_compile.cache import Policy, SideStore
+from apack_compile.codec.fixed import fixed_ref
+from apack_compile.fitting.layer import LayerProfile
+from apack_compile.runtime.stats import REGISTRY, GraphRecord
+
+
+@pytest.fixture(autouse=True)
+def _no_records() -> Iterator[None]:
+    REGISTRY.clear()
+    yield
+    REGISTRY.clear()
+
+
+def store(record: GraphRecord, name: str, *tally: float) -> SideStore:
+    """A cache that a graph made: error, size and expected error of its coded tokens."""
+    made = SideStore.encode(torch.randn(1, 2, 9, 8), fixed_ref("int8", 2, 8), Policy())
+    made.name, made.tally = name, torch.tensor(tally)
+    made.known_to(record.stores)
+    return made
+
+
+def test_measured_errors_are_those_of_layers_not_of_names() -> None:
+    """Two graphs have one layer, a third another one of the same name, a fourth knows no layer."""
+    records = [REGISTRY.new() for _ in range(4)]
+    one, other = LayerProfile(), LayerProfile()
+    for record, layer in zip(records, (one, one, other), strict=False):
+        record.layers["attention"] = layer
+    alive = [
+        store(records[0], "attention.k", 1, 10, 2), store(records[1], "attention.k", 5, 10, 2),
+        store(records[1], "attention.v", 1, 4, 1), store(records[2], "attention.k", 8, 10, 4),
+        store(records[3], "attention.k", 1, 2, 2), store(records[3], "attention.k", 0, 0, 0),
+    ]  # fmt: skip
+    found = apack_compile.report().measured
+    assert [name for name, _ in found] == ["attention.k"] * 3 + ["attention.v"]
+    pairs = sorted(pair for _, pair in found)
+    want = [(0.25, 1.0), (0.3, 1.5), (0.5, 0.5), (0.8, 2.0)]
+    assert torch.allclose(torch.tensor(pairs), torch.tensor(want))
+    del alive
+    assert apack_compile.report().measured == ()

@@ -115,8 +115,7 @@ def collect(draft: Draft, sinks: int, visual: bool = False) -> PassReport:
         prompt = cached in own and cached.k.past is None and _same_prompt(cached, own[0])
         if visual and prompt:
             kinds = draft.input(ARGUMENTS, len(draft.gm.graph.find_nodes(op="placeholder")))
-        after = draft.map[cached.site.node]
-        with draft.graph.inserting_after(after):
+        with draft.graph.inserting_before(draft.map[cached.site.node].next):
             moments = draft.graph.call_function(
                 torch.ops.apack.moments.default,
                 (draft.queries(cached.site), draft.map[cached.k.node], draft.map[cached.v.node],

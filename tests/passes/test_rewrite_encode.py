@@ -87,6 +87,21 @@ def test_moments_of_a_prefill_are_extra_results() -> None:
     assert all(torch.equal(a, b) for a, b in zip(moments, again, strict=True))
 
 
+def test_queries_joined_with_sequences_tell_the_same_moments() -> None:
+    """Bug: queries were taken apart behind the node that reads them."""
+
+    def joined(q: Tensor, k: Tensor, v: Tensor, factor: float) -> Any:
+        keys, values = (torch.cat([torch.tensor([]), x], -2) for x in (k, v))
+        flat = (x.reshape(-1, *x.shape[2:]) for x in (q, keys, values))
+        q, *kv = flat
+        return sdpa(q * factor, *kv), keys, values
+
+    args = tokens(50, 2), tokens(50), tokens(50), 0.5
+    draft = capture(joined, *args).draft()
+    assert collect(draft, sinks=2).matched == 1
+    draft.finish()[0].graph.lint()
+
+
 def test_a_fit_that_knows_visual_tokens_has_their_moments_behind_all() -> None:
     captured = capture(prefill, tokens(50, 4), tokens(50), tokens(50), left_padded())
     visual = torch.zeros(2, 50, dtype=torch.bool)

@@ -21,7 +21,7 @@ class CacheBytes:
         dense: what its tensors would take unpacked, at the cache's dtype.
         packed: what they take: the sum of the next five.
         codes: quantised coefficients, capacity slack and bases of single sequences included.
-        gains: per-token scales.
+        gains: per-token scales, and levels of tokens where bits come in planes.
         exact_tokens: sinks and other tokens kept exact, with their positions.
         window: the ring of recent tokens.
         unpacked: tensors in the cache that are not packed.
@@ -69,9 +69,10 @@ def cache_bytes(cache: Any) -> CacheBytes:
     refs: list[CodeRef] = []
     for store in stores:
         assert store is not None
-        first, *rest = store.side.payload
-        codes += _storage(first) + store.ref.cache_bytes
-        gains += sum(_storage(t) for t in rest)
+        end = len(store.side.payload) - len(store.ref.layout.shares)
+        first, *rest = store.side.payload[:end]
+        codes += sum(map(_storage, (first, *store.side.payload[end:]))) + store.ref.cache_bytes
+        gains += sum(map(_storage, rest))
         exact += _storage(store.side.pool) + _storage(store.side.pool_positions)
         window += _storage(store.side.ring)
         refs.append(store.ref)

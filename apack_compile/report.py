@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from .cache import SideStore
 from .codec.code import Code, total_bytes
+from .codec.tiered import TIERS
 from .fitting.layer import LayerProfile
 from .passes.base import PassReport, Skip
 from .runtime.stats import REGISTRY, GraphRecord
@@ -56,6 +59,8 @@ class Report:
             the relative squared error of the coded tokens, and the error over the predicted one
             (drift: 1 is as predicted).
         kinds: the same on text and on visual tokens alone, where both were seen.
+        tiers: of the tokens that are coded in tiers in the caches that are alive, the share that
+            lacks 0, 1, 2, ... bits.
     """
 
     graph_reports: tuple[GraphReport, ...]
@@ -66,6 +71,7 @@ class Report:
     errors: tuple[tuple[str, float], ...]
     kinds: tuple[tuple[str, tuple[float, float]], ...] = ()
     measured: tuple[tuple[str, tuple[float, float]], ...] = ()
+    tiers: tuple[float, ...] = ()
 
     @property
     def graphs(self) -> int:
@@ -125,6 +131,12 @@ class Report:
                     f"  coding error of {title} by kind of token, mean: text {text:.4f}, "
                     f"visual {visual:.4f}"
                 )
+        if self.tiers:
+            shares = [f"{share:.0%} lack {bits}" for bits, share in enumerate(self.tiers) if bits]
+            lines.append(
+                f"  values in tiers: {self.tiers[0]:.0%} of the coded tokens have all bits, "
+                + ", ".join(shares)
+            )
         for number, graph in enumerate(self.graph_reports):
             lines.extend(_graph_lines(number, graph))
         return "\n".join(lines)
@@ -156,6 +168,21 @@ def _measured(records: Iterable[GraphRecord]) -> list[tuple[str, tuple[float, fl
             sums[key] = [a + b for a, b in zip(mine, (error, size, count), strict=True)]
     found = [(name, (error / size, error / n)) for (_, name), (error, size, n) in sums.items()]
     return sorted(found, key=lambda pair: pair[0])
+
+
+def _tiers(stores: Iterable[SideStore]) -> tuple[float, ...]:
+    """The shares of the tokens that lack 0, 1, 2, ... bits."""
+    counts: list[Tensor] = []
+    for store in stores:
+        planes = len(store.ref.layout.shares)
+        if planes and store.coded:
+            levels = store.side.payload[-1 - planes][:, : store.coded]
+            lacking = planes - levels.flatten().long()
+            counts.append(torch.bincount(lacking, minlength=len(TIERS) + 1).cpu())
+    if not counts:
+        return ()
+    total = torch.stack(counts).sum(0)
+    return tuple((total / total.sum()).tolist())
 
 
 def _graph_lines(number: int, graph: GraphReport) -> Iterable[str]:
@@ -197,7 +224,7 @@ def report(model: nn.Module | None = None) -> Report:
             raise TypeError(f"model={model!r}: accepted is an nn.Module, or nothing for all models")
         parameters = tuple(model.parameters())
         records = tuple(r for r in records if r.is_of(parameters))
-    stores = {id(s): s for r in records for s in r.stores}.values()
+    stores = list({id(s): s for r in records for s in r.stores}.values())
     dense = sum(
         s.side.ring.shape[0] * s.side.ring.shape[1] * s.length * s.side.ring.shape[3]
         * s.dtype.itemsize for s in stores
@@ -212,6 +239,7 @@ def report(model: nn.Module | None = None) -> Report:
         tuple((name, code.error) for name, code in codes),
         tuple((name, code.kinds) for name, code in codes if code.kinds is not None),
         tuple(_measured(records)),
+        _tiers(stores),
     )
 
 

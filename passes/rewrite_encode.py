@@ -5,6 +5,8 @@
     return o, keys, values                     codes, pool, positions, ring = encode(keys, ...)
                                                return o, codes, pool, ...    + handles made of them
 
+Where a code has planes, ``importance(q, keys, mask, ...)`` stands before it (kernels/planes.py).
+
 The first prefill of a layer, whose code is not known yet, returns the dense tensors and their
 moments instead (``collect``); the runtime fits and packs.
 """
@@ -61,7 +63,7 @@ def rewrite_encode(
         last = draft.map[planned.cached.site.node]
         weights = []
         if parse_layout(layout).shares:
-            with draft.graph.inserting_after(last):
+            with draft.graph.inserting_before(last.next):
                 last = _importance(draft, planned)
             weights.append(last)
         with draft.graph.inserting_after(last):
@@ -96,7 +98,7 @@ def _importance(draft: Draft, planned: PlannedSite) -> fx.Node:
     site = planned.cached.site
     return draft.graph.call_function(
         torch.ops.apack.importance.default,
-        (draft.map[site.q], draft.map[planned.cached.k.node], draft.mask(site), site.causal,
+        (draft.queries(site), draft.map[planned.cached.k.node], draft.mask(site), site.causal,
          site.scale, *more_of(draft, site)),
     )  # fmt: skip
 
@@ -134,8 +136,7 @@ def collect(draft: Draft, sinks: int, visual: bool = False, tiers: bool = False)
         prompt = cached in own and cached.k.past is None and _same_prompt(cached, own[0])
         if visual and prompt:
             kinds = draft.input(ARGUMENTS, len(draft.gm.graph.find_nodes(op="placeholder")))
-        after = draft.map[cached.site.node]
-        with draft.graph.inserting_after(after):
+        with draft.graph.inserting_before(draft.map[cached.site.node].next):
             moments = draft.graph.call_function(
                 torch.ops.apack.moments.default,
                 (draft.queries(cached.site), draft.map[cached.k.node], draft.map[cached.v.node],

@@ -14,6 +14,8 @@ from .capture import Rewritten, capture, check, grown, ours, repeat_kv, rewrite,
 
 sdpa = F.scaled_dot_product_attention
 
+IMPORTANCE = torch.ops.apack.importance.default
+
 
 def prefill(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
     keys, values = (torch.cat([torch.tensor([]), x], -2) for x in (k, v))
@@ -87,6 +89,16 @@ def test_moments_of_a_prefill_are_extra_results() -> None:
     assert all(torch.equal(a, b) for a, b in zip(moments, again, strict=True))
 
 
+def test_codes_in_tiers_are_encoded_by_importance() -> None:
+    captured = capture(prefill, tokens(50, 4), tokens(50), tokens(50), left_padded())
+    refs = [fitted_ref(gain=False), fitted_ref(ratio=2, tiers=True)]
+    new = rewrite(captured, refs)
+    assert ours(new) == {"apack::encode": 2, "apack::importance": 1, "apack::visible": 1}
+    (encoded,) = (n for n in new.gm.graph.nodes if n.target == IMPORTANCE)
+    ((reader),) = encoded.users
+    assert reader.args[-1] is encoded and reader.args[3] == refs[1].layout.spec
+
+
 def test_a_fit_of_codes_in_tiers_is_told_the_importance_of_tokens() -> None:
     captured = capture(prefill, tokens(50, 4), tokens(50), tokens(50), left_padded())
     draft = captured.draft()
@@ -95,6 +107,21 @@ def test_a_fit_of_codes_in_tiers_is_told_the_importance_of_tokens() -> None:
     _, (*_, weight) = run(captured, Rewritten(gm, interface, [], []))
     assert weight.shape == (2, 50)
     assert not weight[0, :6].any() and bool((weight[1] > 0).all())
+
+
+def test_queries_joined_with_sequences_tell_the_same_moments() -> None:
+    """Bug: queries were taken apart behind the node that reads them."""
+
+    def joined(q: Tensor, k: Tensor, v: Tensor, factor: float) -> Any:
+        keys, values = (torch.cat([torch.tensor([]), x], -2) for x in (k, v))
+        flat = (x.reshape(-1, *x.shape[2:]) for x in (q, keys, values))
+        q, *kv = flat
+        return sdpa(q * factor, *kv), keys, values
+
+    args = tokens(50, 2), tokens(50), tokens(50), 0.5
+    draft = capture(joined, *args).draft()
+    assert collect(draft, sinks=2, tiers=True).matched == 1
+    draft.finish()[0].graph.lint()
 
 
 def test_a_fit_that_knows_visual_tokens_has_their_moments_behind_all() -> None:

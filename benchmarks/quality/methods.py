@@ -99,11 +99,12 @@ class Variant:
         )
 
 
-ORDER = (8, 4, 6, 5, 12, 2)
+ORDER = (8, 4, 6, 5, 12, 16, 2)
 """Ratios in the order in which they are measured, should time run out."""
 
 TARGETS = (8, 4, 6, 5)
 FULL = (8, 4, 6, 12, 2)
+TIERED = (8, 12, 16)
 BEST = {"k_code": "pre-rope"}
 
 VARIANTS = (
@@ -114,6 +115,14 @@ VARIANTS = (
         {"short": (8,), "target": TARGETS, "full": FULL}, BEST, beforehand=True,
     ),
     Variant(", pre-RoPE K", {"target": TARGETS, "full": (8,)}, BEST),
+    Variant(
+        ", tiers, fitted beforehand", {"target": TIERED, "full": (8, 16)}, {"tiers": True},
+        beforehand=True,
+    ),
+    Variant(
+        ", tiers, pre-RoPE K, fitted beforehand",
+        {"target": TIERED, "full": (8, 16)}, {**BEST, "tiers": True}, beforehand=True,
+    ),
     Variant(", Hadamard V", {"full": (8,)}, {"v_basis": "hadamard"}),
     Variant(", as decoded", {"full": (4, 8)}, coded_once=False),
     Variant(", paper mode", {"full": (8,)}, {"codec": "svd"}),

@@ -50,7 +50,7 @@ def test_methods_of_a_run() -> None:
     target = main.methods_of(Run("r", (3072,), 1, 1, "target", 1), None)
     dense, *ours = [m.name.split(" ") for m in target]
     assert dense == ["full", "precision"] and {name[0] for name in ours} == {"attentionpack"}
-    assert {name[1].rstrip("x,") for name in ours} == {"4", "5", "6", "8"}
+    assert {name[1].rstrip("x,") for name in ours} == {"4", "5", "6", "8", "12", "16"}
     few = main.methods_of(Run("r", (2048,), 1, 1, "short", 1), ["KIVI", "SVD 4x"])
     assert [m.name for m in few] == ["KIVI 4 bit", "KIVI 2 bit", "truncated SVD 4x (the paper)"]
 

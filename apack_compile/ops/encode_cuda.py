@@ -43,7 +43,7 @@ def encode(
     kernels = encode_kernels(x, code)
     if kernels is None:
         return plain_encode(x, visible, params, layout, *settings)
-    return kernels.encode_new(x, visible, params, code, *settings)
+    return kernels.encode_new(x, visible, params, code, *settings[:5])  # no planes: no importance
 
 
 def for_inductor(

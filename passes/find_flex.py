@@ -22,7 +22,8 @@ from torch._higher_order_ops.flex_attention import flex_attention
 from .base import argument, attribute, calls, same_size, shape_of, value_of
 from .find_writes import is_written
 from .flex_mask import Blocks, FlexMask
-from .flex_mods import Reader, Scores, Unread
+from .flex_mods import Reader
+from .flex_records import Scores, Unread
 
 LARGEST_BLOCK = 1 << 30
 """Sizes of the one block of a call without a BlockMask."""

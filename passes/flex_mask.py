@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from .base import shape_of, value_of
-from .flex_mods import ROUNDED, Ref, Step
+from .flex_records import ROUNDED, Ref, Step
 
 aten = torch.ops.aten
 

@@ -21,13 +21,12 @@ from torch import fx
 from torch._ops import OpOverload
 
 from .base import output_of, value_of
-from .find_chain import HIDDEN
 from .find_writes import name_of
 from .flex_ops import BINARY, CASTS, UNARY, plain_name
+from .flex_records import INDICES, ONE, ROUNDED, Ref, Scores, Step, Unread
+from .flex_scores import of_scores
 
 aten = torch.ops.aten
-
-ONE = (1, 1, 1, 1)
 
 WHERE = {
     (True, True): aten.where.self,
@@ -37,51 +36,6 @@ WHERE = {
 }
 """By whether what is chosen are tensors."""
 
-ROUNDED = aten.div.Tensor_mode
-"""Takes as its third argument how it rounds."""
-
-INDICES = 4
-"""Of a score, b, h, q and k: results -4 to -1."""
-
-
-@dataclass(frozen=True)
-class Ref:
-    """The result of a step of a program, a tensor that broadcasts to ``[B, H, Q, S]``."""
-
-    step: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """A call.
-
-    Attributes:
-        target: what is called.
-        args: results of steps, nodes of the Dynamo graph, constants.
-        kinds: types of the arguments, for 1, 1.0 and True are equal.
-    """
-
-    target: OpOverload
-    args: tuple[Any, ...]
-    kinds: tuple[type, ...]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores s of which a function makes ``cap tanh(factor s) + added`` where they are seen.
-
-    Attributes:
-        factor: of the scores.
-        cap: 0: there is no tanh.
-        added: a tensor in the dtype that scores are computed in, or None.
-        seen: bool: others become -inf; or None.
-    """
-
-    factor: float = 1.0
-    cap: float = 0.0
-    added: Ref | None = None
-    seen: Ref | None = None
-
 
 @dataclass(frozen=True)
 class _Table:
@@ -89,10 +43,6 @@ class _Table:
 
     node: fx.Node
     at: tuple[Any, ...] = ()
-
-
-class Unread(Exception):
-    """A function does what is not known here; says what."""
 
 
 class Reader:
@@ -141,7 +91,7 @@ class Reader:
         """What is seen by both; None: everything."""
         if a is None or b is None:
             return a or b
-        return self._call(aten.logical_and.default, a, b)
+        return self.call(aten.logical_and.default, a, b)
 
     # Running -------------------------------------------------------------------------------------
 
@@ -176,9 +126,10 @@ class Reader:
             return value
         if tensor.device != self.device:
             raise Unread("it captures a tensor of another device")
-        return _Table(value) if tensor.dim() else self._call(aten.reshape.default, value, ONE)
+        return _Table(value) if tensor.dim() else self.call(aten.reshape.default, value, ONE)
 
-    def _call(self, target: OpOverload, *args: Any) -> Ref:
+    def call(self, target: OpOverload, *args: Any) -> Ref:
+        """The result of a step; equal steps are one."""
         step = Step(target, args, tuple(map(type, args)))
         return self._steps.setdefault(step, Ref(len(self._steps)))
 
@@ -186,7 +137,7 @@ class Reader:
         name = plain_name(name_of(node))
         every = [*args, *kwargs.values()]
         if any(isinstance(a, Scores) for a in every):
-            return self._of_scores(name, node, args, kwargs)
+            return of_scores(self, name, node, args, kwargs)
         if name in ("getitem", "index"):
             return self._looked_up(node, args)
         if any(isinstance(a, _Table) for a in every):
@@ -200,7 +151,7 @@ class Reader:
         if kwargs or not all(isinstance(a, (Ref, int, float)) or _is_symbol(a) for a in args):
             raise Unread(f"{name} is called in an unknown way")
         if name == "where" and len(args) == 3 and isinstance(args[0], Ref):
-            return self._call(WHERE[isinstance(args[1], Ref), isinstance(args[2], Ref)], *args)
+            return self.call(WHERE[isinstance(args[1], Ref), isinstance(args[2], Ref)], *args)
         if name in ("floordiv", "floor_divide") and len(args) == 2:
             return self._floor_divided(*args)
         found = UNARY.get(name) if len(args) == 1 else None
@@ -209,14 +160,14 @@ class Reader:
             found = BINARY.get(name, {}).get(tensors)
         if found is None:
             raise Unread(f"{name} is not known there")
-        return self._call(found, *args)
+        return self.call(found, *args)
 
     def _floor_divided(self, value: Any, by: Any) -> Ref:
         """Inductor's C++ for ``floor_divide`` of integers gives garbage where sizes vary (2.13)."""
         if not isinstance(value, Ref) or not isinstance(by, int) or isinstance(by, bool) or not by:
             raise Unread("a division is rounded by what is no integer")
-        whole = self._call(aten.sub.Tensor, value, self._call(aten.remainder.Scalar, value, by))
-        return self._call(ROUNDED, whole, by, "trunc")
+        whole = self.call(aten.sub.Tensor, value, self.call(aten.remainder.Scalar, value, by))
+        return self.call(ROUNDED, whole, by, "trunc")
 
     def _cast(self, name: str, node: fx.Node, args: Any, kwargs: Any) -> Ref:
         value = value_of(node)
@@ -224,14 +175,14 @@ class Reader:
             raise Unread("what it moves is not known")
         if not isinstance(args[0], Ref):
             raise Unread(f"{name} of no tensor")
-        return self._call(aten.to.dtype, args[0], value.dtype)
+        return self.call(aten.to.dtype, args[0], value.dtype)
 
     def _constant(self, value: float, node: fx.Node) -> Ref:
         given = value_of(node)
         if not isinstance(given, torch.Tensor) or given.dim() or given.device != self.device:
             raise Unread(f"{name_of(node)} is not one number")
-        zero = self._call(aten.to.dtype, Ref(-INDICES), given.dtype)
-        return self._call(aten.full_like.default, zero, value)
+        zero = self.call(aten.to.dtype, Ref(-INDICES), given.dtype)
+        return self.call(aten.full_like.default, zero, value)
 
     def _is_true(self, ref: Ref) -> bool:
         if ref.step < 0:
@@ -263,78 +214,11 @@ class Reader:
         rest: Any = table.node
         for dim in reversed(range(len(table.at))):
             if not isinstance(table.at[dim], Ref):
-                rest = self._call(aten.select.int, rest, dim, table.at[dim])
+                rest = self.call(aten.select.int, rest, dim, table.at[dim])
         at = tuple(index for index in table.at if isinstance(index, Ref))
         if at:
-            return self._call(aten.index.Tensor, rest, at)
-        return self._call(aten.reshape.default, rest, ONE)
-
-    # What is made of scores ----------------------------------------------------------------------
-
-    def _of_scores(self, name: str, node: fx.Node, args: Any, kwargs: Any) -> Scores:
-        if kwargs and name not in CASTS:
-            raise Unread(f"{name} of scores is not known")
-        if name in CASTS and isinstance(args[0], Scores):
-            if value_of(node).is_floating_point():
-                return args[0]
-        elif name == "tanh":
-            return self._capped(args[0])
-        elif name in ("add", "mul") and len(args) == 2:
-            scores, other = args if isinstance(args[0], Scores) else args[::-1]
-            return self._plus(scores, other) if name == "add" else self._times(scores, other)
-        elif (
-            name == "sub" and isinstance(args[0], Scores) and isinstance(args[1], (Ref, int, float))
-        ):
-            return self._plus(args[0], self._call(aten.mul.Tensor, self._term(args[1]), -1))
-        elif name in ("div", "truediv", "true_divide") and isinstance(args[0], Scores):
-            return self._times(args[0], args[1], True)
-        elif name == "where" and len(args) == 3:
-            return self._hidden(*args)
-        elif name == "masked_fill" and isinstance(args[0], Scores) and isinstance(args[1], Ref):
-            return self._hidden(self._call(aten.logical_not.default, args[1]), args[0], args[2])
-        raise Unread(f"{name} of scores is not known")
-
-    def _capped(self, scores: Scores) -> Scores:
-        if scores.cap or scores.added is not None or scores.seen is not None:
-            raise Unread("what is capped are no plain scores")
-        return replace(scores, cap=1.0)
-
-    def _plus(self, scores: Scores, other: Any) -> Scores:
-        term = self._term(other)
-        added = term if scores.added is None else self._call(aten.add.Tensor, scores.added, term)
-        return replace(scores, added=added)
-
-    def _term(self, value: Any) -> Ref:
-        """What is added to scores, in their dtype."""
-        if isinstance(value, Ref):
-            return self._call(aten.to.dtype, value, self.dtype)
-        if isinstance(value, (int, float)):
-            zero = self._call(aten.to.dtype, Ref(-INDICES), self.dtype)
-            return self._call(aten.full_like.default, zero, float(value))
-        raise Unread("what is added to scores is not known")
-
-    def _times(self, scores: Scores, other: Any, inverse: bool = False) -> Scores:
-        known = value_of(other)
-        if isinstance(known, (torch.SymFloat, torch.SymInt)):
-            known = float(known)  # with dynamic=True; Dynamo then guards this number
-        if not isinstance(known, (int, float)) or not known:
-            raise Unread("scores are multiplied by what is no constant")
-        if scores.added is not None or scores.seen is not None:
-            raise Unread("what is added to scores is multiplied with them")
-        factor = 1 / known if inverse else known
-        if scores.cap:
-            return replace(scores, cap=scores.cap * factor)
-        return replace(scores, factor=scores.factor * factor)
-
-    def _hidden(self, condition: Any, chosen: Any, other: Any) -> Scores:
-        if not isinstance(condition, Ref):
-            raise Unread("which scores are hidden depends on them")
-        if isinstance(other, Scores):
-            condition = self._call(aten.logical_not.default, condition)
-            chosen, other = other, chosen
-        if not isinstance(other, (int, float)) or not other <= HIDDEN:
-            raise Unread("other numbers are put in the place of scores")
-        return replace(chosen, seen=self.both(chosen.seen, condition))
+            return self.call(aten.index.Tensor, rest, at)
+        return self.call(aten.reshape.default, rest, ONE)
 
 
 def _is_symbol(value: Any) -> bool:

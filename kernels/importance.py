@@ -16,6 +16,9 @@ from ..codec.layout import scores_of_keys, working_dtype
 OBSERVED = 64
 """Queries W: at S = 4,096 one part in 64 of the scores of a prefill (one in 32 if it is causal)."""
 
+PIECE = 8
+"""Queries at a time: the scores of all would take more memory than the cache, if it is long."""
+
 
 def importance(
     q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float = 0.0,
@@ -25,7 +28,7 @@ def importance(
 
     Args:
         q: queries ``[B, Hq, Q, D]``.
-        k: keys ``[B, H, S, D]``.
+        k: keys ``[B, H, S, D]``, in any dtype.
         mask: bool (True: seen) or float (added), broadcastable to ``[B, Hq, Q, S]``; or None.
         causal: whether token t sees tokens ``0 .. t`` alone (counted from the first key).
         scale: factor of the scores.
@@ -34,22 +37,32 @@ def importance(
     Queries that see nothing give nothing (padding), and bring the mean down for the whole sequence
     alike: what counts is the order of tokens.
     """
-    queries, length = q.shape[2], k.shape[2]
-    last = torch.arange(OBSERVED, device=q.device) - OBSERVED + queries
-    last = last.clamp(min=0)  # of fewer queries the first one counts again
+    last = torch.arange(OBSERVED, device=q.device) - OBSERVED + q.shape[2]
+    total = q.new_zeros(q.shape[0], k.shape[2], dtype=working_dtype(q.dtype))
+    keys = k.to(q.dtype)
+    for rows in last.clamp(min=0).split(PIECE):  # of fewer queries the first one counts again
+        total += _weights(q, keys, mask, causal, scale, softcap, sinks, rows).sum((1, 2))
+    return (total / (q.shape[1] * OBSERVED)).float()
+
+
+def _weights(
+    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float,
+    sinks: Tensor | None, rows: Tensor,
+) -> Tensor:  # fmt: skip
+    """Attention weights of some of the queries: ``[B, Hq, rows, S]``."""
     work = working_dtype(q.dtype)
-    scores = scores_of_keys(q.index_select(2, last).to(work) * scale, k.to(work))  # [B, Hq, W, S]
+    scores = scores_of_keys(q.index_select(2, rows), k).to(work) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         if mask.dim() >= 2 and mask.shape[-2] != 1:
-            mask = mask.index_select(-2, last)
+            mask = mask.index_select(-2, rows)
         if mask.dtype == torch.bool:
             scores = torch.where(mask, scores, float("-inf"))
         else:
             scores = scores + mask.to(work)
     if causal:
-        seen = torch.arange(length, device=q.device) <= last[:, None]
+        seen = torch.arange(k.shape[2], device=q.device) <= rows[:, None]
         scores = torch.where(seen, scores, float("-inf"))
     if sinks is not None:
         sink = sinks.to(work).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
@@ -57,5 +70,4 @@ def importance(
     top = scores.amax(-1, keepdim=True)
     weights = (scores - torch.where(top == float("-inf"), 0.0, top)).exp()
     total = weights.sum(-1, keepdim=True)
-    p = weights[..., :length] / torch.where(total == 0, 1.0, total)
-    return p.mean((1, 2)).float()
+    return weights[..., : k.shape[2]] / torch.where(total == 0, 1.0, total)

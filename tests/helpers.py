@@ -35,6 +35,8 @@ def hand_code(layout: Layout, seed: int = 0) -> Code:
         params.append(torch.rand(layout.groups, rank, generator=generator) + 0.5)
     params.append(torch.zeros(layout.heads, layout.dim, layout.dim))
     params.append(torch.zeros(layout.groups, rank))
+    if layout.shares:
+        params.append(torch.ones(len(layout.shares) + 1))
     if layout.positional:
         params.append(torch.rand(2, 1, generator=generator).expand(2, layout.rotary))
     return Code(layout, tuple(params))

@@ -260,7 +260,6 @@ _define(
     "Tensor? sinks=None) -> Tensor",
     _importance,
     lambda q, k, *rest: q.new_empty(q.shape[0], k.shape[2], dtype=torch.float32),
-    _importance,
 )
 _define_composite("append_(Tensor(a!) ring, Tensor new, Tensor lengths) -> ()", _append_)
 _define_composite("visible(Tensor mask, SymInt batch, SymInt length) -> Tensor", _visible)

@@ -9,7 +9,7 @@ import torch
 from torch.library import opcheck
 
 from apack_compile.cache import Policy
-from apack_compile.codec import Code, ExactLayout, TransformLayout
+from apack_compile.codec import Code, ExactLayout, TieredLayout, TransformLayout
 
 from ..helpers import encoded, hand_code
 
@@ -18,6 +18,7 @@ CODES = {
     "exact": Code(ExactLayout(2, 4)),
     "transform": hand_code(TransformLayout(2, 4, 1, 2, 2, 4, 0)),
     "gain": hand_code(TransformLayout(2, 4, 2, 0, 4, 0, 1)),
+    "tiers": hand_code(TieredLayout(2, 4, 1, 0, 8, 0, 1, 0, 0, 24, 16)),
 }
 # Not test_autograd_registration: gradients are not supported.
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -57,6 +58,7 @@ def test_encode(kind: str, length: int) -> None:
     check(
         torch.ops.apack.encode, by_token(2, 2, length, 4), visible, list(code.params),
         code.layout.spec, POLICY.sinks, POLICY.extra, POLICY.window, POLICY.ring, POLICY.chunk,
+        *([torch.rand(2, length)] if code.layout.shares else []),
     )  # fmt: skip
 
 
@@ -91,6 +93,18 @@ def test_make_pool(masked: bool, sinks: int, extra: int) -> None:
     visible = torch.rand(2, 6) < 0.8 if masked else None
     strain = 100 * torch.rand(2, 6) if masked else None
     check(torch.ops.apack.make_pool, x, visible, strain, sinks, extra)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_importance(masked: bool) -> None:
+    mask = torch.rand(2, 1, 6, 6) < 0.8 if masked else None
+    more = (20.0, torch.randn(4)) if masked else ()
+    q, k = by_token(2, 4, 6, 4), by_token(2, 2, 6, 4)
+    check(torch.ops.apack.importance, q, k, mask, not masked, 0.5, *more)
+
+
+def test_token_levels() -> None:
+    check(torch.ops.apack.token_levels, torch.rand(2, 40), [26, 16, 6, 2])
 
 
 def test_append_and_visible_are_seen_through_by_tracing() -> None:

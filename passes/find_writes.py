@@ -46,7 +46,7 @@ def writes(user: fx.Node, node: fx.Node) -> bool:
 
 
 def written_between(node: fx.Node, first: fx.Node, last: fx.Node) -> bool:
-    """Whether ``node``, or what shares its storage, is written to behind ``first``, before ``last``.
+    """Whether ``node``, or what it is a view of, is written to between two other nodes.
 
     What is read at ``first`` then is something else at ``last``.
     """

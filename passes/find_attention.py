@@ -21,7 +21,7 @@ from torch import fx
 from .base import PassReport, Skip, argument, calls, shape_of, value_of
 from .find_chain import Chain, find_chain
 from .find_flex import Flex, find_flex
-from .find_writes import is_written
+from .find_writes import base_of, is_written
 from .flex_mask import FlexMask
 from .mask import Mask, MaskPart, mask_part
 from .regroup import lies_so, regrouped
@@ -149,6 +149,7 @@ def _checked(node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, scale: Any) -> A
         return "the scale is not a constant"
     if len(q_shape) == 3 and not is_written(q):
         before = regrouped(q)
-        if before is not None and len(shape_of(before) or ()) == 4 and lies_so(before, wide[:2]):
+        joined = before is not None and not is_written(base_of(before))
+        if joined and len(shape_of(before) or ()) == 4 and lies_so(before, wide[:2]):
             q = before
     return AttentionSite(node, q, keys, values, heads, None, float(scale), False)

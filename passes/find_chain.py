@@ -16,6 +16,7 @@ sequences (``regroup.py``), at every step or at some.
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from .base import argument, calls, shape_of, value_of
-from .find_writes import is_written, writes
+from .find_writes import is_written, writes, written_between
 from .mask import Mask, MaskPart, mask_part
 from .products import is_baddbmm, scores_of, weighted
 from .regroup import VIEWS, regrouped
@@ -39,6 +40,9 @@ _ADD = ("add", "add_", torch.add, operator.add, operator.iadd)
 
 HIDDEN = -1e4
 """A number added to, or put in the place of, scores of tokens that are not seen is no greater."""
+
+STILL_HIDDEN = -100.0
+"""Nor is this what becomes of it if it is scaled with the scores: its weight is 0 in float32."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +73,18 @@ class Chain:
 class _Scores:
     """What a softmax is taken of: ``cap tanh(scale q.k)``, or ``scale q.k`` where cap is 0.
 
-    ``views`` are those on the way from the product to the softmax.
+    ``product`` is that of q and k, ``views`` are those on the way from it to the softmax. The
+    largest number that stands in the place of a hidden score is ``hidden``.
     """
 
+    product: fx.Node
     q: fx.Node
     k: fx.Node
     mask: Mask | None = None
     views: tuple[fx.Node, ...] = ()
     scale: float = 1.0
     cap: float = 0.0
+    hidden: float = -math.inf
 
 
 _Found = _Scores | str | None
@@ -123,6 +130,10 @@ def find_chain(softmax: fx.Node) -> Chain | str | None:
         return "attention written out in an unknown form: left dense"
     if not in_one_order(scores.q, scores.k, v, (*scores.views, softmax, *views, node)):
         return _OTHER_ORDER
+    laid = () if scores.mask is None else tuple(part.node for part in scores.mask.parts)
+    read = (scores.q, *laid, *(() if sinks is None else (sinks,)))
+    if any(written_between(x, scores.product, node) for x in read):
+        return "queries, masks or sinks change before the values are read: left dense"
     scale = scores.scale * (scores.cap or 1.0)  # cap tanh(scale q.k / cap)
     cap = abs(scores.cap)  # tanh is odd
     return Chain(node, scores.q, scores.k, v, scores.mask, scale, cap, sinks)
@@ -165,7 +176,8 @@ def _scores(node: Any, reader: fx.Node) -> _Found:
         return replace(found, views=(*found.views, node)) if isinstance(found, _Scores) else found
     operands = scores_of(node)
     if operands is not None:
-        return _with_input(_Scores(*operands), node) if is_baddbmm(node) else _Scores(*operands)
+        product = _Scores(node, *operands)
+        return _with_input(product, node) if is_baddbmm(node) else product
     if calls(node, *_MUL, *_DIV):
         return _scaled(node)
     if calls(node, *_ADD):
@@ -198,7 +210,7 @@ def _scaled(node: fx.Node) -> _Found:
     if calls(node, *_MUL) and _number(first) is not None:
         first, second = second, first
     factor = _number(second)
-    if not factor:
+    if not factor or node.kwargs.get("rounding_mode"):
         return None
     found = _scores(first, node)
     if not isinstance(found, _Scores):
@@ -207,9 +219,12 @@ def _scaled(node: fx.Node) -> _Found:
     mask = None if found.mask is None else found.mask.scaled(factor)
     if found.mask is not None and mask is None:
         return "the mask is turned round with the scores: left dense"
+    found = replace(found, mask=mask, hidden=found.hidden * abs(factor))
+    if found.hidden > STILL_HIDDEN:
+        return "hidden scores are scaled until they are seen: left dense"
     if found.cap:
-        return replace(found, cap=found.cap * factor, mask=mask)
-    return replace(found, scale=found.scale * factor, mask=mask)
+        return replace(found, cap=found.cap * factor)
+    return replace(found, scale=found.scale * factor)
 
 
 def _capped(found: _Found) -> _Found:
@@ -270,4 +285,5 @@ def _hidden(found: _Found, scores: Any, mask: Any, value: Any, hides: bool) -> _
         return "tokens are hidden in an unknown way: left dense"
     if not shown.dim() or shown.dtype != torch.bool:
         return "tokens are hidden in an unknown way: left dense"
+    found = replace(found, hidden=max(found.hidden, value))
     return _under(found, mask_part(mask, shape_of(scores) or (), hides))

@@ -45,6 +45,19 @@ def writes(user: fx.Node, node: fx.Node) -> bool:
     return _is_view(user) and user.args[:1] == (node,) and is_written(user)
 
 
+def written_between(node: fx.Node, first: fx.Node, last: fx.Node) -> bool:
+    """Whether ``node``, or what it is a view of, is written to between two other nodes.
+
+    What is read at ``first`` then is something else at ``last``.
+    """
+    base, here = base_of(node), first.next
+    while here is not last and here.op != "root":
+        if any(base_of(target) is base for target in written(here)):
+            return True
+        here = here.next
+    return False
+
+
 def written(node: fx.Node) -> list[fx.Node]:
     """Arguments that a call writes to: by its schema, or by what its name means."""
     if node.op not in ("call_function", "call_method"):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from .base import shape_of, value_of
 from .flex_records import ROUNDED, Ref, Step
@@ -60,6 +61,14 @@ class FlexMask:
     within: Ref | None
     blocks: Blocks | None
     sizes: tuple[str, ...]
+
+    @property
+    def tensors(self) -> tuple[fx.Node, ...]:
+        """What it is made of in the Dynamo graph: captured tensors, and those of the blocks."""
+        read: list[Any] = [step.args for step in self.steps]
+        if self.blocks is not None:
+            read += [self.blocks.partial, self.blocks.full]
+        return tuple(leaf for leaf in tree_leaves(read) if isinstance(leaf, fx.Node))
 
     @property
     def is_trivial(self) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .base import PassReport, shape_of, value_of
+from .base import PassReport, same_size, shape_of, value_of
 from .draft import AFTER, AppendedOutput, Draft
 from .find_attention import AttentionSite
 from .find_updates import CacheUpdate
@@ -52,6 +52,8 @@ def rewrite_attend(draft: Draft) -> PassReport:
             wanted, given = value_of(site.node), value_of(site.q)
             if wanted.dtype != given.dtype:  # written out: as the weights were cast
                 new = draft.graph.call_function(torch.ops.aten.to.dtype, (new, wanted.dtype))
+            if _lies_by_token(wanted):
+                new = _by_token(draft, new)
             if wanted.dim() == 3:
                 new = draft.graph.call_function(torch.ops.aten.flatten.using_ints, (new, 0, 1))
         new.meta = dict(old.meta)
@@ -62,6 +64,25 @@ def rewrite_attend(draft: Draft) -> PassReport:
         for operand in operands:
             _erase_dead(draft, operand, keep=(draft.map[site.k], draft.map[site.v]))
     return PassReport("rewrite_attend", len(sites))
+
+
+def _lies_by_token(value: torch.Tensor) -> bool:
+    """Whether ``[B, H, Q, D]`` lies in memory as ``[B, Q, H, D]``, as SDPA gives it.
+
+    Models may rely on that: ``y.transpose(1, 2).view(B, Q, H * D)``.
+    """
+    if value.dim() != 4 or same_size(value.shape[2], 1):
+        return False
+    _, heads, _, dim = value.shape
+    lies = zip(value.stride()[1:], (dim, heads * dim, 1), strict=True)
+    return all(same_size(stride, size) for stride, size in lies)
+
+
+def _by_token(draft: Draft, node: fx.Node) -> fx.Node:
+    """``node [B, H, Q, D]`` laid out so."""
+    aten, call = torch.ops.aten, draft.graph.call_function
+    laid = call(aten.contiguous.default, (call(aten.transpose.int, (node, 1, 2)),))
+    return call(aten.transpose.int, (laid, 1, 2))
 
 
 def more_of(draft: Draft, site: AttentionSite) -> tuple[float | fx.Node, ...]:

@@ -159,17 +159,21 @@ def _dense_output(code: int, node: fx.Node, number_of: Callable[[fx.Node], int])
 
 
 class _Visible:
-    """The visible tokens of a mask, computed once for each mask."""
+    """The visible tokens of a mask, computed once for each mask and keys of one shape.
+
+    A mask that is the same for all keys may lie over caches of several lengths.
+    """
 
     def __init__(self, draft: Draft) -> None:
         self.draft = draft
-        self.known: dict[Mask | FlexMask, fx.Node] = {}
+        self.known: dict[tuple[Mask | FlexMask, str], fx.Node] = {}
 
     def of(self, planned: PlannedSite) -> fx.Node | None:
         site = planned.cached.site
         if site.mask is None:
             return None
-        if site.mask not in self.known:
+        key = site.mask, str(shape_of(planned.cached.k.node))
+        if key not in self.known:
             graph = self.draft.graph
             keys = self.draft.map[planned.cached.k.node]
             with graph.inserting_before(self.draft.map[site.node]):
@@ -177,7 +181,7 @@ class _Visible:
                 sizes = [
                     graph.call_function(torch.ops.aten.sym_size.int, (keys, d)) for d in (0, 2)
                 ]
-                self.known[site.mask] = graph.call_function(
+                self.known[key] = graph.call_function(
                     torch.ops.apack.visible.default, (mask, *sizes)
                 )
-        return self.known[site.mask]
+        return self.known[key]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -12,7 +12,7 @@ from .base import value_of
 from .find_attention import AttentionSite
 from .find_writes import base_of, is_written
 from .flex_mask import FlexMask
-from .mask import Mask, MaskPart, write_mask
+from .mask import MaskPart, write_mask
 from .plan import PlannedSite
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class SiteMasks:
 
     def __init__(self, draft: Draft) -> None:
         self.draft = draft
-        self._known: dict[tuple[Mask | FlexMask, int], fx.Node] = {}
+        self._known: dict[tuple[Any, ...], fx.Node] = {}
 
     def of(self, site: AttentionSite) -> fx.Node | None:
         """The mask of a site in the new graph; if it is bool, True where a token is seen."""
@@ -54,8 +54,9 @@ class SiteMasks:
         draft = self.draft
         planned = next(p for p in draft.plan.sites if p.cached.site is site)
         packed = planned.treatment == "attend"
-        key = mask, int(packed)
-        if key not in self._known:
+        key = mask, packed, value_of(site.q).device
+        changes = any(is_written(base_of(node)) for node in mask.tensors)
+        if changes or key not in self._known:
             with draft.graph.inserting_before(draft.map[site.node]):
                 keys = self._packed_keys(planned) if packed else self._dense_keys(site)
                 self._known[key] = flex_mask.write_mask(

@@ -237,6 +237,14 @@ REFUSED: dict[str, tuple[Weigh, str]] = {
     "less than another maximum": (
         lambda q, k, m: (lambda s: (s - s.amax(-2, keepdim=True)).softmax(-1))(plain(q, k) + m),
         "unknown form"),
+    # Bug: what is rounded was taken for a quotient.
+    "rounded": (
+        lambda q, k, m: torch.div(plain(q, k), 2.0, rounding_mode="floor").softmax(-1),
+        "unknown form"),
+    # Bug: -1e4 hides no more once it is -1, but was taken for -inf.
+    "hidden scores scaled away": (
+        lambda q, k, m: (plain(q, k).masked_fill(m < 0, -1e4) * 1e-4).softmax(-1),
+        "until they are seen"),
     "a sum of weights": (
         lambda q, k, m: (lambda p: p / p.sum())((plain(q, k) + m).softmax(-1)), ""),
 }  # fmt: skip
@@ -268,6 +276,46 @@ def test_scores_that_are_masked_by_a_statement_are_left_alone() -> None:
         captured = capture(decode(each), *given())
         assert captured.treatments == []
         assert "in place" in captured.reasons[0]
+
+
+@pytest.mark.parametrize("changed", ["queries", "a view of them", "mask", "mask of two", "sinks"])
+def test_what_changes_behind_the_scores_is_left_alone(changed: str) -> None:
+    """Bug: packed attention read it where the values are read, after it had changed."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, m: Tensor, x: Tensor) -> Any:
+        keys, values = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        q, m, x = q + 0, m + 0, x + 0
+        s = plain(q, repeat_kv(keys)) + m
+        if changed == "mask of two":
+            s = s + x[:, None, None]
+        p = torch.cat([s, column(q, x)], -1).softmax(-1)[..., :-1]
+        if changed == "queries":
+            q.mul_(0.5)
+        elif changed == "a view of them":
+            q[..., :2] = 0
+        elif changed == "sinks":
+            x.fill_(2.0)
+        else:
+            m[..., :5] = LOWEST
+        return p @ repeat_kv(values), keys, values
+
+    captured = capture(fn, *given(), SINKS)
+    assert captured.treatments == []
+    assert "change before the values are read" in captured.reasons[0]
+
+
+def test_what_changes_behind_the_values_does_no_harm() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, m: Tensor) -> Any:
+        keys, values, m = torch.cat([pk, k], 2), torch.cat([pv, v], 2), m + 0
+        o = (plain(q, repeat_kv(keys)) + m).softmax(-1) @ repeat_kv(values)
+        m[..., :5] = LOWEST
+        return o, keys, values
+
+    captured = capture(fn, *given())
+    assert captured.treatments == ["attend"]
+    torch.testing.assert_close(
+        run(captured, rewrite(captured))[0][0], captured.expected()[0], **CLOSE
+    )
 
 
 def test_casts_of_the_cache_that_are_written_to_are_not_the_cache() -> None:

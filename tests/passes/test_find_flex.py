@@ -277,6 +277,28 @@ def test_a_prefill_runs_flex_attention_and_packs() -> None:
     assert new.calls["flex_attention"] == 1
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_captured_tensor_that_changes_makes_a_mask_each_time(changed: bool) -> None:
+    """Bug: the second of two calls was given the mask of the first."""
+
+    def fn(q: Tensor, pk: Tensor, pv: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Any:
+        keys, values = grown(pk, pv, k, v)
+        table = table + 0
+
+        def mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return s + table[b, h, i, j]
+
+        one = flex_attention(q, keys, values, mod, enable_gqa=True)
+        if changed:
+            table.mul_(-3)
+        return one, flex_attention(q, keys, values, mod, enable_gqa=True), keys, values
+
+    captured = capture(fn, *arguments(packed, 3))
+    assert captured.treatments == ["attend", "attend"]
+    new = check(captured, [PlainOutput, PlainOutput, AppendedOutput, AppendedOutput])
+    assert new.calls["aten::index.Tensor"] == (2 if changed else 1)
+
+
 def by_hand(
     q: Tensor, past_k: Tensor, past_v: Tensor, k: Tensor, v: Tensor, *blocks: Tensor
 ) -> Any:

@@ -123,3 +123,19 @@ def test_a_cache_that_does_not_grow_is_attended_to_as_it_is(in_step: bool) -> No
     assert ours(new) == {"apack::append_": 2, "apack::attend": 3}
     assert new.calls["scaled_dot_product_attention"] == 0
     assert new.interface.appends == (1, 1, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("repeat", [REPEATS["none"], repeat_kv], ids=["MHA", "GQA"])
+def test_an_output_lies_in_memory_as_that_of_sdpa(repeat: Callable[[Tensor], Tensor]) -> None:
+    """Bug: models that ``view`` what they have transposed back stopped at steps of many tokens."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> Any:
+        keys, values = grown(pk, pv, k, v)
+        out = sdpa(q.transpose(1, 2), repeat(keys), repeat(values))
+        return out.transpose(1, 2).view(2, 5, -1), keys, values
+
+    heads = 2 if repeat is REPEATS["none"] else 4
+    q = torch.randn(2, 5, heads, 8)  # SDPA answers in the layout of the queries
+    captured = capture(fn, q, tokens(5), tokens(5), packed(30), packed(30))
+    new = check(captured, [PlainOutput, AppendedOutput, AppendedOutput])
+    assert ours(new) == {"apack::append_": 2, "apack::attend": 1}

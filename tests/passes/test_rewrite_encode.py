@@ -145,3 +145,16 @@ def test_kinds_of_tokens_in_a_dense_past_are_not_known() -> None:
     gm, interface = draft.finish()
     _, (moments, *_) = run(captured, Rewritten(gm, interface, [], []))
     assert len(moments) == 6
+
+
+def test_a_mask_over_caches_of_several_lengths_is_read_for_each() -> None:
+    """Bug: tokens that a bias of each head shows in one cache were those of the next, shorter one,
+    and the model stopped."""
+
+    def fn(q: Tensor, k: Tensor, image: Tensor, mask: Tensor, w: Tensor) -> Any:
+        keys, pixels = k * 2, image @ w
+        return sdpa(sdpa(q, keys, keys, mask), pixels, pixels, mask), keys, pixels
+
+    given = tokens(30), tokens(30), tokens(11), torch.randn(1, 2, 1, 1), torch.randn(8, 8)
+    new = check(capture(fn, *given), [PlainOutput, EncodedOutput, EncodedOutput])
+    assert ours(new) == {"apack::encode": 2, "apack::visible": 2}

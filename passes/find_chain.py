@@ -286,4 +286,5 @@ def _hidden(found: _Found, scores: Any, mask: Any, value: Any, hides: bool) -> _
     if not shown.dim() or shown.dtype != torch.bool:
         return "tokens are hidden in an unknown way: left dense"
     found = replace(found, hidden=max(found.hidden, value))
-    return _under(found, mask_part(mask, shape_of(scores) or (), hides))
+    faint = value > -math.inf
+    return _under(found, mask_part(mask, shape_of(scores) or (), hides, faint))

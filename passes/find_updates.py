@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from ..cache import PackedKV
-from .ancestry import as_networkx, projected_from, weight_above
+from .ancestry import as_networkx, is_projection, projected_from, weight_above
 from .base import PassReport, Skip, argument, calls, output_of, same_size, shape_of, value_of
 from .find_attention import AttentionSite
 from .find_strays import grows
@@ -32,6 +32,11 @@ from .find_writes import base_of, is_written
 Kind = Literal["packed", "dense", "empty", "fixed"]
 
 NOT_STORED = "no cache: keys and values are not stored"
+CUT = "the whole cache is not stored (sliding window): left dense"
+COPIED = "what is stored is a copy of the cache, not what attention reads: left dense"
+MADE = "keys or values are made of a cache in a way that is not recognised: left dense"
+
+_COPIES = ("clone", "contiguous", "transpose", "permute", "swapaxes", "swapdims", "to", "detach")
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,9 @@ def find_updates(
         k = _update(site.k, outputs, flow)
         v = _update(site.v, outputs, flow)
         reason = k if isinstance(k, str) else v if isinstance(v, str) else None
-        if reason == NOT_STORED and any(_is_latent(s, outputs, flow) for s in (site.k, site.v)):
+        if reason in (NOT_STORED, MADE) and any(
+            _is_latent(s, outputs, flow) for s in (site.k, site.v)
+        ):
             reason = "keys or values are projected from the cache (latent attention): left dense"
         if reason is None:
             assert isinstance(k, CacheUpdate) and isinstance(v, CacheUpdate)
@@ -117,7 +124,7 @@ def _growth(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> CacheUpda
     ):
         return "the cache is joined with other keys or values: left dense"
     if root not in outputs:
-        return "the whole cache is not stored (sliding window): left dense"
+        return COPIED if _is_copied(root, outputs) else CUT
     if not isinstance(operands, (list, tuple)) or len(operands) != 2:
         return f"cat of {len(operands)} tensors"
     past, new = operands
@@ -147,7 +154,33 @@ def _without_cat(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> Cach
         return "keys or values are an input that this graph does not grow (cross-attention?)"
     if root in outputs:
         return CacheUpdate(root, None, root, "empty", weight_above(flow, root))
-    return NOT_STORED
+    return MADE if _is_made_of_a_cache(root, outputs, flow) else NOT_STORED
+
+
+def _is_copied(root: fx.Node, outputs: set[fx.Node]) -> bool:
+    """Whether a copy of ``root``, turned round or not, is stored."""
+    stack = [root]
+    while stack:
+        copies = [user for user in stack.pop().users if calls(user, *_COPIES)]
+        if not outputs.isdisjoint(copies):
+            return True
+        stack += copies
+    return False
+
+
+def _is_made_of_a_cache(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> bool:
+    """Whether a cache that grows is among what ``root`` is made of, short of any projection."""
+    stack, seen = [root], {root}
+    while stack:
+        node = stack.pop()
+        packed = node.op == "placeholder" and isinstance(value_of(node), PackedKV)
+        if packed or grows(node, outputs):
+            return True
+        above = () if is_projection(node) else flow.predecessors(node)
+        new = [n for n in above if n not in seen and isinstance(value_of(n), torch.Tensor)]
+        seen.update(new)
+        stack += new
+    return False
 
 
 def _is_latent(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> bool:

@@ -17,6 +17,9 @@ from torch import fx
 
 from .base import same_size, shape_of, value_of
 
+FAINT = -1e29
+"""A score so low that no other counts beside it, and still a number in any unit (log2 too)."""
+
 
 @dataclass(frozen=True)
 class MaskPart:
@@ -25,12 +28,15 @@ class MaskPart:
     Attributes:
         node: numbers that are added, or bool.
         hides: whether a bool says which tokens are hidden, not which are seen.
+        faint: whether hidden tokens have a very low score, so that a query which sees none looks at
+            all of them alike; else it looks at nothing.
         factor: of numbers.
         joined: whether its first dimension is ``B * Hq``, heads side by side with sequences.
     """
 
     node: fx.Node
     hides: bool = False
+    faint: bool = False
     factor: float = 1.0
     joined: bool = False
 
@@ -58,7 +64,9 @@ class Mask:
         )
 
 
-def mask_part(node: fx.Node, scores: tuple[Any, ...], hides: bool = False) -> MaskPart | None:
+def mask_part(
+    node: fx.Node, scores: tuple[Any, ...], hides: bool = False, faint: bool = False
+) -> MaskPart | None:
     """``node`` laid over ``scores`` of these sizes: ``[B, Hq, Q, S]`` or ``[B * Hq, Q, S]``.
 
     None if it makes them larger, or its heads cannot be told.
@@ -70,8 +78,8 @@ def mask_part(node: fx.Node, scores: tuple[Any, ...], hides: bool = False) -> Ma
     if any(_differ(size, wanted) and not same_size(size, 1) for size, wanted in facing):
         return None
     if len(scores) == 4 or len(shape) < 3 or same_size(shape[0], 1):
-        return MaskPart(node, hides)
-    return MaskPart(node, hides, joined=True) if same_size(shape[0], scores[0]) else None
+        return MaskPart(node, hides, faint)
+    return MaskPart(node, hides, faint, joined=True) if same_size(shape[0], scores[0]) else None
 
 
 def write_mask(
@@ -86,20 +94,26 @@ def write_mask(
         heads: query heads.
     """
     aten, call = torch.ops.aten, graph.call_function
-    added = seen = None
+    added = seen = shown = None
     for part in mask.parts:
         node = nodes[part.node]
         if part.joined:
             node = apart(graph, node, heads)
         if not part.adds:
             node = call(aten.logical_not.default, (node,)) if part.hides else node
-            seen = node if seen is None else call(aten.logical_and.default, (seen, node))
+            before = shown if part.faint else seen
+            node = node if before is None else call(aten.logical_and.default, (before, node))
+            seen, shown = (seen, node) if part.faint else (node, shown)
             continue
         if value_of(part.node).dtype != torch.float64:
             node = call(aten.to.dtype, (node, torch.float32))
         if part.factor != 1:
             node = call(aten.mul.Scalar, (node, part.factor))
         added = node if added is None else call(aten.add.Tensor, (added, node))
+    if shown is not None and added is not None:
+        added = call(aten.where.ScalarOther, (shown, added, FAINT))
+    elif shown is not None:
+        added = call(aten.where.Scalar, (shown, 0.0, FAINT))
     if seen is not None and added is not None:
         return call(aten.where.ScalarOther, (seen, added, float("-inf")))
     one = added if seen is None else seen

@@ -70,7 +70,8 @@ def test_parts_are_laid_over_the_scores_one_after_another(
         value = torch.randn(shape).to(dtype) if kind == "adds" else torch.rand(shape) < 0.5
         node = place(graph, value)
         values.append(value)
-        parts.append(MaskPart(node, kind == "hides", factor if kind == "adds" else 1.0, joined))
+        factor = factor if kind == "adds" else 1.0
+        parts.append(MaskPart(node, kind == "hides", factor=factor, joined=joined))
         whole = value.view(B, H, *shape[1:]) if joined else value
         if kind == "adds":
             want = want + whole.double() * factor
@@ -85,6 +86,28 @@ def test_parts_are_laid_over_the_scores_one_after_another(
         assert got.dtype in (torch.float32, torch.float64)
         want = want.masked_fill(hidden, float("-inf"))
         torch.testing.assert_close(got.expand(B, H, Q, S).double(), want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("more", ["", "adds", "seen"])
+def test_a_query_that_sees_none_of_faint_tokens_looks_at_all_alike(more: str) -> None:
+    """Bug: it looked at nothing; masked_fill with a finite number leaves it the mean of all."""
+    graph = fx.Graph()
+    values = [torch.rand(Q, S) < 0.5]
+    values[0][0] = False
+    parts = [MaskPart(place(graph, values[0]), faint=True)]
+    if more == "adds":
+        values.append(torch.randn(S))
+        parts.append(MaskPart(place(graph, values[1])))
+    if more == "seen":
+        values.append(torch.arange(S) > 0)
+        parts.append(MaskPart(place(graph, values[1])))
+    nodes = {node: node for node in graph.nodes}
+    graph.output(write_mask(graph, Mask(tuple(parts)), nodes, H))
+    got = fx.GraphModule(torch.nn.Module(), graph)(*values)
+    weights = (torch.randn(B, H, Q, S) * 3 + got).softmax(-1)
+    live = S - (more == "seen")
+    torch.testing.assert_close(weights[:, :, 0, -live:], torch.full((B, H, live), 1 / live))
+    assert not weights[:, :, 1:][~values[0][1:].expand(B, H, -1, -1)].any()
 
 
 def test_scaling_turns_no_hidden_token_into_a_seen_one() -> None:

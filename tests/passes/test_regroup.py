@@ -163,7 +163,7 @@ def wrongly_repeated(x: Tensor) -> Tensor:
 REFUSED: dict[str, tuple[Attend, str]] = {
     "heads before sequences": (
         lambda q, k, v, m, a: torch.bmm(
-            torch.bmm(swapped(q), swapped(k).mT).softmax(-1), swapped(v)), "not stored"),
+            torch.bmm(swapped(q), swapped(k).mT).softmax(-1), swapped(v)), "not recognised"),
     "scores taken apart in another order": (
         lambda q, k, v, m, a: torch.bmm((products(q, k).view(H, B, Q, S) + m.transpose(0, 1)
         ).softmax(-1).view(B * H, Q, S), flat(v)), OTHER),
@@ -195,7 +195,7 @@ REFUSED: dict[str, tuple[Attend, str]] = {
         lambda q, k, v, m, a: torch.bmm(products(q, k).softmax(1), flat(v)), "not over keys"),
     "sdpa of heads before sequences": (
         lambda q, k, v, m, a: F.scaled_dot_product_attention(
-            swapped(q), swapped(k), swapped(v)), "not stored"),
+            swapped(q), swapped(k), swapped(v)), "not recognised"),
     "sdpa of values in another order": (
         lambda q, k, v, m, a: F.scaled_dot_product_attention(
             flat(q), flat(k), swapped(v)), "not [B, heads, tokens, head_dim]"),
@@ -218,7 +218,7 @@ def test_other_orders_are_left_alone_with_the_reason(form: str) -> None:
 
 
 def test_kv_heads_repeated_in_turn_are_left_alone() -> None:
-    assert "not stored" in left_dense(decode(bloom, wrongly_repeated))[0]
+    assert "not recognised" in left_dense(decode(bloom, wrongly_repeated))[0]
 
 
 def test_bits_read_as_another_dtype_are_no_view() -> None:

@@ -185,12 +185,12 @@ def test_a_batch_without_a_packed_cache_is_refused_with_the_reason() -> None:
         [{"input_ids": tokens(400), "use_cache": False}],
         "batch 1 makes no cache that is packed: no cache: keys and values are not stored",
     )
-    config = transformers.BloomConfig(vocab_size=zoo.VOCAB, hidden_size=64, n_layer=2, n_head=4)
+    config = transformers.MistralConfig(**zoo.text_config(), sliding_window=64)
     refused(
         [tokens(400)],
-        "batch 1 makes no cache that is packed: attention written out over other than "
-        "[B, heads, queries, keys]: left dense",
-        zoo.make("BloomForCausalLM", config),
+        "batch 1 makes no cache that is packed: the whole cache is not stored (sliding window): "
+        "left dense",
+        zoo.make("MistralForCausalLM", config),
     )
 
 

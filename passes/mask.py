@@ -94,7 +94,9 @@ def write_mask(
         heads: query heads.
     """
     aten, call = torch.ops.aten, graph.call_function
-    added = seen = shown = None
+    added: fx.Node | None = None
+    seen: fx.Node | None = None
+    shown: fx.Node | None = None
     for part in mask.parts:
         node = nodes[part.node]
         if part.joined:

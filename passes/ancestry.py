@@ -98,14 +98,15 @@ def reached_from(node: fx.Node, projections: int) -> frozenset[fx.Node]:
             for user in (*here.users, *(u for x in written(here) for u in base_of(x).users)):
                 if is_projection(user):
                     beyond.add(user)
-                elif user not in found and _holds_tensors(value_of(user)):
+                elif user not in found and holds_tensors(value_of(user)):
                     found.add(user)
                     stack.append(user)
         frontier = beyond
     return frozenset(found)
 
 
-def _holds_tensors(value: object) -> bool:
+def holds_tensors(value: object) -> bool:
+    """Whether a value of a graph is a tensor, or has some in it."""
     if isinstance(value, (tuple, list)):
-        return any(_holds_tensors(item) for item in value)
+        return any(holds_tensors(item) for item in value)
     return isinstance(value, torch.Tensor)

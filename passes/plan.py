@@ -25,6 +25,7 @@ from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from ..cache import PackedKV
+from .ancestry import holds_tensors
 from .base import PassReport, Skip, shape_of, value_of
 from .find_attention import find_attention
 from .find_strays import find_strays
@@ -124,8 +125,8 @@ def make_plan(graph: fx.Graph) -> Plan:
     skipped += [
         Skip(h.name, "a packed input that no attention here grows: unpacked")
         for h in handles
-        if h not in grown
-    ]
+        if h not in grown and any(holds_tensors(value_of(user)) for user in h.users)
+    ]  # of others sizes are read, if anything
     report = PassReport("plan", len(planned), tuple(skipped))
     return Plan(tuple(planned), handles, (first, second, third, report))
 

@@ -140,3 +140,14 @@ def test_two_layers_that_share_a_cache_have_its_updates_once() -> None:
     captured = capture(fn, *[tokens(1)] * 3, packed(40), packed(40))
     assert captured.treatments == ["attend", "attend"]
     assert len(captured.plan.updates) == 2
+
+
+def test_a_packed_input_whose_size_alone_is_read_is_nothing_to_report() -> None:
+    """Bug: graph breaks leave such graphs, and the report called their caches unpacked."""
+
+    def place(x: Tensor, past: Tensor) -> Any:
+        return x + past.numel()
+
+    captured = capture(place, tokens(1), packed(40))
+    assert len(captured.plan.handles) == 1
+    assert captured.reasons == []

@@ -69,7 +69,7 @@ def cache_bytes(cache: Any) -> CacheBytes:
     refs: list[CodeRef] = []
     for store in stores:
         assert store is not None
-        end = len(store.side.payload) - len(store.ref.layout.shares)
+        end = store.ref.layout.tokenwise
         first, *rest = store.side.payload[:end]
         codes += sum(map(_storage, (first, *store.side.payload[end:]))) + store.ref.cache_bytes
         gains += sum(map(_storage, rest))

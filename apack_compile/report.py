@@ -176,7 +176,7 @@ def _tiers(stores: Iterable[SideStore]) -> tuple[float, ...]:
     for store in stores:
         planes = len(store.ref.layout.shares)
         if planes and store.coded:
-            levels = store.side.payload[-1 - planes][:, : store.coded]
+            levels = store.side.payload[store.ref.layout.tokenwise - 1][:, : store.coded]
             lacking = planes - levels.flatten().long()
             counts.append(torch.bincount(lacking, minlength=len(TIERS) + 1).cpu())
     if not counts:

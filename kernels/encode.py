@@ -63,15 +63,15 @@ def encode(
     strain = None if judged is None else judged.strain
     pool, positions = torch.ops.apack.make_pool(x, visible, strain, sinks, extra)
     capacity = (length + chunk - 1) // chunk * chunk
-    planes = len(code.shares)
+    tokenwise = code.tokenwise
     payload = [
         torch.nn.functional.pad(part, (0, 0, 0, capacity - length)).contiguous()
-        for part in parts[: len(parts) - planes]
+        for part in parts[:tokenwise]
     ]
     for plane, quota in enumerate(quotas(code, coded), 1):
         assert levels is not None
-        rows = in_plane(parts[len(parts) - planes + plane - 1], levels >= plane, quota)
-        room = plane_capacity(quota, chunk) - quota
+        rows = in_plane(parts[tokenwise + plane - 1], levels >= plane, quota)
+        room = capacity_for(quota, chunk) - quota
         payload.append(torch.nn.functional.pad(rows, (0, 0, 0, room)).contiguous())
     slots = coded + torch.arange(ring, device=x.device)
     recent = x.index_select(2, slots.clamp(max=length - 1))  # slots past the end: stale
@@ -80,8 +80,8 @@ def encode(
     return [*payload, pool, positions, recent, tally(judged, seen, positions, 0)]
 
 
-def plane_capacity(rows: int, chunk: int) -> int:
-    """Rows that a plane has room for, so that ``rows`` fit."""
+def capacity_for(rows: int, chunk: int) -> int:
+    """Rows that a payload tensor has room for, so that ``rows`` fit."""
     return torch.sym_max((rows + chunk - 1) // chunk, 1) * chunk
 
 

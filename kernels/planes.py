@@ -67,10 +67,9 @@ def write_rows(plane: Tensor, rows: Tensor, first: Tensor) -> None:
 
 def spread(payload: Sequence[Tensor], layout: Layout) -> list[Tensor]:
     """The payload with a row for every token in every plane; those that are in none read any."""
-    planes = len(layout.shares)
-    if not planes:
+    if not layout.shares:
         return list(payload)
-    tokenwise, rows = payload[: len(payload) - planes], payload[len(payload) - planes :]
+    tokenwise, rows = payload[: layout.tokenwise], payload[layout.tokenwise :]
     levels = tokenwise[-1][..., 0]  # [B, C]
     whole = list(tokenwise)
     for plane, held in enumerate(rows, 1):

@@ -23,7 +23,7 @@ from .find_chain import Chain, find_chain
 from .find_flex import Flex, find_flex
 from .find_writes import base_of, is_written
 from .flex_mask import FlexMask
-from .mask import Mask, MaskPart, mask_part
+from .mask import OTHER_MASK, Mask, MaskPart, mask_part
 from .regroup import lies_so, regrouped
 from .views import apart, in_one_order, walk_up
 
@@ -122,7 +122,7 @@ def _canonical(node: fx.Node) -> AttentionSite | str:
     if len(rows) == 3:
         part = mask_part(mask, (*rows[:2], keys[1]))
     if part is None:
-        return "a mask that does not fit the scores is laid over them: left dense"
+        return OTHER_MASK
     return replace(site, mask=Mask((part,)), causal=causal)
 
 

@@ -27,7 +27,7 @@ from torch import fx
 
 from .base import argument, calls, shape_of, value_of
 from .find_writes import is_written, writes, written_between
-from .mask import Mask, MaskPart, mask_part
+from .mask import OTHER_MASK, Mask, MaskPart, mask_part
 from .products import is_baddbmm, scores_of, weighted
 from .regroup import VIEWS, regrouped
 from .sinks import cuts_last, joined, logits, without_max
@@ -91,7 +91,6 @@ _Found = _Scores | str | None
 """What scores are made of; or of what unsupported form they are; or that they are none."""
 
 _OTHER_ORDER = "attention written out over other than [B, heads, queries, keys]: left dense"
-_OTHER_MASK = "a mask that does not fit the scores is laid over them: left dense"
 
 
 def find_chain(softmax: fx.Node) -> Chain | str | None:
@@ -272,7 +271,7 @@ def _laid(found: _Scores, scores: fx.Node, mask: Any, factor: float = 1.0) -> _F
 
 def _under(found: _Scores, part: MaskPart | None, factor: float = 1.0) -> _Found:
     if part is None:
-        return _OTHER_MASK
+        return OTHER_MASK
     part = replace(part, factor=factor)
     return replace(found, mask=Mask((part,)) if found.mask is None else found.mask + part)
 

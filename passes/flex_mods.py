@@ -181,8 +181,12 @@ class Reader:
         given = value_of(node)
         if not isinstance(given, torch.Tensor) or given.dim() or given.device != self.device:
             raise Unread(f"{name_of(node)} is not one number")
-        zero = self.call(aten.to.dtype, Ref(-INDICES), given.dtype)
-        return self.call(aten.full_like.default, zero, value)
+        return self.filled(value, given.dtype)
+
+    def filled(self, value: float, dtype: torch.dtype) -> Ref:
+        """A number for every sequence."""
+        like = self.call(aten.to.dtype, Ref(-INDICES), dtype)
+        return self.call(aten.full_like.default, like, value)
 
     def _is_true(self, ref: Ref) -> bool:
         if ref.step < 0:

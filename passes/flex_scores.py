@@ -11,7 +11,7 @@ from torch import fx
 from .base import value_of
 from .find_chain import HIDDEN
 from .flex_ops import CASTS
-from .flex_records import INDICES, Ref, Scores, Unread
+from .flex_records import Ref, Scores, Unread
 
 if TYPE_CHECKING:
     from .flex_mods import Reader
@@ -63,8 +63,7 @@ def _term(reader: Reader, value: Any) -> Ref:
     if isinstance(value, Ref):
         return reader.call(aten.to.dtype, value, reader.dtype)
     if isinstance(value, (int, float)):
-        zero = reader.call(aten.to.dtype, Ref(-INDICES), reader.dtype)
-        return reader.call(aten.full_like.default, zero, float(value))
+        return reader.filled(float(value), reader.dtype)
     raise Unread("what is added to scores is not known")
 
 

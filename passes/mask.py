@@ -17,6 +17,8 @@ from torch import fx
 
 from .base import same_size, shape_of, value_of
 
+OTHER_MASK = "a mask that does not fit the scores is laid over them: left dense"
+
 FAINT = -1e29
 """A score so low that no other counts beside it, and still a number in any unit (log2 too)."""
 

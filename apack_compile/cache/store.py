@@ -18,7 +18,7 @@ from torch import Tensor
 from ..codec import CodeRef
 from ..codec.lowrank import REFACTOR
 from ..compat import full_precision
-from ..kernels.encode import encode_tokens, tally, token_sizes
+from ..kernels.encode import capacity_for, encode_tokens, tally, token_sizes
 from ..kernels.factor import refactored
 from ..kernels.planes import counted, in_plane, quotas, write_rows
 from ..kernels.pool import fill_pool
@@ -71,7 +71,7 @@ class SideStore:
         self.length = length
         self.name = ""
         self.tally = torch.zeros(3)
-        self.rows = quotas(ref.layout, coded)  # of each plane, at most so many are in use
+        self.rows = quotas(ref.layout, coded)
         self.factored = coded  # with a basis of its own: tokens that the basis was made from
         self._leases: WeakSet[Lease] = WeakSet()
         self._lists: list[WeakSet[SideStore]] = []
@@ -197,10 +197,8 @@ class SideStore:
             ring[:, :, : live - tokens] = rest
 
     def free_ring(self) -> None:
-        """Let graphs that run in the current mode write to the ring.
-
-        Bug: a step outside of inference mode failed on a cache that was made in it.
-        """
+        """Let graphs that run in the current mode write to the ring: one made in inference mode
+        may not be written outside of it."""
         if self.side.ring.is_inference() and not torch.is_inference_mode_enabled():
             self.side = self.side._replace(ring=self.side.ring.clone())
 
@@ -270,7 +268,7 @@ class SideStore:
         start: int, end: int,
     ) -> None:  # fmt: skip
         """Put what was coded of the tokens ``start .. end`` where it belongs."""
-        tokenwise = self._tokenwise
+        tokenwise = self.ref.layout.tokenwise
         for whole, part in zip(payload[:tokenwise], parts[:tokenwise], strict=True):
             whole[:, start:end] = part
         for number, count in enumerate(quotas(self.ref.layout, end - start)):
@@ -284,14 +282,8 @@ class SideStore:
         self.coded = end
         self.tally = self.tally.to(sums.device) + sums
 
-    @property
-    def _tokenwise(self) -> int:
-        """Payload tensors with a row for every token; planes are behind them."""
-        return len(self.side.payload) - len(self.ref.layout.shares)
-
     def _round_up(self, tokens: int) -> int:
-        chunk = self.policy.chunk
-        return max((tokens + chunk - 1) // chunk, 1) * chunk
+        return capacity_for(tokens, self.policy.chunk)
 
     def make_room(self, tokens: int) -> None:
         """Let the payload hold at least so many tokens."""
@@ -300,7 +292,7 @@ class SideStore:
     def _with_room(self, tokens: int) -> tuple[Tensor, ...]:
         more = quotas(self.ref.layout, max(tokens - self.coded, 0))
         planes = [rows + new for rows, new in zip(self.rows, more, strict=True)]
-        wanted = [tokens] * self._tokenwise + planes
+        wanted = [tokens] * self.ref.layout.tokenwise + planes
         return tuple(
             self._grown(p, rows) for p, rows in zip(self.side.payload, wanted, strict=True)
         )
@@ -318,12 +310,9 @@ class SideStore:
         self, each: Callable[[Tensor], Tensor], payload: Callable[[Tensor], Tensor] | None = None
     ) -> SideStore:
         payload = payload or each
-        tokenwise, planes = (
-            self.side.payload[: self._tokenwise],
-            self.side.payload[self._tokenwise :],
-        )
+        end = self.ref.layout.tokenwise
         side = Side(
-            (*map(payload, tokenwise), *map(each, planes)),
+            (*map(payload, self.side.payload[:end]), *map(each, self.side.payload[end:])),
             each(self.side.pool),
             each(self.side.pool_positions),
             each(self.side.ring),

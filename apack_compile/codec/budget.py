@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .bits import CLASSES
-from .quantiser import tailed_quantiser
 from .spectrum import RUN, Spectrum
-from .tiered import TieredLayout, felt_error, mean_bits
+from .tiered import felt_error, layout_of, mean_bits
 from .transform import GAIN_DTYPE, TransformLayout
 
 MOST_LAYOUTS = 6
@@ -54,9 +54,6 @@ class _Table:
         groups = spectra[0].mean.shape[0]
         energy = variances[:, : runs * RUN].unflatten(1, (runs, RUN)).sum(2)
         fixed = (groups * GAIN_DTYPE.itemsize if gain else 0) + bool(shares)
-        if not shares:
-            left = tuple(tailed_quantiser(b)[1] for b in CLASSES)
-            return cls(energy, groups, fixed, tuple(map(float, CLASSES)), left)
         bits = tuple(mean_bits(b, shares) for b in CLASSES)
         return cls(energy, groups, fixed, bits, tuple(felt_error(b, shares) for b in CLASSES))
 
@@ -100,7 +97,7 @@ def share_budget(
         keys, values: of each layer, variances in one unit.
         budget: bytes of a token in all layers together, gains counted.
         most: different pairs of layouts.
-        shares: of the planes of values (:class:`TieredLayout`); none: all tokens have all bits.
+        shares: of the planes of values (``tiered.py``); none: all tokens have all bits.
 
     Returns:
         A pair for each layer. Values carry a gain, keys do not.
@@ -127,7 +124,11 @@ def share_budget(
             f"{budget} bytes a token"
         )
     pairs = _spend_rest(sides, best[1], budget)
-    return [(_layout(keys[0], k, False), _layout(values[0], v, True, shares)) for k, v in pairs]
+
+    def layout(side: Spectrum, runs: Counts, *more: Any) -> TransformLayout:
+        return layout_of(side.shape, [RUN * n for n in runs], *more)
+
+    return [(layout(keys[0], k, False), layout(values[0], v, True, shares)) for k, v in pairs]
 
 
 def _spend_rest(
@@ -177,13 +178,3 @@ def _choose(
 
 def _pair_bytes(sides: tuple[_Table, _Table], pair: tuple[Counts, Counts]) -> float:
     return sides[0].nbytes(pair[0]) + sides[1].nbytes(pair[1])
-
-
-def _layout(
-    side: Spectrum, counts: Counts, gain: bool, shares: Sequence[int] = ()
-) -> TransformLayout:
-    heads, dim, groups = side.shape
-    r8, r4, r2 = (RUN * n for n in counts)
-    if shares:
-        return TieredLayout(heads, dim, groups, r8, r4, r2, int(gain), 0, 0, *shares)
-    return TransformLayout(heads, dim, groups, r8, r4, r2, int(gain))

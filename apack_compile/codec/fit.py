@@ -29,7 +29,7 @@ from .recipe import Recipe
 from .rotation import Rotation
 from .sensitivity import Sensitivity
 from .spectrum import RUN, Spectrum, spectrum
-from .tiered import TIERS, TieredLayout, felt_error, mean_bits
+from .tiered import TIERS, felt_error, layout_of, mean_bits
 from .transform import GAIN_DTYPE, TransformLayout
 
 RIDGE = 0.1
@@ -50,11 +50,8 @@ def allocate(variances: Tensor, budget: float, shares: Sequence[int] = ()) -> tu
     blocks = len(variances) // RUN
     energy = variances[: blocks * RUN].unflatten(0, (blocks, RUN)).sum(1).double()
     cumulative = torch.cat([energy.new_zeros(1), energy.cumsum(0)])
-    saved = [1.0 - tailed_quantiser(bits)[1] for bits in CLASSES]
-    cost = [RUN * bits / 8 for bits in CLASSES]
-    if shares:
-        saved = [1.0 - felt_error(bits, shares) for bits in CLASSES]
-        cost = [RUN * mean_bits(bits, shares) / 8 for bits in CLASSES]
+    saved = [1.0 - felt_error(bits, shares) for bits in CLASSES]
+    cost = [RUN * mean_bits(bits, shares) / 8 for bits in CLASSES]
     a = torch.arange(blocks + 1)
     n8, n4 = torch.meshgrid(a, a, indexing="ij")
     left = budget - cost[0] * n8 - cost[1] * n4
@@ -97,9 +94,7 @@ def choose_layout(
     counts = allocate(variances, code_bytes, shares)
     if not sum(counts):
         raise ValueError(f"{heads} KV heads of {dim} have no code of {budget} bytes a token")
-    if shares:
-        return TieredLayout(heads, dim, groups, *counts, int(gain), 0, 0, *shares)
-    return TransformLayout(heads, dim, groups, *counts, int(gain))
+    return layout_of((heads, dim, groups), counts, gain, shares)
 
 
 def quantise(side: Spectrum, layout: TransformLayout, rotation: Rotation | None = None) -> Code:

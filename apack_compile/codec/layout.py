@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
+from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -79,6 +80,11 @@ class Layout(ABC):
         return ()
 
     @property
+    def tokenwise(self) -> int:
+        """Payload tensors with a row for every token; planes are behind them."""
+        return len(self.payload_fields(torch.float32)) - len(self.shares)
+
+    @property
     @abstractmethod
     def param_count(self) -> int:
         """How many tensors ``params`` has."""
@@ -98,7 +104,7 @@ class Layout(ABC):
     def token_bytes(self, dtype: torch.dtype) -> float:
         """Bytes that one coded token of one sequence takes, in the mean."""
         fields_ = self.payload_fields(dtype)
-        rows = [PARTS] * (len(fields_) - len(self.shares)) + list(self.shares)
+        rows = [PARTS] * self.tokenwise + list(self.shares)
         sizes = (width * kind.itemsize for width, kind in fields_)
         return sum(size * share for size, share in zip(sizes, rows, strict=True)) / PARTS
 
@@ -137,6 +143,15 @@ class Layout(ABC):
     @abstractmethod
     def mix(self, p: Tensor, payload: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
         """Weights ``p [B, Hq, Q, T]`` times coded values, decoded once: ``[B, Hq, Q, D]``."""
+
+
+def tiers_of(shares: Sequence[int]) -> tuple[tuple[float, int], ...]:
+    """Of each level, from the lowest: its share of the tokens, and the planes that it lacks."""
+    bounds = [PARTS, *shares, 0]
+    return tuple(
+        ((more - less) / PARTS, len(shares) - level)
+        for level, (more, less) in enumerate(pairwise(bounds))
+    )
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

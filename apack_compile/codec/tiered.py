@@ -21,21 +21,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .bits import pack, unpack
-from .layout import PARTS, Judged
+from .layout import Judged, tiers_of
 from .quantiser import SHRINK, lacking_quantiser
 from .transform import GAIN_DTYPE, TransformLayout
 
 TIERS = (26, 16, 6, 2)
-"""Of ``PARTS`` tokens, how many have planes 1 to 4: measured best of those tried on SmolLM2 (values
-alone at 2.25 bits, 1,536 tokens: KL 0.0036 with the same bits for all tokens, 0.0014 with two
-planes, 0.0010 with three, 0.0008 with these)."""
+"""Of ``PARTS`` tokens, how many have planes 1 to 4: best of those tried on SmolLM2 (values alone at
+2.25 bits, coded and read densely, 1,536 tokens: KL 0.0036 with the same bits for all tokens, 0.0014
+with two planes, 0.0010 with three, 0.0008 with these)."""
 
 MASS = (0.05, 0.13, 0.41, 1.4, 10.4)
 """Attention that a token of each level gets with ``TIERS``, over the mean of all (SmolLM2, measured
@@ -74,11 +73,6 @@ class TieredLayout(TransformLayout):
         return len(self.shares)
 
     @property
-    def tiers(self) -> tuple[tuple[float, int], ...]:
-        """Of each level, from the lowest: its share of the tokens, and the bits that they lack."""
-        return tiers_of(self.shares)
-
-    @property
     def param_count(self) -> int:
         """Those of the transform code, and what is expected of each level."""
         return super().param_count + 1
@@ -102,9 +96,6 @@ class TieredLayout(TransformLayout):
         first, rest = ([(width, torch.uint8) for width in each] for each in widths)
         return (*first, gains, *rest)
 
-    def _lacking(self, levels: Tensor) -> Tensor:
-        return self.planes - levels.long()  # [B, T]
-
     def _packed(
         self, y: Tensor, params: Sequence[Tensor], levels: Tensor | None
     ) -> tuple[list[Tensor], Tensor]:
@@ -112,7 +103,7 @@ class TieredLayout(TransformLayout):
         batch, _, tokens, _ = y.shape
         if levels is None:
             levels = torch.full((batch, tokens), self.planes, dtype=torch.uint8, device=y.device)
-        lacking = self._lacking(levels)  # [B, T]
+        lacking = self.planes - levels.long()  # [B, T]
         shrink = torch.tensor(SHRINK, dtype=y.dtype, device=y.device)[lacking][:, None]
         gains = (self._rounded_gains(y, params).to(y.dtype) * shrink).to(GAIN_DTYPE)  # [B, G, T]
         cell = torch.exp2(lacking.to(y.dtype))[:, None, :, None]
@@ -157,9 +148,9 @@ class TieredLayout(TransformLayout):
         """Codes ``[B, G, T, R]``, where bits are lacking with the mean of what they could be."""
         base, _, levels, *planes = payload
         level = levels[..., 0].long()  # [B, T]
-        split = base.unflatten(-1, (self.groups, base.shape[-1] // self.groups)).transpose(
-            1, 2
-        )  # [B, G, T, bytes]
+        width = base.shape[-1] // self.groups  # may be 0
+        split = base.unflatten(-1, (self.groups, width)).transpose(1, 2)  # [B, G, T, bytes]
+        known = torch.exp2((self.planes - level).to(dtype))[:, None, :, None]  # width of a cell
         whole: list[Tensor] = []
         start = 0
         for bits, count in self.runs:
@@ -171,8 +162,7 @@ class TieredLayout(TransformLayout):
                 read = torch.cat(unpack(split[..., start : start + width], size), -1)
                 codes = codes + read.to(dtype) * 2.0**above
                 start += width
-            known = torch.exp2(self._lacking(levels[..., 0]).to(dtype)).clamp(max=2.0**bits)
-            whole.append(codes + ((known - 1) / 2)[:, None, :, None])
+            whole.append(codes + (known.clamp(max=2.0**bits) - 1) / 2)
         codes = torch.cat(whole, -1)
         for plane, bytes_ in enumerate(planes, 1):
             count = self._in_plane(plane)
@@ -184,23 +174,31 @@ class TieredLayout(TransformLayout):
         return codes
 
 
-def tiers_of(shares: Sequence[int]) -> tuple[tuple[float, int], ...]:
-    """See :attr:`TieredLayout.tiers`."""
-    bounds = [PARTS, *shares, 0]
-    return tuple(
-        ((more - less) / PARTS, len(shares) - level)
-        for level, (more, less) in enumerate(pairwise(bounds))
-    )
-
-
 def mean_bits(bits: int, shares: Sequence[int]) -> float:
     """Bits of a component of ``bits`` bits that a token has in the mean."""
     return sum(share * max(bits - lacking, 0) for share, lacking in tiers_of(shares))
 
 
 def felt_error(bits: int, shares: Sequence[int]) -> float:
-    """Error of such a component for unit variance, tokens weighted by :data:`MASS`."""
+    """Error of such a component for unit variance; with planes, tokens weighted by :data:`MASS`."""
     tiers = tiers_of(shares)
+    if not shares:
+        return lacking_quantiser(bits, 0)[1]
     weights = [share * mass for (share, _), mass in zip(tiers, MASS, strict=True)]
     errors = (lacking_quantiser(bits, lacking)[1] for _, lacking in tiers)
     return sum(w * e for w, e in zip(weights, errors, strict=True)) / sum(weights)
+
+
+def layout_of(
+    shape: tuple[int, int, int], counts: Sequence[int], gain: bool, shares: Sequence[int] = ()
+) -> TransformLayout:
+    """The layout of ``shape`` (heads, head_dim, groups) with components of 8, 4 and 2 bits.
+
+    Args:
+        shape, counts: see :class:`TransformLayout`.
+        gain: whether tokens carry one.
+        shares: of its planes; none: all tokens have all bits.
+    """
+    if not shares:
+        return TransformLayout(*shape, *counts, int(gain))
+    return TieredLayout(*shape, *counts, int(gain), 0, 0, *shares)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from .bits import CLASSES, pack, unpack
-from .layout import Judged, Layout, scores_of_keys, working_dtype
+from .layout import Judged, Layout, scores_of_keys, tiers_of, working_dtype
 from .rotation import rotate
 
 GAIN_DTYPE = torch.float16
@@ -96,7 +96,7 @@ class TransformLayout(Layout):
     @property
     def tiers(self) -> tuple[tuple[float, int], ...]:
         """Shares of the tokens, and the bits that they lack."""
-        return ((1.0, 0),)
+        return tiers_of(self.shares)
 
     def payload_fields(self, dtype: torch.dtype) -> tuple[tuple[int, torch.dtype], ...]:
         """Code bytes of all groups, then the gains."""

@@ -28,8 +28,8 @@ from ..compat import full_precision
 from ..kernels.append import append_ as _append_
 from ..kernels.attend import attend as _attend
 from ..kernels.attend import attend_biased as _attend_biased
+from ..kernels.encode import capacity_for
 from ..kernels.encode import encode as _plain_encode
-from ..kernels.encode import plane_capacity
 from ..kernels.importance import importance as _importance
 from ..kernels.moments import moments as _moments
 from ..kernels.planes import quotas
@@ -109,9 +109,8 @@ def _attend_for_inductor(
 
 def _side_grows(side: Sequence[Tensor], layout: str) -> list[Grows]:
     code = parse_layout(layout)
-    planes = len(code.shares)
-    tokenwise = len(code.payload_fields(side[0].dtype)) - planes
-    stored = [Grows(True, (1,), alike=True)] * tokenwise + [Grows(True, (1,))] * planes
+    stored = [Grows(True, (1,), alike=True)] * code.tokenwise
+    stored += [Grows(True, (1,))] * len(code.shares)
     stored += [Grows(True)] * (3 + code.per_sequence)
     return [*stored, *[Grows()] * (len(side) - len(stored))]
 
@@ -156,9 +155,9 @@ def _encode_fake(
     batch, heads, length, dim = x.shape
     code = parse_layout(layout)
     fields = code.payload_fields(x.dtype)
-    rows = [(length + chunk - 1) // chunk * chunk] * (len(fields) - len(code.shares))
+    rows = [(length + chunk - 1) // chunk * chunk] * code.tokenwise
     coded = torch.sym_max(length - window, 0)
-    rows += [plane_capacity(quota, chunk) for quota in quotas(code, coded)]
+    rows += [capacity_for(quota, chunk) for quota in quotas(code, coded)]
     return [
         *(
             x.new_empty(batch, count, width, dtype=dtype)

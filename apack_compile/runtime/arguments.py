@@ -55,7 +55,7 @@ class Dynamics:
             return None  # parameters of the code that belong to the model
         rest = [STATIC] * (value.dim() - 1)
         if index < payloads:
-            alike = index < payloads - len(layout.shares)  # planes are of any size
+            alike = index < layout.tokenwise  # planes are of any size
             rest[0] = self._capacities[number] if alike else DYNAMIC
         return (self._batches[number], *rest)
 

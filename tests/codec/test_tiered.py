@@ -10,12 +10,12 @@ from torch import Tensor
 
 from apack_compile.codec import TieredLayout, TransformLayout
 from apack_compile.codec.fit import Evidence, fit_transform
-from apack_compile.codec.layout import PARTS
+from apack_compile.codec.layout import PARTS, tiers_of
 from apack_compile.codec.moments import Moments
 from apack_compile.codec.quantiser import SHRINK, tailed_quantiser
 from apack_compile.codec.recipe import Recipe
 from apack_compile.codec.sensitivity import Sensitivity
-from apack_compile.codec.tiered import MASS, TIERS, felt_error, mean_bits, tiers_of
+from apack_compile.codec.tiered import MASS, TIERS, felt_error, mean_bits
 
 from ..helpers import few
 

@@ -79,7 +79,8 @@ def test_rows_are_found_again_whatever_was_written_and_cropped(
                 ]
                 want[plane - 1][row] += kept
         start += run
-    _, *found = spread([levels[:, :start], *planes], LAYOUT)
+    codes, gains = torch.zeros(2, batch, start, 1)
+    _, _, _, *found = spread([codes, gains, levels[:, :start], *planes], LAYOUT)
     for plane, got in enumerate(found):
         for row in range(batch):
             for token, right in enumerate(want[plane][row]):

@@ -199,6 +199,8 @@ def layout_of(
         gain: whether tokens carry one.
         shares: of its planes; none: all tokens have all bits.
     """
+    heads, dim, groups = shape
+    r8, r4, r2 = counts
     if not shares:
-        return TransformLayout(*shape, *counts, int(gain))
-    return TieredLayout(*shape, *counts, int(gain), 0, 0, *shares)
+        return TransformLayout(heads, dim, groups, r8, r4, r2, int(gain))
+    return TieredLayout(heads, dim, groups, r8, r4, r2, int(gain), 0, 0, *shares)

@@ -6,14 +6,20 @@ will be asked. Every draw is a function of a generator alone.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from .prompt import PLACES
 from .sources import Pixels
-from .tiles import COLUMNS, LINES, SIDE, Painter, Split, Thing
+from .tiles import COLUMNS, SIDE, Painter, Split, Thing
+
+CELLS = 3
+"""Printed characters under one token of an image: it is as high as one line."""
+
+NUMBER = 5
+"""Digits of a number; an image that is full of digits has ``PLACES`` of them."""
 
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 """Ways in which a thing moves through a clip: x, y."""
@@ -25,7 +31,7 @@ class Album:
 
     Attributes:
         tiles: uint8 ``[n, SIDE, SIDE, 3]``.
-        things: what each image shows; a string if it is print, None if it is a frame of a clip.
+        things: what each image shows; its digits if it is print, None if it is a frame of a clip.
         move: the way in which the thing of a clip moves.
         clip: the name of that thing.
     """
@@ -58,7 +64,7 @@ class Recipe:
 
     Attributes:
         numbers: share of images with a number of five digits; at least one is.
-        pages: share of images with printed prose.
+        pages: share of images full of digits.
         clip: one thing moves through all images.
         new: drawings are of pairs of glyph and colour that training does not show.
     """
@@ -70,15 +76,13 @@ class Recipe:
 
 
 def compose(
-    generator: np.random.Generator, painter: Painter, prose: list[str], split: Split, count: int,
-    recipe: Recipe,
-) -> Album:  # fmt: skip
+    generator: np.random.Generator, painter: Painter, split: Split, count: int, recipe: Recipe
+) -> Album:
     """An album of ``count`` images.
 
     Args:
         generator: everything is drawn from it.
         painter: what draws.
-        prose: words that printed prose is taken from.
         split: of the backgrounds.
         count: images.
         recipe: what they show.
@@ -98,9 +102,9 @@ def compose(
             tiles.append(painter.show(generator, split, thing))
             things.append(thing)
             continue
-        lines = number_lines(generator) if kind == 1 else page_lines(generator, prose)
+        digits, lines = printed(generator, NUMBER if kind == 1 else PLACES)
         tiles.append(painter.print(generator, split, lines))
-        things.append(" ".join(" ".join(lines).split()))
+        things.append(digits)
     return Album(np.stack(tiles), things)
 
 
@@ -118,13 +122,13 @@ def what(generator: np.random.Generator, painter: Painter, album: Album, image: 
 
 def needle(generator: np.random.Generator, painter: Painter, album: Album, image: int) -> Question:
     """The number on an image; if there is no other, without saying on which."""
-    alone = sum(isinstance(thing, str) and thing.isdigit() for thing in album.things) == 1
+    alone = sum(_is_number(thing) for thing in album.things) == 1
     text = "What is the number?" if alone else f"What is the number in image {image + 1}?"
     return Question("needle", text, str(album.things[image]), image)
 
 
 def read(generator: np.random.Generator, painter: Painter, album: Album, image: int) -> Question:
-    """The prose on an image."""
+    """All digits on an image that is full of them."""
     return Question("read", f"Read image {image + 1}.", str(album.things[image]), image)
 
 
@@ -158,7 +162,7 @@ def questions(
     for image in generator.permutation(len(album.things)):
         thing = album.things[image]
         if isinstance(thing, str):
-            ask: Ask = needle if thing.isdigit() else read
+            ask: Ask = needle if _is_number(thing) else read
             kind = ask.__name__
         else:
             ask = which if generator.random() < shares.get("which", 0.5) else what
@@ -192,18 +196,17 @@ def _without_repeats(generator: np.random.Generator, pool: list[Thing], count: i
     return [pool[i] for i in generator.choice(len(pool), count, replace=False)]
 
 
-def number_lines(generator: np.random.Generator) -> list[str]:
-    """Lines of print with a number of five digits somewhere."""
-    number = str(generator.integers(10_000, 100_000))
-    row, column = generator.integers(LINES), generator.integers(COLUMNS - len(number) + 1)
-    return [""] * int(row) + [" " * int(column) + number]
+def printed(generator: np.random.Generator, count: int) -> tuple[str, list[str]]:
+    """So many digits, and the lines they are printed on: one under a token, somewhere in a row."""
+    digits = "".join(map(str, generator.integers(10, size=count)))
+    cells = " " * int(generator.integers(PLACES - count + 1)) + digits
+    width = COLUMNS // CELLS
+    lines = [cells[start : start + width] for start in range(0, len(cells), width)]
+    return digits, ["".join(f" {digit} " for digit in line) for line in lines]
 
 
-def page_lines(generator: np.random.Generator, prose: list[str]) -> list[str]:
-    """Lines of print with some words in a row."""
-    start = generator.integers(len(prose) - LINES * COLUMNS)
-    text = " ".join(prose[start : start + LINES * COLUMNS])
-    return textwrap.wrap(text, COLUMNS)[:LINES]
+def _is_number(thing: str | Thing | None) -> bool:
+    return isinstance(thing, str) and len(thing) == NUMBER
 
 
 def _thing(album: Album, image: int) -> Thing:

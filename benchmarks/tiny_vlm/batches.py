@@ -13,20 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .album import compose, number_lines, page_lines, questions
+from .album import CELLS, NUMBER, compose, printed, questions
 from .plans import KINDS, Plan, Stage
 from .prompt import PLACES, Prompter
-from .prose import words
-from .sources import CHARACTERS
 from .tiles import COLUMNS, LINES, Painter
 
 Batch = dict[str, Tensor]
 
 ROOM = 26
 """Tokens that a question with its answer takes, about."""
-
-CELLS = 3
-"""Printed characters under one token of an image: it is as high as one line."""
 
 
 class Batches(Dataset[Batch]):
@@ -49,7 +44,6 @@ class Batches(Dataset[Batch]):
         self.painter = painter
         self.prompter = prompter
         self.text = text
-        self.words = words("calibration")
 
     def __getitem__(self, step: int) -> Batch:
         """Batch number ``step``: see :meth:`albums` and :meth:`tiles`."""
@@ -57,27 +51,26 @@ class Batches(Dataset[Batch]):
         return self.albums(generator) if self.stage.lengths else self.tiles(generator)
 
     def tiles(self, generator: np.random.Generator) -> Batch:
-        """Single tiles: three in four are drawings, the others print.
+        """Single tiles: three in four are drawings, the others printed numbers.
 
         Returns:
             ``tiles`` uint8 ``[N, SIDE, SIDE, 3]``, drawings first; ``things [D]``, their numbers
-            among all things; ``print [N - D, PLACES, CELLS]``, numbers of characters.
+            among all things; ``digits [N - D, PLACES]``, the digit under each token, or -1.
         """
         pool = self.painter.things["seen"]
         drawings = self.plan.tiles * 3 // 4
         things = generator.integers(len(pool), size=drawings)
         tiles = [self.painter.show(generator, "train", pool[i]) for i in things]
-        printed = []
-        for number in generator.random(self.plan.tiles - drawings) < 0.3:
-            lines = number_lines(generator) if number else page_lines(generator, self.words)
+        under = []
+        for _ in range(self.plan.tiles - drawings):
+            _, lines = printed(generator, NUMBER if generator.random() < 0.5 else PLACES)
             tiles.append(self.painter.print(generator, "train", lines))
-            text = "".join(line.ljust(COLUMNS) for line in lines).ljust(LINES * COLUMNS)
-            printed.append([CHARACTERS.index(character) for character in text])
+            text = "".join(lines).ljust(LINES * COLUMNS)
+            under.append([-1 if digit == " " else int(digit) for digit in text[1::CELLS]])
         return {
             "tiles": torch.from_numpy(np.stack(tiles)),
             "things": torch.from_numpy(things),
-            # A line of 12 characters lies under 4 tokens, 3 characters under each.
-            "print": torch.tensor(printed).view(-1, PLACES, CELLS),
+            "digits": torch.tensor(under),
         }
 
     def albums(self, generator: np.random.Generator) -> Batch:
@@ -93,14 +86,14 @@ class Batches(Dataset[Batch]):
         rows, tiles, spans, kinds = [], [], [], []
         for row in range(self.plan.tokens // length):
             recipe = _draw(generator, self.stage.albums)
-            asked = max(min(4, length // 50), length // (200 if recipe.pages < 1 else 400))
+            asked = max(min(4, length // 50), length // 200)
             room = length - asked * ROOM
             most = self.prompter.images(room)
             # Short rows have any number of images; long ones are there for many.
             least = 1 if length <= 512 else most * 3 // 4
             count = int(generator.integers(least, most + 1))
             count = max(count, 4) if recipe.clip else count
-            album = compose(generator, self.painter, self.words, "train", count, recipe)
+            album = compose(generator, self.painter, "train", count, recipe)
             posed = questions(generator, self.painter, album, asked, {})
             ids, answers, taken = self.prompter.fill(
                 count, [(q.text, q.answer) for q in posed], length

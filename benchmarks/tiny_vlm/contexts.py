@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .album import Question, Recipe, compose, questions
 from .prompt import Prompter
-from .prose import words
 from .tiles import Painter
 
 
@@ -48,7 +47,7 @@ TASKS = {
     "which": Task(DRAWINGS, {"which": 1.0, "what": 0.0}),
     "what": Task(DRAWINGS, {"which": 0.0, "what": 1.0}),
     "needle": Task(Recipe(numbers=1e-9), {"needle": 1.0, "which": 0.0, "what": 0.0}, asked=1),
-    "read": Task(Recipe(pages=1.0), {"read": 1.0}, asked=1, most=90),
+    "read": Task(Recipe(pages=1.0), {"read": 1.0}, asked=1),
     "clip": Task(Recipe(clip=True), {}, asked=1, images=16),
 }  # fmt: skip
 
@@ -95,7 +94,7 @@ def contexts(
     rows, tiles, spans, asked = [], [], [], []
     for number in numbers:
         generator = np.random.default_rng([2026, list(TASKS).index(name), length, number])
-        album = compose(generator, painter, words("test"), "test", count, task.recipe)
+        album = compose(generator, painter, "test", count, task.recipe)
         posed = questions(generator, painter, album, task.asked, dict(task.shares))
         ids, answers = prompter.turns([(q.text, q.answer) for q in posed])
         rows.append(ids)

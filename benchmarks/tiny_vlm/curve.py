@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SHARES = ("drawings", "letters", "which", "what", "needle", "read", "clip")
+SHARES = ("drawings", "digits", "which", "what", "needle", "read", "clip")
 
 
 def plot(points: Sequence[Mapping[str, Any]], path: Path) -> bool:

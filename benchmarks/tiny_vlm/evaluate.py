@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from ..quality.metrics import bootstrap
 from ..quality.results import FOLDER, environment, rounded
 from ..quality.subject import smollm2
 from . import adapter, pack
-from .contexts import contexts
+from .ahead import draw, pieces
+from .contexts import Contexts
 from .prompt import Prompter
 from .prose import tokens
 from .scoring import exact, follow, forget, prefill
@@ -64,28 +66,24 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--bfloat16", action="store_true", help="weights and cache; else float32")
     parser.add_argument("--contexts", type=int, default=200, help="of each cell")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw")
     parser.add_argument("--longest", type=int, default=8192, help="leave longer contexts out")
     parser.add_argument("--things", type=int, help="as many as the plan trained on")
     parser.add_argument("--output", type=Path, default=FOLDER / "tiny-vlm.json")
     return parser.parse_args(arguments)
 
 
-def score(
-    model: Any, painter: Painter, prompter: Prompter, name: str, length: int, count: int
-) -> dict[str, list[float]]:
-    """Exact matches of one cell, one a context, as it is and with its controls."""
-    size = max(1, 65536 // length)
-    values: dict[str, list[float]] = {}
-    for first in range(0, count, size):
-        batch = contexts(painter, prompter, name, length, range(first, min(first + size, count)))
-        kv = prefill(model, batch)
-        caches = {"exact": kv}
-        if (name, length) in CONTROLS:
-            caches["half"] = forget(kv, torch.Generator().manual_seed(first))
-            caches["blank"] = prefill(model, batch, blank=True)
-        for which, cache in caches.items():
-            predicted = follow(model, cache, batch.ids.shape[1], batch.following)
-            values.setdefault(which, []).extend(exact(predicted, batch.following, batch.spans))
+def score(model: Any, batch: Contexts, control: bool, seed: int) -> dict[str, list[float]]:
+    """Exact matches, one a context, as it is and, if wanted, with its controls."""
+    kv = prefill(model, batch)
+    caches = {"exact": kv}
+    if control:
+        caches["half"] = forget(kv, torch.Generator().manual_seed(seed))
+        caches["blank"] = prefill(model, batch, blank=True)
+    values = {}
+    for which, cache in caches.items():
+        predicted = follow(model, cache, batch.ids.shape[1], batch.following)
+        values[which] = exact(predicted, batch.following, batch.spans)
     return values
 
 
@@ -119,14 +117,23 @@ def main() -> int:
     model, tokenizer = adapter.load(args.adapter, dtype)
     model = model.to(args.device)
     painter, prompter = Painter(pack.load(), args.things), Prompter(tokenizer)
-    cells = []
+    most = len(painter.things["seen"])
+    wanted = [
+        piece
+        for name, length in CELLS
+        if length <= args.longest and prompter.images(length) <= most
+        for piece in pieces(name, length, args.contexts)
+    ]
+    cells: list[dict[str, Any]] = []
     with torch.no_grad():
-        for name, length in CELLS:
-            room = prompter.images(length) <= len(painter.things["seen"])
-            if length > args.longest or not room:
-                continue
+        drawn = draw(painter, prompter, wanted, args.workers)
+        for (name, length), group in groupby(drawn, lambda d: (d[0].task, d[0].length)):
             began = time.monotonic()
-            values = score(model, painter, prompter, name, length, args.contexts)
+            values: dict[str, list[float]] = {}
+            for piece, batch in group:
+                control = (name, length) in CONTROLS
+                for which, some in score(model, batch, control, piece.numbers.start).items():
+                    values.setdefault(which, []).extend(some)
             cell: dict[str, Any] = {"task": name, "context": length}
             cell |= {w: asdict(bootstrap(torch.tensor(v))) for w, v in values.items()}
             cells.append(cell)

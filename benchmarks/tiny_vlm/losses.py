@@ -9,55 +9,50 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .batches import CELLS, Batch
+from .batches import Batch
 from .forward import embed, see, speak, understand
 from .model import unchanged
 from .plans import KINDS
-from .sources import CHARACTERS
 
 
 class Seeing(nn.Module):
     """Single tiles without the language model: images shall lie where the words for them do.
 
     The mean of an image's tokens is to be closest, among all things, to the mean embedding of the
-    thing's name, and equal to it. A token over print is to tell its three characters.
+    thing's name, and equal to it. A token over a printed digit is to be that digit's embedding.
 
     Args:
         table: embeddings of all tokens, ``[V, hidden]``.
         names: token ids of every thing's name.
+        digits: token ids of 0 to 9.
     """
 
-    def __init__(self, table: Tensor, names: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, table: Tensor, names: Sequence[Sequence[int]], digits: Sequence[int]
+    ) -> None:
         super().__init__()
         means = torch.stack([table[torch.tensor(name)].mean(0) for name in names])
         self.register_buffer("means", means, persistent=False)  # [things, hidden]
-        self.register_buffer("middle", means.mean(0), persistent=False)
         self.sharpness = nn.Parameter(torch.tensor(3.0))
-        self.characters = nn.Linear(table.shape[1], CELLS * len(CHARACTERS))
-        # Embeddings are far smaller than 1: without this, letters would be learnt far slower.
-        self.register_buffer("size", table.std(), persistent=False)
+        self.register_buffer("digits", table[torch.tensor(digits)], persistent=False)
 
     def forward(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch of tiles, and what is right of it."""
         seen = see(model, batch["tiles"]).float()  # [N, PLACES, hidden]
         drawings = len(batch["things"])
-        mean = seen[:drawings].mean(1)
-        pull = F.normalize(mean - self.middle, dim=-1) @ F.normalize(
-            self.means - self.middle, dim=-1
-        ).T  # fmt: skip
-        named = pull * self.sharpness.exp()
-        letters = self.characters(seen[drawings:] / self.size).unflatten(-1, (CELLS, -1))
-        wanted = self.means[batch["things"]]
-        loss = (
-            F.cross_entropy(named, batch["things"])
-            + F.cross_entropy(letters.flatten(0, 2), batch["print"].flatten())
-            + (mean - wanted).square().mean() / self.means.var()
-        )
-        right = {
-            "drawings": (named.argmax(-1) == batch["things"]).float().mean(),
-            "letters": (letters.argmax(-1) == batch["print"]).float().mean(),
-        }
-        return loss, right
+        printed = batch["digits"] >= 0
+        drawn, named = self._pulled(seen[:drawings].mean(1), self.means, batch["things"])
+        read, digits = self._pulled(seen[drawings:][printed], self.digits, batch["digits"][printed])
+        return drawn + read, {"drawings": named, "digits": digits}
+
+    def _pulled(self, seen: Tensor, places: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of what is seen ``[n, hidden]`` against its places; the share closest to them."""
+        middle = places.mean(0)
+        alike = F.normalize(seen - middle, dim=-1) @ F.normalize(places - middle, dim=-1).T
+        logits = alike * self.sharpness.exp()
+        far = (seen - places[numbers]).square().mean() / places.var()
+        right = (logits.argmax(-1) == numbers).float().mean()
+        return F.cross_entropy(logits, numbers) + far, right
 
 
 def answering(model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -48,7 +48,7 @@ def rates(plan: Plan, stage: int, done: float, step: int) -> Rates:
     """
     now = plan.stages[stage]
     fall = (1 + math.cos(math.pi * min(done, 1.0))) / 2
-    factor = (now.last + (1 - now.last) * fall) * min((step + 1) / plan.warmup, 1.0)
+    factor = (now.last + (1 - now.last) * fall) * min((step + 1) / now.warmup, 1.0)
     return Rates(
         *(rate * factor for rate in (now.rates.vision, now.rates.connector, now.rates.change))
     )

@@ -52,7 +52,8 @@ class Trainer:
         self.model = build(decoder, tokenizer, plan.sizes, plan.seed).to(device)
         names = [self.prompter.tokens(painter.label(thing)) for thing in painter.things["seen"]]
         table = self.model.get_input_embeddings().weight.detach().cpu()
-        self.seeing = Seeing(table, names).to(device)
+        digits = [self.prompter.tokens(str(digit))[0] for digit in range(10)]
+        self.seeing = Seeing(table, names, digits).to(device)
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98), weight_decay=0.0)
         self.stage = 0
         self.step = 0

@@ -23,10 +23,10 @@ SIZES = Sizes(hidden=32, inner=64, layers=1, heads=2, rank=2)
 PLAN = Plan(
     SIZES,
     (
-        Stage("see", 0.5, Rates(1e-3, 1e-3, 0.0), 0.1),
-        Stage("name", 0.5, Rates(1e-3, 1e-3, 1e-3), 0.1, {256: 0.5, 384: 0.5}),
+        Stage("see", 0.5, Rates(1e-3, 1e-3, 0.0), 0.1, warmup=2),
+        Stage("name", 0.5, Rates(1e-3, 1e-3, 1e-3), 0.1, {256: 0.5, 384: 0.5}, warmup=2),
     ),
-    tokens=768, tiles=8, replay=(1, 16), warmup=2,
+    tokens=768, tiles=8, replay=(1, 16),
 )  # fmt: skip
 
 

@@ -3,18 +3,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.tiny_vlm.album import MOVES, Album, Recipe, compose, questions
+from benchmarks.tiny_vlm.album import MOVES, NUMBER, Album, Recipe, compose, questions
+from benchmarks.tiny_vlm.prompt import PLACES
 from benchmarks.tiny_vlm.sources import CELL, CHARACTERS
 from benchmarks.tiny_vlm.tiles import COLOURS, COLUMNS, LINES, SIDE, Thing
 
 from . import small
 
-PROSE = [f"word{i}" for i in range(200)]
-
 
 def made(seed: int, recipe: Recipe, count: int = 12) -> tuple[np.random.Generator, Album]:
     generator = np.random.default_rng(seed)
-    return generator, compose(generator, small.painter(), PROSE, "train", count, recipe)
+    return generator, compose(generator, small.painter(), "train", count, recipe)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +46,8 @@ def test_answers_are_right() -> None:
                 assert question.answer == small.painter().label(thing)
             else:
                 assert question.answer == thing
-                assert question.answer.isdigit() == (question.kind == "needle")
+                assert len(question.answer) == (NUMBER if question.kind == "needle" else PLACES)
+                assert question.answer.isdigit()
     assert kinds == {"which", "what", "needle", "read"}
 
 

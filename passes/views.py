@@ -77,9 +77,9 @@ def in_one_order(q: fx.Node, k: fx.Node, v: fx.Node, steps: tuple[fx.Node, ...])
 
 
 def _joined(node: fx.Node) -> fx.Node | None:
-    """``x [B, H, T, D]`` whose heads lie side by side in ``node [B * H, T, D]``."""
-    root = regrouped(node) if len(shape_of(node) or ()) == 3 else None
-    return root if len(shape_of(root) or ()) == 4 else None
+    """``x [B, H, T, D]`` whose heads lie side by side in ``node [B * H, T, D]``; or the same."""
+    root = regrouped(node)
+    return None if len(shape_of(root) or ()) < len(shape_of(node) or ()) else root
 
 
 def is_cast(node: Any) -> bool:

@@ -141,8 +141,10 @@ REPEATED: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded": lambda x: x.reshape(B * 2, S, D)[:, None].expand(-1, 2, -1, -1).reshape(-1, S, D),
     "expanded by unsqueeze": lambda x: (
         x.flatten(0, 1).unsqueeze(1).expand(B * 2, 2, S, D).reshape(B * H, S, D)),
-    "a part before, a part behind": lambda x: (
-        x.repeat_interleave(2, 1).reshape(B * 4, S, D).contiguous()),
+    "before": lambda x: x.repeat_interleave(2, 1).reshape(B * 4, S, D).contiguous(),
+    # Bug: a view that changes nothing hid the cache.
+    "viewed as it is": lambda x: flat(
+        x.view(B, 2, S, D).reshape(B * 2, S, D).repeat_interleave(2, 0)),
 }  # fmt: skip
 
 
@@ -174,10 +176,11 @@ def test_kv_heads_repeated_side_by_side_are_attended_on_codes(form: str) -> None
 
 
 @pytest.mark.parametrize("repeat", [
+    lambda x: x.flatten(0, 1).repeat_interleave(2, 0)[[0, 2, 1, 3, 4, 6, 5, 7]],
     lambda x: x.flatten(0, 1).repeat(2, 1, 1),
     lambda x: x.flatten(0, 1)[None].expand(2, -1, -1, -1).reshape(-1, S, D),
     lambda x: x.flatten(0, 1).repeat_interleave(torch.full((4,), 2), 0),
-], ids=["repeated", "expanded", "by a tensor"])  # fmt: skip
+], ids=["sorted", "repeated", "expanded", "by a tensor"])  # fmt: skip
 @pytest.mark.parametrize("of", ["both", "values"])
 def test_kv_heads_repeated_in_turn_side_by_side_are_left_alone(
     repeat: Callable[[Tensor], Tensor], of: str

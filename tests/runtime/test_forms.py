@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from typing import Any, get_args, get_type_hints
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention as flex
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -42,7 +44,7 @@ def run(model: Any, length: int) -> list[Tensor]:
 
 def check(forms: list[Form], length: int) -> None:
     model = Decoder(forms).eval()
-    with torch.no_grad():
+    with torch.no_grad(), mock.patch.object(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True):
         want = run(model, length)
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="attentionpack", options=OPTIONS)

@@ -10,7 +10,10 @@ SLIDING = "the whole cache is not stored (sliding window): left dense"
 NOT_STORED = "no cache: keys and values are not stored"
 LATENT = "keys or values are projected from the cache (latent attention): left dense"
 JOINED = "the cache is joined with other keys or values: left dense"
-PREALLOCATED = "preallocated cache, written in place: left dense"
+PREALLOCATED = (
+    "preallocated cache, written in place: left dense; the model holds it whole, so that its "
+    "memory does not shrink"
+)
 
 
 @dataclass(frozen=True)

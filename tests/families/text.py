@@ -102,6 +102,6 @@ def older(prefix: str, settings: dict[str, Any]) -> zoo.Case:
 register("gptj", lambda: older("GPTJ", GPT_J))
 register("codegen", lambda: older("CodeGen", GPT_J))
 register("gpt_neo", lambda: older("GPTNeo", GPT_NEO))
-register("gpt_bigcode", lambda: older("GPTBigCode", {**GPT2, "bos_token_id": 1, "eos_token_id": None}))
+register("gpt_bigcode", lambda: older("GPTBigCode", dict(GPT2, bos_token_id=1, eos_token_id=None)))
 register("gpt2", gpt2)
 register("opt", opt)

@@ -205,6 +205,18 @@ def test_one_kv_head_is_spread_over_all_queries(spread: Callable[[Tensor], Tenso
     assert not {"expand", "repeat", "unpack", "cat"} & set(new.calls)
 
 
+def test_queries_of_a_group_in_the_place_of_tokens_attend_to_dense_tensors() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, m: Tensor, a: Tensor) -> Tensor:
+        q, k, v = q.reshape(B * 2, 2 * Q, D), k.reshape(B * 2, S, D), v.reshape(B * 2, S, D)
+        return torch.bmm(torch.bmm(q, k.mT).softmax(-1), v).view(B, H, Q, D)
+
+    captured = capture(decode(attend, as_it_is), *given())
+    assert captured.treatments == ["unpack"]
+    assert captured.reasons == ["queries and new keys are different in number: dense attention"]
+    (got, *_), _ = run(captured, rewrite(captured))
+    torch.testing.assert_close(got, captured.expected()[0], **CLOSE)
+
+
 def test_two_kv_heads_repeated_in_turn_are_not_spread() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, m: Tensor, a: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, m)

@@ -43,4 +43,4 @@ def filled_with(value: Any) -> float | None:
     if is_written(node) or not calls(node, *_FILLED) or tensor.dtype == torch.bool:
         return None
     found = number(argument(node, *_FILLED[node.target]))
-    return None if found is None else torch.tensor(found, dtype=tensor.dtype).item()
+    return None if found is None else torch.tensor(found, dtype=tensor.dtype, device="cpu").item()

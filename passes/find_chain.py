@@ -105,10 +105,10 @@ def find_chain(softmax: fx.Node) -> Chain | str | None:
         return _OTHER_ORDER
     laid = () if scores.mask is None else tuple(part.node for part in scores.mask.parts)
     laid += tuple(factor.node for factor in scores.factors)
+    laid += () if sinks is None else (sinks,)
     if any(is_made_of(x, scores.product) for x in laid):
         return "what is laid over the scores is made of them: left dense"
-    read = (scores.q, *laid, *(() if sinks is None else (sinks,)))
-    if any(written_between(x, scores.product, node) for x in read):
+    if any(written_between(x, scores.product, node) for x in (scores.q, *laid)):
         return "queries, masks or sinks change before the values are read: left dense"
     scale = scores.scale * (scores.cap or 1.0)  # cap tanh(scale q.k / cap)
     cap = abs(scores.cap)  # tanh is odd

@@ -25,10 +25,11 @@ from .products import is_baddbmm, scores_of
 from .regroup import regrouped
 from .views import is_cast
 
-_MUL = ("mul", "mul_", torch.mul, operator.mul, operator.imul)
-_DIV = ("div", "div_", torch.div, operator.truediv, operator.itruediv)
+_MUL = ("mul", "mul_", "multiply", torch.mul, torch.multiply, operator.mul, operator.imul)
+_DIV = ("div", "div_", "divide", "true_divide", torch.div, torch.divide, torch.true_divide,
+        operator.truediv, operator.itruediv)  # fmt: skip
 _ADD = ("add", "add_", torch.add, operator.add, operator.iadd)
-_SUB = ("sub", "sub_", torch.sub, torch.subtract, operator.sub, operator.isub)
+_SUB = ("sub", "sub_", "subtract", torch.sub, torch.subtract, operator.sub, operator.isub)
 
 HIDDEN = -1e4
 """A number added to, or put in the place of, scores of tokens that are not seen is no greater."""

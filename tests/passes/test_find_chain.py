@@ -58,6 +58,10 @@ FORMS: dict[str, tuple[Weigh, float, bool, bool]] = {
     "permuted": (
         lambda q, k, m: (q @ k.permute(0, 1, 3, 2) + m).float().softmax(-1).type_as(q),
         1.0, True, False),
+    "by other names": (
+        lambda q, k, m: torch.subtract(
+            torch.divide(torch.multiply(plain(q, k), 2.0), 4.0).true_divide(2.0), m, alpha=1
+        ).softmax(-1), 0.25, True, False),
     "where, a tensor of one number": (
         lambda q, k, m: torch.where(
             m == 0, plain(q, k), torch.tensor(LOWEST, dtype=q.dtype)).softmax(-1),
@@ -272,6 +276,10 @@ REFUSED: dict[str, tuple[Weigh, str]] = {
     "less than another maximum": (
         lambda q, k, m: (lambda s: (s - s.amax(-2, keepdim=True)).softmax(-1))(plain(q, k) + m),
         "is made of them"),
+    "sinks made of the scores": (
+        lambda q, k, m: (lambda s: torch.cat(
+            [s + m, s.sum((0, 2, 3))[None, :, None, None].expand(2, 4, s.shape[2], 1)], -1
+        ).softmax(-1)[..., :-1])(plain(q, k)), "is made of them"),
     "a mask less the scores": (lambda q, k, m: (m - plain(q, k)).softmax(-1), "unknown form"),
     "a mask taken off several times": (
         lambda q, k, m: torch.sub(plain(q, k), m, alpha=2).softmax(-1), "unknown form"),

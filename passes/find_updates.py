@@ -116,7 +116,7 @@ def _update(
     base = base_of(root)
     sizes, q_sizes = shape_of(base) or (), shape_of(site.q) or ()
     put_together = root is base and len(sizes) == 4 and same_size(sizes[2], q_sizes[-2])
-    if _is_preallocated(base) and not (put_together and base.op not in _GIVEN):
+    if _is_preallocated(base, outputs) and not (put_together and base.op not in _GIVEN):
         return PREALLOCATED
     found = _growth(root, outputs, flow)
     if isinstance(found, CacheUpdate) and is_written(root):
@@ -165,24 +165,27 @@ def _without_cat(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> Cach
         return "keys or values are an input that this graph does not grow (cross-attention?)"
     if root in outputs:
         return CacheUpdate(root, None, root, "empty", weight_above(flow, root))
-    if _is_written_elsewhere(root):
+    if _is_written_elsewhere(root, outputs):
         return PREALLOCATED
     return MADE if _is_made_of_a_cache(root, outputs, flow) else NOT_STORED
 
 
-def _is_preallocated(base: fx.Node) -> bool:
-    """Whether a tensor is there before its tokens are, here or in the model, and takes them up."""
+def _is_preallocated(base: fx.Node, outputs: set[fx.Node]) -> bool:
+    """Whether a tensor that is kept is there before its tokens are, and takes them up."""
     given = base.op in _GIVEN and not isinstance(value_of(base), PackedKV)
-    return (given or calls(base, *_ALLOCATES)) and is_written(base)
+    made = calls(base, *_ALLOCATES) and base in outputs
+    return (given or made) and is_written(base)
 
 
-def _is_written_elsewhere(root: fx.Node) -> bool:
+def _is_written_elsewhere(root: fx.Node, outputs: set[fx.Node]) -> bool:
     """Whether ``root``, or a part of it, is written to a tensor that was there before."""
     stack = [root]
     while stack:
         for user in stack.pop().users:
             targets = map(base_of, written(user))
-            if any(base is not base_of(root) and _is_preallocated(base) for base in targets):
+            if any(
+                base is not base_of(root) and _is_preallocated(base, outputs) for base in targets
+            ):
                 return True
             if calls(user, operator.getitem, *_COPIES):
                 stack.append(user)

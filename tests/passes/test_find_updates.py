@@ -186,6 +186,20 @@ def test_a_preallocated_cache_is_left_alone(fn: Callable[..., Any]) -> None:
     assert "memory does not shrink" in PREALLOCATED
 
 
+def test_keys_put_together_for_attention_alone_are_no_preallocated_cache() -> None:
+    """As DeepSeek-V3 makes them of its latents."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, past: Tensor) -> Any:
+        grown = torch.cat([past, k], 2)
+        keys = grown.new_empty(2, 2, 41, 8)
+        keys[..., :4], keys[..., 4:] = grown[..., :4] * 2, grown[..., 4:]
+        return sdpa(q, keys, keys * 1), grown
+
+    captured = capture(fn, tokens(1), tokens(1), tokens(1), tokens(40))
+    assert kinds(captured) == []
+    assert PREALLOCATED not in reasons(captured)
+
+
 def test_new_tokens_put_together_in_place_are_no_preallocated_cache() -> None:
     """Later steps grow it by a cat, and pack it."""
 

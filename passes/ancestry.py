@@ -11,6 +11,8 @@ from .find_writes import base_of, written
 
 _PROJECTIONS = (torch.nn.functional.linear, torch._C._nn.linear, torch.addmm)
 _GIVEN = ("placeholder", "get_attr")
+_LIKE = (torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like,
+         "new_zeros", "new_ones", "new_empty", "new_full")  # fmt: skip
 
 
 def is_projection(node: fx.Node) -> bool:
@@ -81,6 +83,20 @@ def weight_above(flow: nx.DiGraph, node: fx.Node) -> fx.Node | None:
         return None
     made_of = [weight, *(child for _, child in nx.bfs_edges(flow, weight, reverse=True))]
     return next((n for n in made_of if n.op in _GIVEN), None)
+
+
+def is_made_of(node: fx.Node, source: fx.Node) -> bool:
+    """Whether ``source`` is ``node``, or among what its numbers are made of; sizes do not count."""
+    stack, seen = [node], set[fx.Node]()
+    while stack:
+        here = stack.pop()
+        if here is source:
+            return True
+        if here in seen or here < source or calls(here, *_LIKE):
+            continue
+        seen.add(here)
+        stack += [n for n in here.all_input_nodes if holds_tensors(value_of(n))]
+    return False
 
 
 def reached_from(node: fx.Node, projections: int) -> frozenset[fx.Node]:

@@ -22,6 +22,7 @@ from torch import fx
 
 from ..codec import parse_layout
 from .base import output_of, value_of
+from .factors import write_factors
 from .find_attention import AttentionSite
 from .mask import apart
 from .plan import Plan
@@ -211,9 +212,10 @@ class Draft:
         self.map[original] = new
 
     def queries(self, site: AttentionSite) -> fx.Node:
-        """``[B, Hq, Q, D]`` of a site in the new graph, at the current insertion point."""
-        q = self.map[site.q]
-        return q if value_of(site.q).dim() == 4 else apart(self.graph, q, site.heads)
+        """``[B, Hq, Q, D]`` of a site with its factors, at the current insertion point."""
+        q, value = self.map[site.q], value_of(site.q)
+        q = q if value.dim() == 4 else apart(self.graph, q, site.heads)
+        return write_factors(self.graph, q, site.factors, self.map, site.heads, value.dtype)
 
     def mask(self, site: AttentionSite) -> fx.Node | None:
         """The mask of a site in the new graph; if it is bool, True where a token is seen."""

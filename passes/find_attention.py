@@ -19,13 +19,14 @@ import torch
 from torch import fx
 
 from .base import PassReport, Skip, argument, calls, shape_of, value_of
+from .factors import Factor
 from .find_chain import Chain, find_chain
 from .find_flex import Flex, find_flex
 from .find_writes import base_of, is_written
 from .flex_mask import FlexMask
 from .mask import OTHER_MASK, Mask, MaskPart, mask_part
 from .regroup import lies_so, regrouped
-from .views import apart, in_one_order, walk_up
+from .views import in_one_order, lead_of, walk_up
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class AttentionSite:
         causal: the call's own ``is_causal`` (PyTorch aligns it to the upper left).
         softcap: scores s become ``softcap * tanh(s / softcap)`` before the mask; 0: they stay.
         sinks: ``Hq`` numbers in any shape: scores of one token more, without a value; or None.
+        factors: tensors that queries are multiplied with, besides ``scale``.
     """
 
     node: fx.Node
@@ -54,6 +56,7 @@ class AttentionSite:
     causal: bool
     softcap: float = 0.0
     sinks: fx.Node | None = None
+    factors: tuple[Factor, ...] = ()
 
 
 def find_attention(graph: fx.Graph) -> tuple[tuple[AttentionSite, ...], PassReport]:
@@ -89,7 +92,9 @@ def _attention(node: fx.Node) -> AttentionSite | str | None:
     site = _checked(chain.node, chain.q, chain.k, chain.v, chain.scale)
     if isinstance(site, str):
         return site
-    return replace(site, mask=chain.mask, softcap=chain.softcap, sinks=chain.sinks)
+    return replace(
+        site, mask=chain.mask, softcap=chain.softcap, sinks=chain.sinks, factors=chain.factors
+    )
 
 
 def _canonical(node: fx.Node) -> AttentionSite | str:
@@ -128,21 +133,21 @@ def _canonical(node: fx.Node) -> AttentionSite | str:
 
 def _checked(node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, scale: Any) -> AttentionSite | str:
     """The record of an attention without its mask, if its shapes are those of one."""
-    q_shape, whole = shape_of(q), apart(k)
+    q_shape, lead = shape_of(q), lead_of(k)
     if q_shape is None or len(q_shape) not in (3, 4):
         return "queries are not [B, heads, tokens, head_dim]"
     if not isinstance(q_shape[-1], int):
         return "head_dim is not known when compiling"
     keys, values = walk_up(k), walk_up(v)
     k_shape, v_shape = shape_of(keys), shape_of(values)
-    if whole is None or k_shape is None or v_shape is None:
+    if lead is None or k_shape is None or v_shape is None:
         return "keys or values are not [B, heads, tokens, head_dim]"
     if len(k_shape) != 4 or len(v_shape) != 4:
         return "keys or values are not [B, heads, tokens, head_dim]"
-    wide = shape_of(whole) or ()
-    if not all(isinstance(s[i], int) for s in (wide, k_shape, v_shape) for i in (1, 3)):
+    sizes = (lead[1], *(shape[i] for shape in (k_shape, v_shape) for i in (1, 3)))
+    if not all(isinstance(size, int) for size in sizes):
         return "heads or head_dim of keys or values are not known when compiling"
-    heads = (q_shape if len(q_shape) == 4 else wide)[1]
+    heads = (q_shape if len(q_shape) == 4 else lead)[1]
     if heads % k_shape[1] or k_shape[1] != v_shape[1] or k_shape[3] != q_shape[-1]:
         return f"{heads} query heads do not go with {k_shape[1]} and {v_shape[1]} KV heads"
     if not isinstance(scale, (int, float)):
@@ -150,6 +155,6 @@ def _checked(node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, scale: Any) -> A
     if len(q_shape) == 3 and not is_written(q):
         before = regrouped(q)
         joined = before is not None and not is_written(base_of(before))
-        if joined and len(shape_of(before) or ()) == 4 and lies_so(before, wide[:2]):
+        if joined and len(shape_of(before) or ()) == 4 and lies_so(before, lead):
             q = before
     return AttentionSite(node, q, keys, values, heads, None, float(scale), False)

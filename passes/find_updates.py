@@ -15,6 +15,7 @@ of our handles as it is (``fixed``: ``node`` and ``past`` are the input itself).
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,15 +28,22 @@ from .ancestry import as_networkx, is_projection, projected_from, weight_above
 from .base import PassReport, Skip, argument, calls, output_of, same_size, shape_of, value_of
 from .find_attention import AttentionSite
 from .find_strays import grows
-from .find_writes import base_of, is_written
+from .find_writes import base_of, is_written, written
 
 Kind = Literal["packed", "dense", "empty", "fixed"]
 
 NOT_STORED = "no cache: keys and values are not stored"
+PREALLOCATED = (
+    "preallocated cache, written in place: left dense; the model holds it whole, so that its "
+    "memory does not shrink"
+)
 CUT = "the whole cache is not stored (sliding window): left dense"
 COPIED = "what is stored is a copy of the cache, not what attention reads: left dense"
 MADE = "keys or values are made of a cache in a way that is not recognised: left dense"
 
+_GIVEN = ("placeholder", "get_attr")
+_ALLOCATES = (torch.zeros, torch.empty, torch.full, torch.ones, torch.zeros_like, torch.empty_like,
+              "new_zeros", "new_empty", "new_full")  # fmt: skip
 _COPIES = ("clone", "contiguous", "transpose", "permute", "swapaxes", "swapdims", "to", "detach")
 
 
@@ -85,8 +93,7 @@ def find_updates(
     found: list[CachedSite] = []
     skipped: list[Skip] = []
     for site in sites:
-        k = _update(site.k, outputs, flow)
-        v = _update(site.v, outputs, flow)
+        k, v = (_update(root, site, outputs, flow) for root in (site.k, site.v))
         reason = k if isinstance(k, str) else v if isinstance(v, str) else None
         if reason in (NOT_STORED, MADE) and any(
             _is_latent(s, outputs, flow) for s in (site.k, site.v)
@@ -103,7 +110,14 @@ def find_updates(
     return tuple(found), PassReport("find_updates", len(found), tuple(skipped))
 
 
-def _update(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> CacheUpdate | str:
+def _update(
+    root: fx.Node, site: AttentionSite, outputs: set[fx.Node], flow: nx.DiGraph
+) -> CacheUpdate | str:
+    base = base_of(root)
+    sizes, q_sizes = shape_of(base) or (), shape_of(site.q) or ()
+    put_together = root is base and len(sizes) == 4 and same_size(sizes[2], q_sizes[-2])
+    if _is_preallocated(base, outputs) and not (put_together and base.op not in _GIVEN):
+        return PREALLOCATED
     found = _growth(root, outputs, flow)
     if isinstance(found, CacheUpdate) and is_written(root):
         return "the graph writes to the grown cache in place: left dense"
@@ -145,16 +159,37 @@ def _growth(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> CacheUpda
 
 
 def _without_cat(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> CacheUpdate | str:
-    base = base_of(root)
     if isinstance(value_of(root), PackedKV) and root.op == "placeholder":
         return CacheUpdate(root, root, root, "fixed", None)
-    if base.op == "placeholder" and is_written(base):
-        return "preallocated cache, written in place: left dense"
     if root.op == "placeholder":
         return "keys or values are an input that this graph does not grow (cross-attention?)"
     if root in outputs:
         return CacheUpdate(root, None, root, "empty", weight_above(flow, root))
+    if _is_written_elsewhere(root, outputs):
+        return PREALLOCATED
     return MADE if _is_made_of_a_cache(root, outputs, flow) else NOT_STORED
+
+
+def _is_preallocated(base: fx.Node, outputs: set[fx.Node]) -> bool:
+    """Whether a tensor that is kept is there before its tokens are, and takes them up."""
+    given = base.op in _GIVEN and not isinstance(value_of(base), PackedKV)
+    made = calls(base, *_ALLOCATES) and base in outputs
+    return (given or made) and is_written(base)
+
+
+def _is_written_elsewhere(root: fx.Node, outputs: set[fx.Node]) -> bool:
+    """Whether ``root``, or a part of it, is written to a tensor that was there before."""
+    stack = [root]
+    while stack:
+        for user in stack.pop().users:
+            targets = map(base_of, written(user))
+            if any(
+                base is not base_of(root) and _is_preallocated(base, outputs) for base in targets
+            ):
+                return True
+            if calls(user, operator.getitem, *_COPIES):
+                stack.append(user)
+    return False
 
 
 def _is_copied(root: fx.Node, outputs: set[fx.Node]) -> bool:

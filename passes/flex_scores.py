@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from .base import value_of
-from .find_chain import HIDDEN
 from .flex_ops import CASTS
 from .flex_records import Ref, Scores, Unread
+from .scores import HIDDEN
 
 if TYPE_CHECKING:
     from .flex_mods import Reader

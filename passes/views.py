@@ -5,6 +5,9 @@
     b = a.expand(B, H, G, S, D)
     c = b.reshape(B, H * G, S, D)                      <- operand; or repeat_interleave(keys, G, 1)
     d = c.reshape(B * H * G, S, D)                     <- operand with heads side by side
+    e = keys.reshape(B * H, S, D)
+    f = repeat_interleave(e, G, 0)                     <- the same; or expand and reshape
+    g = keys.expand(B, G, S, D)                        <- operand, if H is 1
 
 Only forms that repeat each KV head G times in a row count; anything else stops the walk.
 """
@@ -17,9 +20,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .base import argument, calls, same_size, shape_of
+from .base import argument, calls, shape_of
 from .find_writes import is_written
-from .regroup import lies_so, regrouped
+from .regroup import lies_so, regrouped, same_sizes
 
 _CASTS = ("to", "float", "half", "bfloat16", "double", "type_as")
 _FULL = slice(None)
@@ -28,7 +31,8 @@ _FULL = slice(None)
 def walk_up(node: fx.Node) -> fx.Node:
     """The root of an operand: ``[B, H, S, D]``, neither a view nor a cast of another tensor."""
     while not is_written(node):  # else that is what attention reads, and not a view of the cache
-        step = _repeat_kv(node) or _repeat_interleave(node) or _joined(node)
+        repeated = _repeated(node)
+        step = _joined(node) if repeated is None else repeated[0]
         if step is not None:
             node = step
         elif calls(node, "contiguous") or is_cast(node):
@@ -38,16 +42,20 @@ def walk_up(node: fx.Node) -> fx.Node:
     return node
 
 
-def apart(node: fx.Node) -> fx.Node | None:
-    """``[B, H, T, D]`` of an operand that is that, or ``[B * H, T, D]`` of it."""
+def lead_of(node: fx.Node) -> tuple[Any, Any] | None:
+    """B and H of an operand ``[B, H, T, D]``, or of ``[B * H, T, D]`` made of one; else None."""
+    groups = 1
     while len(shape_of(node) or ()) == 3 and not is_written(node):
-        step = _joined(node)
+        repeated = _repeated(node)
+        step = _joined(node) if repeated is None else repeated[0]
+        groups *= 1 if repeated is None else repeated[1]
         if step is None and (calls(node, "contiguous") or is_cast(node)):
             step = node.args[0]
         if step is None:
             return None
         node = step
-    return node if len(shape_of(node) or ()) == 4 else None
+    shape = shape_of(node) or ()
+    return (shape[0], shape[1] * groups) if len(shape) == 4 else None
 
 
 def in_one_order(q: fx.Node, k: fx.Node, v: fx.Node, steps: tuple[fx.Node, ...]) -> bool:
@@ -59,17 +67,19 @@ def in_one_order(q: fx.Node, k: fx.Node, v: fx.Node, steps: tuple[fx.Node, ...])
     """
     if all(len(shape_of(x) or ()) == 4 for x in (q, k, v, *steps)):
         return True
-    keys, values = apart(k), apart(v)
+    keys, values = lead_of(k), lead_of(v)
     if keys is None or values is None:
         return False
-    lead = (shape_of(q if len(shape_of(q) or ()) == 4 else keys) or ())[:2]
-    return all(lies_so(x, lead) for x in (q, keys, values, *steps))
+    sizes = shape_of(q) or ()
+    lead = (sizes[0], sizes[1]) if len(sizes) == 4 else keys
+    same = same_sizes(keys, lead) and same_sizes(values, lead)
+    return same and all(lies_so(x, lead) for x in (q, *steps))
 
 
 def _joined(node: fx.Node) -> fx.Node | None:
-    """``x [B, H, T, D]`` whose heads lie side by side in ``node [B * H, T, D]``."""
-    root = regrouped(node) if len(shape_of(node) or ()) == 3 else None
-    return root if len(shape_of(root) or ()) == 4 else None
+    """``x [B, H, T, D]`` whose heads lie side by side in ``node [B * H, T, D]``; or the same."""
+    root = regrouped(node)
+    return None if len(shape_of(root) or ()) < len(shape_of(node) or ()) else root
 
 
 def is_cast(node: Any) -> bool:
@@ -82,49 +92,66 @@ def is_cast(node: Any) -> bool:
     return bool(before.is_floating_point() and after.is_floating_point())
 
 
-def _repeat_kv(node: fx.Node) -> fx.Node | None:
+def _repeated(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """What ``node`` repeats each head of, and how often."""
+    return _repeat_kv(node) or _repeat_interleave(node) or _one_head(node)
+
+
+def _repeat_kv(node: fx.Node) -> tuple[fx.Node, int] | None:
     if not calls(node, "reshape", "view", torch.reshape):
         return None
     expand = argument(node, 0, "input")
     if not calls(expand, "expand"):
         return None
-    root = _with_inserted_dim(expand.args[0])
-    if root is None:
+    source, wide, flat = _with_inserted_dim(expand.args[0]), shape_of(expand), shape_of(node)
+    before = shape_of(source)
+    if source is None or before is None or wide is None or flat is None:
         return None
-    source, wide, flat = shape_of(root), shape_of(expand), shape_of(node)
-    if source is None or wide is None or flat is None or len(source) != 4 or len(flat) != 4:
+    rank = len(before)
+    if rank not in (3, 4) or len(wide) != rank + 1 or len(flat) != rank:
         return None
-    groups = wide[2]
-    if not isinstance(groups, int) or len(wide) != 5:
-        return None
-    batch, heads, length, dim = source
-    wanted = (batch, heads * groups, length, dim)
-    if not all(same_size(a, b) for a, b in zip(flat, wanted, strict=True)):
-        return None
-    return root
+    groups = wide[rank - 2]
+    return (source, groups) if _holds(before, groups, flat) else None
 
 
 def _with_inserted_dim(node: fx.Node) -> fx.Node | None:
-    """``x`` of ``x[:, :, None]`` or ``x.unsqueeze(2)``."""
+    """``x`` of ``x[:, :, None]`` or ``x.unsqueeze(2)``; of three dimensions ``x[:, None]``."""
+    root = argument(node, 0, "input")
+    at = len(shape_of(root) or ()) - 2  # behind heads
+    if not isinstance(root, fx.Node):
+        return None
     if calls(node, "unsqueeze", torch.unsqueeze):
-        root = argument(node, 0, "input")
-        return root if argument(node, 1, "dim") in (2, -3) else None
-    if not calls(node, operator.getitem):
+        return root if argument(node, 1, "dim") in (at, -3) else None
+    if not calls(node, operator.getitem) or not isinstance(node.args[1], tuple):
         return None
-    root, index = node.args
-    if not isinstance(index, tuple) or not isinstance(root, fx.Node):
-        return None
-    rest = [i for i in index if i is not Ellipsis]
-    inserted = rest[:3] == [_FULL, _FULL, None] and all(i == _FULL for i in rest[3:])
+    rest = [i for i in node.args[1] if i is not Ellipsis]
+    inserted = rest[: at + 1] == [*[_FULL] * at, None] and all(i == _FULL for i in rest[at + 1 :])
     return root if inserted else None
 
 
-def _repeat_interleave(node: fx.Node) -> fx.Node | None:
+def _repeat_interleave(node: fx.Node) -> tuple[fx.Node, int] | None:
     if not calls(node, "repeat_interleave", torch.repeat_interleave):
         return None
     root, repeats = argument(node, 0, "input"), argument(node, 1, "repeats")
-    dim = argument(node, 2, "dim")
-    source = shape_of(root)
-    if not isinstance(root, fx.Node) or not isinstance(repeats, int) or source is None:
+    dim, rank = argument(node, 2, "dim"), len(shape_of(root) or ())
+    if not isinstance(root, fx.Node) or not isinstance(repeats, int):
         return None
-    return root if len(source) == 4 and dim in (1, -3) else None
+    return (root, repeats) if rank in (3, 4) and dim in (rank - 3, -3) else None
+
+
+def _one_head(node: fx.Node) -> tuple[fx.Node, int] | None:
+    if not calls(node, "expand", torch.Tensor.expand, "repeat"):
+        return None
+    root = argument(node, 0, "input")
+    before, after = shape_of(root), shape_of(node)
+    if before is None or after is None or len(before) != 4 or len(after) != 4 or before[1] != 1:
+        return None
+    return (root, after[1]) if _holds(before, after[1], after) else None
+
+
+def _holds(before: tuple[Any, ...], groups: Any, after: tuple[Any, ...]) -> bool:
+    """Whether ``after`` are sizes with each head ``groups`` times, a number that is known."""
+    if not isinstance(groups, int):
+        return False
+    at = len(before) - 3
+    return same_sizes(after, (*before[:at], before[at] * groups, *before[at + 1 :]))

@@ -63,6 +63,23 @@ class PlainDecoder(nn.Module):
         return self.head(x), tuple(grown)
 
 
+class SpreadDecoder(PlainDecoder):
+    """Its layers may be on several devices; the head is where the last one is."""
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, past: Any = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        x = self.embed(ids) + self.place(positions)
+        grown = []
+        for number, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
+            device = layer.q.weight.device
+            x, seen = x.to(device), mask if mask is None else mask.to(device)
+            y, cache = layer(norm(x), None if past is None else past[number], seen)
+            x = x + y
+            grown.append(cache)
+        return self.head(x), tuple(grown)
+
+
 def plain_decoder() -> PlainDecoder:
     torch.manual_seed(0)
     return PlainDecoder().eval()

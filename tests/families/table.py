@@ -10,7 +10,10 @@ SLIDING = "the whole cache is not stored (sliding window): left dense"
 NOT_STORED = "no cache: keys and values are not stored"
 LATENT = "keys or values are projected from the cache (latent attention): left dense"
 JOINED = "the cache is joined with other keys or values: left dense"
-PREALLOCATED = "preallocated cache, written in place: left dense"
+PREALLOCATED = (
+    "preallocated cache, written in place: left dense; the model holds it whole, so that its "
+    "memory does not shrink"
+)
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,10 @@ TABLE: dict[str, Record] = {
     "mpt": Record(2, 0.024, 0.14, note="a bias, and a mask that hides"),
     "lfm2": Record(1, 0.067, 0.21, note="the other layer is a convolution", daily="whole"),
     "deepseek_v3": Record(0, left={LATENT: 2}, note="latent attention", daily="decode"),
+    "gptj": Record(2, 0.046, 0.45, note="scores over a tensor of one number"),
+    "codegen": Record(2, 0.039, 0.72, note="scores over a tensor of one number"),
+    "gpt_neo": Record(2, 0.21, 1.3, note="scores that are not scaled"),
+    "gpt_bigcode": Record(2, 0.088, 0.41, note="one KV head"),
     "gpt2": Record(2, 0.053, 0.7, daily="whole"),
     "opt": Record(2, 0.018, 0.49),
     "blip2": Record(2, 0.048, 0.43, note="generate of a model inside", daily="whole"),
@@ -176,6 +183,21 @@ def render() -> str:
         errors = (f"{record.error:.2f}", f"{record.spoilt:.2f}") if record.packed else ("", "")
         daily = record.daily or "on demand"
         lines.append(row((name, str(record.packed), left, *errors, daily, record.note)))
+    return "\n".join(lines)
+
+
+def summary() -> str:
+    """The table in short, as README.md shows it: families by what becomes of their attention."""
+    groups: dict[str, list[str]] = {}
+    for name, record in TABLE.items():
+        reasons = "; ".join(reason.partition(": left dense")[0] for reason in record.left)
+        packed = "packed" if record.packed else ""
+        kind = "; ".join(filter(None, (packed, reasons and f"left alone: {reasons}")))
+        name, _, form = name.partition(", ")
+        groups.setdefault(kind, []).append(f"{name} ({form})" if form else name)
+    lines = [row(("attention sites", "families")), "|---|---|"]
+    for kind in sorted(groups, key=lambda kind: not kind.startswith("packed")):
+        lines.append(row((kind, ", ".join(groups[kind]))))
     return "\n".join(lines)
 
 

@@ -14,9 +14,9 @@ import pytest
 from .. import versions
 from .measure import measure
 from .registry import FAMILIES
-from .table import BEFORE_5, TABLE, Record, render
+from .table import BEFORE_5, TABLE, Record, render, summary
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
+ROOT = Path(__file__).parents[2]
 
 ALL = os.environ.get("APACK_FAMILIES") == "all"
 
@@ -48,5 +48,6 @@ def test_every_family_is_in_the_table() -> None:
     assert set(FAMILIES) == set(TABLE)
 
 
-def test_the_document_shows_the_table() -> None:
-    assert render() in DOCUMENT.read_text()
+def test_the_documents_show_the_table() -> None:
+    assert render() in (ROOT / "docs" / "families.md").read_text()
+    assert summary() in (ROOT / "README.md").read_text()

@@ -39,6 +39,16 @@ OPT: dict[str, Any] = dict(
     bos_token_id=1, eos_token_id=None,
 )  # fmt: skip
 
+GPT_J: dict[str, Any] = dict(
+    vocab_size=zoo.VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=256, rotary_dim=8,
+    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=None,
+)  # fmt: skip
+GPT_NEO: dict[str, Any] = dict(
+    vocab_size=zoo.VOCAB, hidden_size=64, num_layers=2, num_heads=4, intermediate_size=96,
+    attention_types=[[["global"], 2]], max_position_embeddings=256, embed_dropout=0.0,
+    attention_dropout=0.0, resid_dropout=0.0, bos_token_id=1, eos_token_id=None,
+)  # fmt: skip
+
 GROUPS = ("num_key_value_heads",)
 
 DECODERS: dict[str, dict[str, Any]] = {
@@ -83,5 +93,15 @@ def opt() -> zoo.Case:
     return zoo.Case(model, zoo.prompt(0, TEXT, 1, False))
 
 
+def older(prefix: str, settings: dict[str, Any]) -> zoo.Case:
+    """A decoder with settings of its own."""
+    config = getattr(transformers, f"{prefix}Config")(**settings)
+    return zoo.Case(zoo.make(f"{prefix}ForCausalLM", config), zoo.prompt(0, TEXT, 1, False))
+
+
+register("gptj", lambda: older("GPTJ", GPT_J))
+register("codegen", lambda: older("CodeGen", GPT_J))
+register("gpt_neo", lambda: older("GPTNeo", GPT_NEO))
+register("gpt_bigcode", lambda: older("GPTBigCode", dict(GPT2, bos_token_id=1, eos_token_id=None)))
 register("gpt2", gpt2)
 register("opt", opt)

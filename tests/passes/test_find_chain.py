@@ -58,6 +58,26 @@ FORMS: dict[str, tuple[Weigh, float, bool, bool]] = {
     "permuted": (
         lambda q, k, m: (q @ k.permute(0, 1, 3, 2) + m).float().softmax(-1).type_as(q),
         1.0, True, False),
+    "by other names": (
+        lambda q, k, m: torch.subtract(
+            torch.divide(torch.multiply(plain(q, k), 2.0), 4.0).true_divide(2.0), m, alpha=1
+        ).softmax(-1), 0.25, True, False),
+    "where, a tensor of one number": (
+        lambda q, k, m: torch.where(
+            m == 0, plain(q, k), torch.tensor(LOWEST, dtype=q.dtype)).softmax(-1),
+        1.0, True, False),
+    "where, hidden first": (
+        lambda q, k, m: torch.where(
+            m < 0, torch.tensor(float("-inf")), plain(q, k) * 0.5).softmax(-1), 0.5, True, True),
+    "where, filled like the scores": (
+        lambda q, k, m: (lambda s: torch.where(m == 0, s, torch.full_like(s, -1e9)))(
+            plain(q, k)).softmax(-1), 1.0, True, False),
+    "where, a method": (
+        lambda q, k, m: plain(q, k).where(m == 0, torch.full((), -1e9).to(q.dtype)).softmax(-1),
+        1.0, True, False),
+    "masked_fill by a tensor": (
+        lambda q, k, m: plain(q, k).masked_fill(m < 0, q.new_tensor(-1e9)).softmax(-1),
+        1.0, True, True),
 }  # fmt: skip
 
 
@@ -132,12 +152,31 @@ SEVERAL: dict[str, tuple[Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], lis
         lambda q, k, m, b: ((plain(q, k).view(2, 4, 3, 33) + b).mul_(0.5) + m).softmax(-1),
         [0.5, 1]),
     "turned round": (lambda q, k, m, b: ((plain(q, k) + b) * -0.5 + m).softmax(-1), [-0.5, 1]),
+    "taken off": (
+        lambda q, k, m, b: (plain(q, k) - b - 1e9 * (1.0 - (m == 0).float())).softmax(-1),
+        [-1, -1]),
+    "taken off in place": (
+        lambda q, k, m, b: (plain(q, k).sub_(b) * 0.5).sub_((m < 0) * 1e9).softmax(-1),
+        [-0.5, -1]),
     "two that hide": (
         lambda q, k, m, b: torch.where(
             b < 3, plain(q, k), -1e9).masked_fill(m < 0, LOWEST).softmax(-1), [1, 1]),
     "capped": (
         lambda q, k, m, b: (((plain(q, k) / 2).tanh() * 2 + b) * 0.5 + m).softmax(-1), [0.5, 1]),
 }  # fmt: skip
+
+
+def test_a_mask_with_the_sizes_of_the_scores_is_not_made_of_them() -> None:
+    """Their product stays for its sizes; whatever compiles the graph drops it."""
+
+    def weigh(q: Tensor, k: Tensor, m: Tensor) -> Tensor:
+        s = plain(q, k)
+        return (s + torch.zeros_like(s).masked_fill(m < 0, LOWEST)).softmax(-1)
+
+    captured = capture(decode(weigh), *given(3))
+    assert (captured.treatments, captured.reasons) == (["attend"], [])
+    (got, *_), _ = run(captured, rewrite(captured))
+    torch.testing.assert_close(got, captured.expected()[0], **CLOSE)
 
 
 def bias(keys: int) -> Tensor:
@@ -236,7 +275,28 @@ REFUSED: dict[str, tuple[Weigh, str]] = {
         lambda q, k, m: F.pad(plain(q, k) + m, (0, 1)).softmax(-1)[..., :-1], "cut behind"),
     "less than another maximum": (
         lambda q, k, m: (lambda s: (s - s.amax(-2, keepdim=True)).softmax(-1))(plain(q, k) + m),
-        "unknown form"),
+        "is made of them"),
+    "sinks made of the scores": (
+        lambda q, k, m: (lambda s: torch.cat(
+            [s + m, s.sum((0, 2, 3))[None, :, None, None].expand(2, 4, s.shape[2], 1)], -1
+        ).softmax(-1)[..., :-1])(plain(q, k)), "is made of them"),
+    "a mask less the scores": (lambda q, k, m: (m - plain(q, k)).softmax(-1), "unknown form"),
+    "a mask taken off several times": (
+        lambda q, k, m: torch.sub(plain(q, k), m, alpha=2).softmax(-1), "unknown form"),
+    "a number taken off": (
+        lambda q, k, m: (plain(q, k) - m.sum() * 0).softmax(-1), "a number is added"),
+    "hidden by a number that is not known": (
+        lambda q, k, m: torch.where(m == 0, plain(q, k), m.min()).softmax(-1), "unknown way"),
+    "hidden by a small tensor": (
+        lambda q, k, m: torch.where(m == 0, plain(q, k), torch.tensor(-10.0)).softmax(-1),
+        "unknown way"),
+    "hidden by more sequences": (
+        lambda q, k, m: torch.where(
+            m[:1] == 0, plain(q[:1], k[:1]), torch.full((2, 1, 1, 1), -1e9)).softmax(-1),
+        "does not fit"),
+    "hidden by a tensor that is written to": (
+        lambda q, k, m: torch.where(
+            m == 0, plain(q, k), torch.full((), -1e9).mul_(1e-9)).softmax(-1), "unknown way"),
     # Bug: what is rounded was taken for a quotient.
     "rounded": (
         lambda q, k, m: torch.div(plain(q, k), 2.0, rounding_mode="floor").softmax(-1),

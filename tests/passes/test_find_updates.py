@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apack_compile.passes.find_updates import PREALLOCATED
+
 from .capture import Captured, capture, packed, tokens
 
 sdpa = F.scaled_dot_product_attention
@@ -138,21 +140,78 @@ def test_what_is_no_growing_cache_is_left_alone(grow: Grow, reason: str) -> None
     assert reasons(captured) == [reason]
 
 
-def test_a_preallocated_cache_is_left_alone() -> None:
-    def fn(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        where = torch.tensor([5])
-        keys.index_copy_(2, where, k)
-        values.index_copy_(2, where, v)
-        return sdpa(q, keys, values)
+def by_index(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Any:
+    where = torch.tensor([5])
+    keys.index_copy_(2, where, k)
+    values.index_copy_(2, where, v)
+    return sdpa(q, keys, values)
 
-    def by_slices(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        keys[:, :, 5:6], values[:, :, 5:6] = k, v
-        return sdpa(q, keys[:, :, :6], values[:, :, :6])
 
-    for each in (fn, by_slices):
-        captured = capture(each, tokens(1), tokens(1), tokens(1), tokens(40), tokens(40))
-        assert kinds(captured) == []
-        assert reasons(captured) == ["preallocated cache, written in place: left dense"]
+def by_slices(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Any:
+    keys[:, :, 5:6], values[:, :, 5:6] = k, v
+    return sdpa(q, keys[:, :, :6], values[:, :, :6])
+
+
+def beside(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Any:
+    """A prefill: attention reads new tokens as they are."""
+    k, v = k * 1, v * 1
+    keys[:, :, :1], values[:, :, :1] = k, v
+    return sdpa(q, k, v)
+
+
+def the_last(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Any:
+    k, v = k * 1, v * 1
+    keys[:, :, :1].copy_(k[:, :, -1:])
+    values[:, :, :1].copy_(v[:, :, -1:])
+    return sdpa(q, k, v)
+
+
+def made_here(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Any:
+    keys, values = torch.zeros(2, 2, 40, 8), torch.zeros(2, 2, 40, 8)
+    return by_slices(q, k, v, keys, values), keys, values
+
+
+def made_and_read_whole(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Any:
+    keys, values = k.new_zeros(2, 2, 40, 8), torch.zeros_like(values)
+    return by_index(q, k, v, keys, values), keys, values
+
+
+@pytest.mark.parametrize(
+    "fn", [by_index, by_slices, beside, the_last, made_here, made_and_read_whole]
+)
+def test_a_preallocated_cache_is_left_alone(fn: Callable[..., Any]) -> None:
+    captured = capture(fn, tokens(1), tokens(1), tokens(1), tokens(40), tokens(40))
+    assert kinds(captured) == []
+    assert reasons(captured) == [PREALLOCATED]
+    assert "memory does not shrink" in PREALLOCATED
+
+
+def test_keys_put_together_for_attention_alone_are_no_preallocated_cache() -> None:
+    """As DeepSeek-V3 makes them of its latents."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, past: Tensor) -> Any:
+        grown = torch.cat([past, k], 2)
+        keys = grown.new_empty(2, 2, 41, 8)
+        keys[..., :4], keys[..., 4:] = grown[..., :4] * 2, grown[..., 4:]
+        return sdpa(q, keys, keys * 1), grown
+
+    captured = capture(fn, tokens(1), tokens(1), tokens(1), tokens(40))
+    assert kinds(captured) == []
+    assert PREALLOCATED not in reasons(captured)
+
+
+def test_new_tokens_put_together_in_place_are_no_preallocated_cache() -> None:
+    """Later steps grow it by a cat, and pack it."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        keys, values = torch.empty(2, 2, 3, 8), torch.empty(2, 2, 3, 8)
+        keys[..., :4], keys[..., 4:] = k[..., :4], k[..., 4:] * 2
+        values[...] = v
+        return sdpa(q, keys, values), keys, values
+
+    captured = capture(fn, tokens(3), tokens(3), tokens(3))
+    assert kinds(captured) == []
+    assert reasons(captured) == ["the graph writes to the grown cache in place: left dense"]
 
 
 def test_a_cache_behind_other_tokens_is_joined_and_no_sliding_window() -> None:

@@ -134,6 +134,96 @@ def test_a_prefill_with_heads_side_by_side_leaves_its_cache_packed(form: str) ->
     torch.testing.assert_close(results[0], captured.expected()[0], **CLOSE)
 
 
+# From [B, 2, S, D] to [B * H, S, D], each head twice in a row.
+REPEATED: dict[str, Callable[[Tensor], Tensor]] = {
+    "interleaved": lambda x: x.reshape(B * 2, S, D).repeat_interleave(2, 0),
+    "interleaved, dim from behind": lambda x: x.flatten(0, 1).repeat_interleave(2, dim=-3),
+    "expanded": lambda x: x.reshape(B * 2, S, D)[:, None].expand(-1, 2, -1, -1).reshape(-1, S, D),
+    "expanded by unsqueeze": lambda x: (
+        x.flatten(0, 1).unsqueeze(1).expand(B * 2, 2, S, D).reshape(B * H, S, D)),
+    "before": lambda x: x.repeat_interleave(2, 1).reshape(B * 4, S, D).contiguous(),
+    # Bug: a view that changes nothing hid the cache.
+    "viewed as it is": lambda x: flat(
+        x.view(B, 2, S, D).reshape(B * 2, S, D).repeat_interleave(2, 0)),
+}  # fmt: skip
+
+
+def narrow(
+    repeat: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor] | None = None
+) -> Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor, m: Tensor, a: Tensor) -> Tensor:
+        scores = torch.bmm(flat(q), repeat(k).transpose(1, 2)) + a
+        return torch.bmm((scores.view(B, H, Q, S) + m).softmax(-1).view(B * H, Q, S), (
+            other or repeat)(v))  # fmt: skip
+
+    return attend
+
+
+def as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+@pytest.mark.parametrize("form", REPEATED)
+def test_kv_heads_repeated_side_by_side_are_attended_on_codes(form: str) -> None:
+    captured = capture(decode(narrow(REPEATED[form]), as_it_is), *given())
+    assert (captured.treatments, captured.reasons) == (["attend"], [])
+    site = captured.plan.sites[0].cached.site
+    assert (site.heads, site.k.target) == (H, torch.cat)
+    new = rewrite(captured)
+    (got, *_), _ = run(captured, new)
+    torch.testing.assert_close(got, captured.expected()[0], **CLOSE)
+    assert not {"softmax", "bmm", "unpack", "cat", "repeat_interleave"} & set(new.calls)
+
+
+@pytest.mark.parametrize("repeat", [
+    lambda x: x.flatten(0, 1).repeat_interleave(2, 0)[[0, 2, 1, 3, 4, 6, 5, 7]],
+    lambda x: x.flatten(0, 1).repeat(2, 1, 1),
+    lambda x: x.flatten(0, 1)[None].expand(2, -1, -1, -1).reshape(-1, S, D),
+    lambda x: x.flatten(0, 1).repeat_interleave(torch.full((4,), 2), 0),
+], ids=["sorted", "repeated", "expanded", "by a tensor"])  # fmt: skip
+@pytest.mark.parametrize("of", ["both", "values"])
+def test_kv_heads_repeated_in_turn_side_by_side_are_left_alone(
+    repeat: Callable[[Tensor], Tensor], of: str
+) -> None:
+    keys = repeat if of == "both" else REPEATED["interleaved"]
+    assert left_dense(decode(narrow(keys, repeat), as_it_is))
+
+
+@pytest.mark.parametrize("spread", [
+    lambda x: x.expand(B, H, S, D), lambda x: x.expand(-1, H, -1, -1).contiguous(),
+    lambda x: x.repeat(1, H, 1, 1), lambda x: torch.repeat_interleave(x, H, dim=1),
+], ids=["expand", "expand and copy", "repeat", "repeat_interleave"])  # fmt: skip
+def test_one_kv_head_is_spread_over_all_queries(spread: Callable[[Tensor], Tensor]) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, m: Tensor, a: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, m)
+
+    captured = capture(decode(attend, spread), *given(1))
+    assert (captured.treatments, captured.reasons) == (["attend"], [])
+    new = rewrite(captured)
+    (got, *_), _ = run(captured, new)
+    torch.testing.assert_close(got, captured.expected()[0], **CLOSE)
+    assert not {"expand", "repeat", "unpack", "cat"} & set(new.calls)
+
+
+def test_queries_of_a_group_in_the_place_of_tokens_attend_to_dense_tensors() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, m: Tensor, a: Tensor) -> Tensor:
+        q, k, v = q.reshape(B * 2, 2 * Q, D), k.reshape(B * 2, S, D), v.reshape(B * 2, S, D)
+        return torch.bmm(torch.bmm(q, k.mT).softmax(-1), v).view(B, H, Q, D)
+
+    captured = capture(decode(attend, as_it_is), *given())
+    assert captured.treatments == ["unpack"]
+    assert captured.reasons == ["queries and new keys are different in number: dense attention"]
+    (got, *_), _ = run(captured, rewrite(captured))
+    torch.testing.assert_close(got, captured.expected()[0], **CLOSE)
+
+
+def test_two_kv_heads_repeated_in_turn_are_not_spread() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, m: Tensor, a: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, m)
+
+    assert left_dense(decode(attend, lambda x: x.repeat(1, 2, 1, 1)))
+
+
 def test_sizes_that_vary_are_proven() -> None:
     def fn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, m: Tensor, a: Tensor) -> Any:
         keys, values = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
@@ -188,9 +278,9 @@ REFUSED: dict[str, tuple[Attend, str]] = {
     "a mask that makes them four": (
         lambda q, k, v, m, a: torch.matmul(
             (products(q, k) + m[:1]).softmax(-1), flat(v)), "does not fit"),
-    "a scale that is a tensor": (
+    "a scale that differs from key to key": (
         lambda q, k, v, m, a: torch.bmm(
-            (products(q, k) * a[0, 0, 0]).softmax(-1), flat(v)), "unknown form"),
+            (products(q, k) * a).softmax(-1), flat(v)), "differs from key to key"),
     "the softmax over queries": (
         lambda q, k, v, m, a: torch.bmm(products(q, k).softmax(1), flat(v)), "not over keys"),
     "sdpa of heads before sequences": (

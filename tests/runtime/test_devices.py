@@ -22,23 +22,6 @@ EXACT = {"codec": "exact", "inner": "eager", "window": 8, "block": 16}
 FITTED = {"ratio": 4, "fit_tokens": 64, "inner": "eager", "window": 8, "block": 16}
 
 
-class OverDevices(plain.PlainDecoder):
-    """The second layer and all behind it are on another device."""
-
-    def forward(
-        self, ids: Tensor, positions: Tensor, past: Any = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, Any]:
-        x = self.embed(ids) + self.place(positions)
-        grown = []
-        for number, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
-            device = layer.q.weight.device
-            x, seen = x.to(device), mask if mask is None else mask.to(device)
-            y, cache = layer(norm(x), None if past is None else past[number], seen)
-            x = x + y
-            grown.append(cache)
-        return self.head(x), tuple(grown)
-
-
 class OneDevice(TorchDispatchMode):
     """Our operators get tensors of one device each, whatever they would put up with."""
 
@@ -60,7 +43,7 @@ def test_lengths_are_on_the_device_of_each_layer(
 ) -> None:
     """Bug: all layers of a graph read lengths on the device of the first."""
     torch.manual_seed(0)
-    model = OverDevices(2).eval()
+    model = plain.SpreadDecoder(2).eval()
     for part in (model.layers[1], model.norms[1], model.head):
         part.to("meta")
     whole = plain.plain_decoder()

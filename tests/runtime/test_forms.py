@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from typing import Any, get_args, get_type_hints
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention as flex
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -42,7 +44,7 @@ def run(model: Any, length: int) -> list[Tensor]:
 
 def check(forms: list[Form], length: int) -> None:
     model = Decoder(forms).eval()
-    with torch.no_grad():
+    with torch.no_grad(), mock.patch.object(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True):
         want = run(model, length)
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="attentionpack", options=OPTIONS)
@@ -82,8 +84,11 @@ def test_any_forms(forms: list[Form], length: int) -> None:
 
 
 @pytest.mark.parametrize("form", [
-    Form(), Form(attend="matmul", softcap=2, sinks=True), Form(attend="einsum"),
-    Form(attend="bmm", sinks=True), Form(attend="baddbmm", alibi=True, mask="bool", twice=True),
+    Form(causal=True, rotary="sections"),
+    Form(attend="matmul", softcap=2, sinks=True, factor="heads", mask="taken off"),
+    Form(attend="einsum", factor="divisor", mask="where"),
+    Form(attend="bmm", sinks=True, repeat="joined", rotary="complex"),
+    Form(attend="baddbmm", alibi=True, mask="bool", twice=True),
 ], ids=lambda form: form.attend)  # fmt: skip
 def test_a_plain_form(form: Form) -> None:
     check([form], 40)

@@ -54,7 +54,7 @@ def test_fifty_prompts_of_any_length_and_batch(options: dict[str, Any]) -> None:
         batch, length = draw.randint(1, 4), draw.randint(65, 150)
         ids = torch.randint(10, 190, (batch, length))
         valid = (torch.arange(length) >= torch.randint(0, 6, (batch, 1))).long()
-        steps = draw.randint(4, 30)
+        steps = draw.choice((3, 5, 7, 30))  # thirty code the ring
         tokens, past = plain.plain_generate(ours, ids, valid, steps, "bool")
         if options is EXACT:
             assert torch.equal(tokens, plain.plain_generate(model, ids, valid, steps, "bool")[0])

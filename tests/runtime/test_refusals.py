@@ -11,7 +11,7 @@ import transformers
 import apack_compile
 from apack_compile import OptionError, PackedKV, compat
 
-from .. import versions, zoo
+from .. import zoo
 
 EXACT = {"codec": "exact", "inner": "eager"}
 
@@ -45,24 +45,6 @@ def test_a_packed_cache_met_by_a_graph_that_requires_grad_is_used_dense() -> Non
     with torch.enable_grad():
         got = compiled(input_ids=token, past_key_values=packed).logits
     torch.testing.assert_close(got.detach(), want, rtol=1e-4, atol=1e-4)
-
-
-def test_static_cache_is_left_dense_with_a_reason() -> None:
-    case = zoo.llama(text=20)
-    settings: dict[str, Any] = dict(
-        max_new_tokens=5, do_sample=False, cache_implementation="static"
-    )
-    expected = case.model.generate(**case.inputs, **settings)
-    compiled = torch.compile(case.model, backend="attentionpack", options=EXACT)
-    assert torch.equal(compiled.generate(**case.inputs, **settings), expected)
-    report = apack_compile.report(case.model)
-    assert report.attends == 0
-    prefill, decode = ({s.reason for s in graph.skipped} for graph in report.graph_reports)
-    # transformers 5 allocates the cache inside of the first graph; later ones get it as an input.
-    preallocated = "preallocated cache, written in place: left dense"
-    inside = "the graph writes to the grown cache in place: left dense"
-    assert prefill == {preallocated if versions.BEFORE_5 else inside}
-    assert decode == {preallocated}
 
 
 def test_sliding_window_layers_are_left_dense_and_full_ones_packed() -> None:

@@ -11,7 +11,7 @@ token: pieces of 16 end where blocks end.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,7 +70,8 @@ class PackedRunner:
         model = self.subject.model
         if beforehand:
             batches = [{"input_ids": row[None]} for row in fitted_on(setting)]
-            apack_compile.fit(model, batches, options=self.options)
+            found = apack_compile.fit(model, batches, options=self.options)
+            _check(found.reasons)
         self.compiled = torch.compile(model, backend="attentionpack", options=self.options)
         self.fitted_for = 0
         self.follows = 0
@@ -79,11 +80,13 @@ class PackedRunner:
         """A packed cache of the prompts, which are not what the codes are fitted on.
 
         Raises:
-            RuntimeError: a layer came out without a code.
+            RuntimeError: a layer came out without a code, or sensitivity was not measured.
         """
         learns = self.options.get("codec", Options.codec) == "transform"
         if learns and not self.beforehand and self.fitted_for < prompts.length:
             self._prefill(self.setting.prompts[:1, : prompts.length])
+            graphs = apack_compile.report(self.subject.model).graph_reports
+            _check([reason for graph in graphs for _, reason in graph.notes])
             self.fitted_for = prompts.length
         cache = self._prefill(prompts.ids)
         for layer in cache.layers:
@@ -166,6 +169,13 @@ def fitted_on(setting: Setting) -> Tensor:
 def sources() -> str:
     """Which attentionpack this is: its version says less while it is being made."""
     return source_hash()[:12]
+
+
+def _check(reasons: Sequence[str]) -> None:
+    """A code without its sensitivity, for want of memory say, is not the one to be measured."""
+    for reason in reasons:
+        if "not measured" in reason:
+            raise RuntimeError(reason)
 
 
 def _layout(side: Any) -> Any:

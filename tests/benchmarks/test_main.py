@@ -55,6 +55,15 @@ def test_methods_of_a_run() -> None:
     assert [m.name for m in few] == ["KIVI 4 bit", "KIVI 2 bit", "truncated SVD 4x (the paper)"]
 
 
+def test_tiers_come_after_what_the_targets_are_about() -> None:
+    tiered = ["tiers" in m.name for m in METHODS]
+    first = tiered.index(True)
+    assert all(tiered[first : first + 6]) and sum(tiered) == 6
+    assert [m.name for m in METHODS[first + 6 :]] == [
+        "attentionpack int8", "attentionpack int4", "attentionpack 8x, by Inductor",
+    ]  # fmt: skip
+
+
 def test_options_are_left_out_with_their_values() -> None:
     words = "--full --jobs 4 --methods A B --output=x --minutes 8 --fresh --output y"
     kept = main.without(words.split(), "--jobs", "--output")

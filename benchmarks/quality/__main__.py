@@ -29,7 +29,7 @@ from .runner import Setting
 from .subject import LIMIT, Subject
 from .table import DOCS, embed, markdown
 
-SHORT = Run("quality", (2048,), 6, 64, "short", 6)
+SHORT = Run("quality", (1024,), 4, 64, "short", 4)
 FULL = Run("quality-full", (2048, 4096, LIMIT - NEXT), 24, 128, "full", 8)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import apack_compile
+from apack_compile.accounting import coded_part
 from apack_compile.options import OptionError, Options
 from apack_compile.source_hash import source_hash
 
@@ -125,25 +126,16 @@ class PackedRunner:
         with the default block, not the one that :class:`PackedRunner` was given.
         """
         sides = [s for layer in cache.layers for s in (layer.keys, layer.values)]
-        width = self.subject.heads * self.subject.dim
-        token_bytes = beside = 0.0
-        for side in sides:
-            store = side.store
-            token_bytes += _layout(side).token_bytes(side.dtype)
-            used = int((store.side.pool_positions >= 0).sum()) / side.shape[0]
-            beside += (used - SINKS) * 2 * width + store.ref.cache_bytes / side.shape[0]
-        token_bytes += beside / (sides[0].store.coded - SINKS)
+        part = coded_part([side.store for side in sides])
+        assert part is not None
+        tokens = sides[0].shape[0] * (sides[0].store.coded - SINKS)
         count = apack_compile.cache_bytes(cache)
         to_16_bit = 2 / sides[0].dtype.itemsize
         slots = RECENT + self.options.get("block", self.block)
         window = count.window * (RECENT + self.block) / slots
         packed = count.codes + count.gains + to_16_bit * (count.exact_tokens + window)
-        return Sizes(
-            2 * width * len(sides) / token_bytes,
-            to_16_bit * count.dense / packed,
-            token_bytes,
-            count.bases,
-        )
+        whole_ratio = to_16_bit * count.dense / packed
+        return Sizes(part.ratio, whole_ratio, part.packed / tokens, count.bases)
 
     def notes(self) -> dict[str, Any]:
         """Options, and how often packed attention ran: layers times pieces if always."""

@@ -31,8 +31,8 @@ def test_runs() -> None:
     def run(*words: str) -> Run:
         return main.chosen(main.parse(list(words)))
 
-    assert run() == Run("quality", (2048,), 6, 64, "short", 6)
-    assert run("--windows", "2") == Run("quality", (2048,), 2, 64, "short", 2)
+    assert run() == Run("quality", (1024,), 4, 64, "short", 4)
+    assert run("--windows", "2") == Run("quality", (1024,), 2, 64, "short", 2)
     assert run("--full") == Run("quality-full", (2048, 4096, 7680), 24, 128, "full", 8)
     assert run("--full", "--windows", "5").batch == 5
     assert run("--context", "3072", "--windows", "4") == Run(

@@ -17,6 +17,7 @@ import torch
 
 from apack_compile.options import INNER
 
+from . import targets
 from .documents import documents, windows
 from .evaluate import NEXT
 from .jobs import Claims, jobs_that_fit, run_jobs
@@ -82,13 +83,17 @@ def methods_of(run: Run, words: list[str] | None) -> list[Method]:
 
 
 def publish(path: Path, name: str) -> None:
-    """Print the table, put it into the documentation if that has a place for it, and plot."""
+    """Print the table, put it and targets into the documentation where that has places, plot."""
     content = json.loads(path.read_text(encoding="utf-8"))
     text = markdown(content)
     print(f"\n{text}\n\nwrote {path}")
+    parts = {name: text, f"{name}-targets": targets.markdown(content)}
     document = DOCS.read_text(encoding="utf-8") if DOCS.exists() else ""
-    if f"<!-- results: {name} -->" in document:
-        DOCS.write_text(embed(document, name, text), encoding="utf-8")
+    marked = {n: part for n, part in parts.items() if f"<!-- results: {n} -->" in document}
+    for part_name, part in marked.items():
+        document = embed(document, part_name, part)
+    if marked:
+        DOCS.write_text(document, encoding="utf-8")
         print(f"wrote {DOCS}")
     picture = path.with_suffix(".svg")
     if plot(content, picture):

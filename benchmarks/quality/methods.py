@@ -112,9 +112,9 @@ VARIANTS = (
     Variant(", fitted beforehand", {"target": TARGETS, "full": FULL}, beforehand=True),
     Variant(
         ", pre-RoPE K, fitted beforehand",
-        {"short": (8,), "target": TARGETS, "full": FULL}, BEST, beforehand=True,
+        {"target": TARGETS, "full": FULL}, BEST, beforehand=True,
     ),
-    Variant(", pre-RoPE K", {"target": TARGETS, "full": (8,)}, BEST),
+    Variant(", pre-RoPE K", {"short": (8,), "target": TARGETS, "full": (8,)}, BEST),
     Variant(", Hadamard V", {"full": (8,)}, {"v_basis": "hadamard"}),
     Variant(", as decoded", {"full": (4, 8)}, coded_once=False),
     Variant(", paper mode", {"full": (8,)}, {"codec": "svd"}),

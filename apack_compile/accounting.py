@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import PackedKV
+from .cache import PackedKV, SideStore
+from .codec import ExactLayout
 from .codec.code import CodeRef, total_bytes
 
 
@@ -50,6 +51,57 @@ class CacheBytes:
             f"{_mb(self.exact_tokens)}, window {_mb(self.window)}, not packed "
             f"{_mb(self.unpacked)}; bases, per model: {_mb(self.bases)}"
         )
+
+
+@dataclass(frozen=True)
+class CodedPart:
+    """What the option ``ratio`` is about: the coded tokens of caches, without sinks and window.
+
+    Attributes:
+        dense: bytes of 16-bit numbers that the tokens would take.
+        codes: bytes of their codes, per-token gains and bases of single sequences counted, slack
+            not.
+        exact: bytes of 16-bit numbers of those among them that are kept exact as well.
+        kept: how many of them are, in the mean over sequences and sides of layers.
+    """
+
+    dense: float
+    codes: float
+    exact: float
+    kept: float
+
+    @property
+    def packed(self) -> float:
+        """All bytes that the tokens take."""
+        return self.codes + self.exact
+
+    @property
+    def ratio(self) -> float:
+        """Dense over packed bytes."""
+        return self.dense / self.packed
+
+    def __str__(self) -> str:
+        return (
+            f"{self.ratio:.2f}x of 16-bit numbers, gains counted; {self.kept:.1f} tokens a "
+            f"sequence and side kept exact as well, {self.exact / self.packed:.1%} of its bytes"
+        )
+
+
+def coded_part(stores: Iterable[SideStore]) -> CodedPart | None:
+    """Count the coded tokens of some caches; None if there are none."""
+    dense = codes = exact = 0.0
+    kept = rows = 0
+    for store in stores:
+        batch, heads, _, dim = store.side.ring.shape
+        tokens = batch * (store.coded - store.policy.sinks)
+        if tokens <= 0 or store.ref.layout.kind == ExactLayout.kind:
+            continue
+        used = int((store.side.pool_positions >= 0).sum()) - batch * store.policy.sinks
+        dense += tokens * 2 * heads * dim
+        codes += tokens * store.ref.layout.token_bytes(store.dtype) + store.ref.cache_bytes
+        exact += used * 2 * heads * dim
+        kept, rows = kept + used, rows + batch
+    return CodedPart(dense, codes, exact, kept / rows) if rows else None
 
 
 def _mb(count: int) -> str:

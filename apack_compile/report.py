@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .accounting import CodedPart, coded_part
 from .cache import SideStore
 from .codec.code import Code, total_bytes
 from .codec.tiered import TIERS
@@ -52,6 +53,7 @@ class Report:
         graph_reports: one for each graph.
         attends: packed attention calls.
         dense_bytes, packed_bytes: of the caches that this model packed and that are alive.
+        coded: the part of these caches that the option ``ratio`` is about; None: nothing is coded.
         basis_bytes: of the codes' parameters, which belong to the model.
         errors: relative squared coding error of each site's keys and values, as predicted from
             the tokens the codes were fitted on.
@@ -72,6 +74,7 @@ class Report:
     kinds: tuple[tuple[str, tuple[float, float]], ...] = ()
     measured: tuple[tuple[str, tuple[float, float]], ...] = ()
     tiers: tuple[float, ...] = ()
+    coded: CodedPart | None = None
 
     @property
     def graphs(self) -> int:
@@ -107,6 +110,8 @@ class Report:
                 f"({self.dense_bytes / self.packed_bytes:.2f}x); bases, per model: "
                 f"{self.basis_bytes / 1e6:.2f} MB"
             )
+        if self.coded is not None:
+            lines.append(f"  their coded part: {self.coded}")
         for side, title in (("k", "keys"), ("v", "values")):
             errors = [e for name, e in self.errors if name.endswith(f".{side}")]
             if errors:
@@ -240,6 +245,7 @@ def report(model: nn.Module | None = None) -> Report:
         tuple((name, code.kinds) for name, code in codes if code.kinds is not None),
         tuple(_measured(records)),
         _tiers(stores),
+        coded_part(stores),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from apack_compile.accounting import CacheBytes, cache_bytes
+from apack_compile.accounting import CacheBytes, cache_bytes, coded_part
 from apack_compile.cache import PackedKV, Policy
 
 from .helpers import fitted_ref
@@ -72,6 +72,32 @@ def test_plain_tensors_count_by_storage() -> None:
     assert counted.unpacked == 160 + 12
     assert counted.packed == counted.unpacked
     assert counted.dense == 160 + 80 + 160 + 12
+
+
+def test_the_coded_part_is_without_sinks_window_and_slack() -> None:
+    one, other = packed(), packed(72)
+    part = coded_part([one.store, other.store])
+    assert part is not None
+    batch, width, tokens = 2, 2 * 8, (40 - 8 - 2) + (72 - 8 - 2)
+    assert part.dense == batch * tokens * width * 2
+    assert part.codes == batch * tokens * (4 + 2)
+    assert (part.exact, part.kept) == (0, 0)
+    assert part.ratio == width * 2 / 6
+    assert coded_part([PackedKV.pack(dense(), policy=POLICY).store]) is None
+    assert coded_part([packed(9).store]) is None, "no more than sinks and window"
+
+
+def test_tokens_kept_exact_beyond_the_sinks_are_part_of_the_bytes() -> None:
+    x = dense()
+    x[0, :, 20] = float("nan")
+    part = coded_part([PackedKV.pack(x, REF, POLICY).store])
+    assert part is not None
+    assert (part.exact, part.kept) == (16 * 2, 0.5)  # one token of one of two sequences
+    assert part.packed == 2 * 30 * 6 + 32
+    assert str(part) == (
+        "4.90x of 16-bit numbers, gains counted; 0.5 tokens a sequence and side kept exact as "
+        "well, 8.2% of its bytes"
+    )
 
 
 class Node:

@@ -45,3 +45,16 @@ def test_measured_errors_are_those_of_layers_not_of_names() -> None:
     assert torch.allclose(torch.tensor(pairs), torch.tensor(want))
     del alive
     assert apack_compile.report().measured == ()
+
+
+def test_the_ratio_of_the_coded_part_stands_beside_that_of_the_whole_cache() -> None:
+    record = REGISTRY.new()
+    made = SideStore.encode(torch.randn(1, 2, 200, 8), fixed_ref("int8", 2, 8), Policy())
+    assert apack_compile.report().coded is None
+    made.known_to(record.stores)
+    report = apack_compile.report()
+    assert report.coded is not None and report.coded.dense == (200 - 64 - 4) * 16 * 2
+    assert report.coded.ratio == 32 / (16 + 2 * 2), "a byte a number, a gain for each head"
+    text = str(report)
+    assert "their coded part: 1.60x of 16-bit numbers, gains counted; 0.0 tokens" in text
+    assert f"({report.dense_bytes / report.packed_bytes:.2f}x)" in text

@@ -2,7 +2,7 @@
 
 python -m benchmarks.quality                                              minutes on two cores
 python -m benchmarks.quality --context 3072 --windows 5                   our codes, for the targets
-python -m benchmarks.quality --full --device cuda --jobs 6 --minutes 8    everything; again: go on
+python -m benchmarks.quality --full --device cuda --minutes 8             everything; again: go on
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 
 from apack_compile.options import INNER
 
+from . import targets
 from .documents import documents, windows
 from .evaluate import NEXT
-from .jobs import run_jobs, share
+from .jobs import Claims, jobs_that_fit, run_jobs
 from .measure import Clock, Run, measure
 from .methods import METHODS, Method
 from .packed import sources
@@ -29,7 +30,7 @@ from .runner import Setting
 from .subject import LIMIT, Subject
 from .table import DOCS, embed, markdown
 
-SHORT = Run("quality", (2048,), 6, 64, "short", 6)
+SHORT = Run("quality", (1024,), 4, 64, "short", 4)
 FULL = Run("quality-full", (2048, 4096, LIMIT - NEXT), 24, 128, "full", 8)
 
 
@@ -45,10 +46,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--inner", default="aot_eager", help="option inner of the backend")
     parser.add_argument("--minutes", type=float, help="start no cell that would take longer")
-    parser.add_argument("--jobs", type=int, default=1, help="processes beside each other")
-    parser.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--jobs", type=int, help="processes; on cuda as many as its memory holds")
+    parser.add_argument("--claims", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="result file")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file has")
+    parser.add_argument("--keep", action="store_true", help="keep cells that older sources made")
     args = parser.parse_args(arguments)
     most = len(documents("test"))
     if args.windows is not None and not 1 <= args.windows <= most:
@@ -57,7 +59,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"--context {args.context}: accepted is 256 to {LIMIT - NEXT}, without --full")
     if args.device not in ("cpu", "cuda"):
         parser.error(f"--device {args.device}: accepted are cpu, cuda")
-    if args.jobs < 1:
+    if args.jobs is not None and args.jobs < 1:
         parser.error(f"--jobs {args.jobs}: accepted is 1 or more")
     if args.inner not in INNER:
         parser.error(f"--inner {args.inner}: accepted are {', '.join(INNER)}")
@@ -81,13 +83,17 @@ def methods_of(run: Run, words: list[str] | None) -> list[Method]:
 
 
 def publish(path: Path, name: str) -> None:
-    """Print the table, put it into the documentation if that has a place for it, and plot."""
+    """Print the table, put it and targets into the documentation where that has places, plot."""
     content = json.loads(path.read_text(encoding="utf-8"))
     text = markdown(content)
     print(f"\n{text}\n\nwrote {path}")
+    parts = {name: text, f"{name}-targets": targets.markdown(content)}
     document = DOCS.read_text(encoding="utf-8") if DOCS.exists() else ""
-    if f"<!-- results: {name} -->" in document:
-        DOCS.write_text(embed(document, name, text), encoding="utf-8")
+    marked = {n: part for n, part in parts.items() if f"<!-- results: {n} -->" in document}
+    for part_name, part in marked.items():
+        document = embed(document, part_name, part)
+    if marked:
+        DOCS.write_text(document, encoding="utf-8")
         print(f"wrote {DOCS}")
     picture = path.with_suffix(".svg")
     if plot(content, picture):
@@ -103,11 +109,13 @@ def main() -> int:
     path = args.output or FOLDER / f"{run.name}.json"
     if args.fresh:
         path.unlink(missing_ok=True)
-    if args.jobs > 1:
-        complete = run_jobs(without(sys.argv[1:], "--jobs", "--output"), args.jobs, path)
+    jobs = args.jobs or (jobs_that_fit(max(run.contexts)) if args.device == "cuda" else 1)
+    if args.claims is None and jobs > 1:
+        words = without(sys.argv[1:], "--jobs", "--output")
+        complete = run_jobs(words, jobs, path, args.minutes)
     else:
         complete = one_job(args, run, path)
-    if not args.share and path.exists():
+    if args.claims is None and path.exists():
         publish(path, run.name)
     return 0 if complete else 1
 
@@ -147,12 +155,11 @@ def one_job(args: argparse.Namespace, run: Run, path: Path) -> bool:
     }
     command = " ".join(["python -m benchmarks.quality", *sys.argv[1:]])
     results = Results.resume(path, settings, environment(subject.device), command)
-    results.drop_outdated(sources())
-    methods = methods_of(run, args.methods)
-    if args.share:
-        methods = share(methods, *args.share)
+    if not args.keep:
+        results.drop_outdated(sources())
     with torch.no_grad():
-        return measure(run, methods, setting, results, clock)
+        methods = methods_of(run, args.methods)
+        return measure(run, methods, setting, results, clock, Claims(args.claims))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Reference:
         ids = self.keys.ids.to(subject.device)
         self.key_prompts = Prompts(subject, ids[:, :context].clone())
         self.key_following = ids[:, context:]  # [B, passkey.FOLLOWING]
-        layers, logits = self.prompts.prefilled
+        layers, logits = self.prompts.layers, self.prompts.logits
         kv = [(layer.k, layer.v) for layer in layers]
         # On the host: the vocabulary is wide, and there are many windows.
         self.log_probs = in_log_probs(subject.follow(kv, context, self.following)).cpu()

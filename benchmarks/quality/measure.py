@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .documents import windows
 from .evaluate import NEXT, Reference, evaluate
+from .jobs import Claims
 from .methods import Method
 from .results import Results
 from .runner import Runner, Setting, Unavailable
@@ -106,10 +107,16 @@ def cells(run: Run, methods: Sequence[Method]) -> list[tuple[Method, int]]:
     return rivals + [(m, context) for m in methods if m.ours for context in run.contexts]
 
 
+def unit_of(method: Method, context: int) -> str:
+    """What one process measures as a whole: see :func:`cells`."""
+    return method.name if method.ours else f"rivals, {context} tokens"
+
+
 def measure(
-    run: Run, methods: Sequence[Method], setting: Setting, results: Results, clock: Clock
-) -> bool:
-    """Measure every cell that is not there yet, one line each.
+    run: Run, methods: Sequence[Method], setting: Setting, results: Results, clock: Clock,
+    claims: Claims,
+) -> bool:  # fmt: skip
+    """Measure every cell that is not there yet and that nobody else measures, one line each.
 
     Returns:
         False if time ran out first or a cell failed; both are said.
@@ -121,7 +128,7 @@ def measure(
     runner: Runner | None = None
     current = ""
     for number, (method, context) in enumerate(todo, start=1):
-        if method.name in gone:
+        if method.name in gone or not claims.take(unit_of(method, context)):
             continue
         if not clock.has_time():
             print("time is up: the same command again goes on", flush=True)

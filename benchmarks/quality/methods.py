@@ -112,9 +112,15 @@ VARIANTS = (
     Variant(", fitted beforehand", {"target": TARGETS, "full": FULL}, beforehand=True),
     Variant(
         ", pre-RoPE K, fitted beforehand",
-        {"short": (8,), "target": TARGETS, "full": FULL}, BEST, beforehand=True,
+        {"target": TARGETS, "full": FULL}, BEST, beforehand=True,
     ),
-    Variant(", pre-RoPE K", {"target": TARGETS, "full": (8,)}, BEST),
+    Variant(", pre-RoPE K", {"short": (8,), "target": TARGETS, "full": (8,)}, BEST),
+    Variant(", Hadamard V", {"full": (8,)}, {"v_basis": "hadamard"}),
+    Variant(", as decoded", {"full": (4, 8)}, coded_once=False),
+    Variant(", paper mode", {"full": (8,)}, {"codec": "svd"}),
+)  # fmt: skip
+
+TIERED_VARIANTS = (
     Variant(
         ", tiers, fitted beforehand", {"target": TIERED, "full": (8, 16)}, {"tiers": True},
         beforehand=True,
@@ -123,9 +129,6 @@ VARIANTS = (
         ", tiers, pre-RoPE K, fitted beforehand",
         {"target": TIERED, "full": (8, 16)}, {**BEST, "tiers": True}, beforehand=True,
     ),
-    Variant(", Hadamard V", {"full": (8,)}, {"v_basis": "hadamard"}),
-    Variant(", as decoded", {"full": (4, 8)}, coded_once=False),
-    Variant(", paper mode", {"full": (8,)}, {"codec": "svd"}),
 )  # fmt: skip
 
 
@@ -167,6 +170,12 @@ OTHERS = (
 
 METHODS: tuple[Method, ...] = (
     *RIVALS,
-    *(variant.method(ratio) for ratio in ORDER for variant in VARIANTS if ratio in variant.all),
+    *(
+        variant.method(ratio)
+        for variants in (VARIANTS, TIERED_VARIANTS)
+        for ratio in ORDER
+        for variant in variants
+        if ratio in variant.all
+    ),
     *OTHERS,
 )

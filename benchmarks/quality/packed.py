@@ -11,7 +11,7 @@ token: pieces of 16 end where blocks end.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import apack_compile
+from apack_compile.accounting import coded_part
 from apack_compile.options import OptionError, Options
 from apack_compile.source_hash import source_hash
 
@@ -70,7 +71,8 @@ class PackedRunner:
         model = self.subject.model
         if beforehand:
             batches = [{"input_ids": row[None]} for row in fitted_on(setting)]
-            apack_compile.fit(model, batches, options=self.options)
+            found = apack_compile.fit(model, batches, options=self.options)
+            _check(found.reasons)
         self.compiled = torch.compile(model, backend="attentionpack", options=self.options)
         self.fitted_for = 0
         self.follows = 0
@@ -79,11 +81,13 @@ class PackedRunner:
         """A packed cache of the prompts, which are not what the codes are fitted on.
 
         Raises:
-            RuntimeError: a layer came out without a code.
+            RuntimeError: a layer came out without a code, or sensitivity was not measured.
         """
         learns = self.options.get("codec", Options.codec) == "transform"
         if learns and not self.beforehand and self.fitted_for < prompts.length:
             self._prefill(self.setting.prompts[:1, : prompts.length])
+            graphs = apack_compile.report(self.subject.model).graph_reports
+            _check([reason for graph in graphs for _, reason in graph.notes])
             self.fitted_for = prompts.length
         cache = self._prefill(prompts.ids)
         for layer in cache.layers:
@@ -122,25 +126,16 @@ class PackedRunner:
         with the default block, not the one that :class:`PackedRunner` was given.
         """
         sides = [s for layer in cache.layers for s in (layer.keys, layer.values)]
-        width = self.subject.heads * self.subject.dim
-        token_bytes = beside = 0.0
-        for side in sides:
-            store = side.store
-            token_bytes += _layout(side).token_bytes(side.dtype)
-            used = int((store.side.pool_positions >= 0).sum()) / side.shape[0]
-            beside += (used - SINKS) * 2 * width + store.ref.cache_bytes / side.shape[0]
-        token_bytes += beside / (sides[0].store.coded - SINKS)
+        part = coded_part([side.store for side in sides])
+        assert part is not None
+        tokens = sides[0].shape[0] * (sides[0].store.coded - SINKS)
         count = apack_compile.cache_bytes(cache)
         to_16_bit = 2 / sides[0].dtype.itemsize
         slots = RECENT + self.options.get("block", self.block)
         window = count.window * (RECENT + self.block) / slots
         packed = count.codes + count.gains + to_16_bit * (count.exact_tokens + window)
-        return Sizes(
-            2 * width * len(sides) / token_bytes,
-            to_16_bit * count.dense / packed,
-            token_bytes,
-            count.bases,
-        )
+        whole_ratio = to_16_bit * count.dense / packed
+        return Sizes(part.ratio, whole_ratio, part.packed / tokens, count.bases)
 
     def notes(self) -> dict[str, Any]:
         """Options, and how often packed attention ran: layers times pieces if always."""
@@ -166,6 +161,13 @@ def fitted_on(setting: Setting) -> Tensor:
 def sources() -> str:
     """Which attentionpack this is: its version says less while it is being made."""
     return source_hash()[:12]
+
+
+def _check(reasons: Sequence[str]) -> None:
+    """A code without its sensitivity, for want of memory say, is not the one to be measured."""
+    for reason in reasons:
+        if "not measured" in reason:
+            raise RuntimeError(reason)
 
 
 def _layout(side: Any) -> Any:

@@ -16,6 +16,9 @@ import apack_compile
 
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 
+VERSIONS = ("torch", "transformers")
+"""Of the environment, what cells of one file have in common."""
+
 
 @dataclass
 class Results:
@@ -26,7 +29,7 @@ class Results:
         settings: what cells depend on besides method and context.
         environment: device and versions.
         command: that made (the last of) them.
-        cells: in the order in which they were measured.
+        cells: in the order in which they were measured; each notes its device.
     """
 
     path: Path
@@ -39,12 +42,16 @@ class Results:
     def resume(
         cls, path: Path, settings: dict[str, Any], environment: dict[str, Any], command: str
     ) -> Results:
-        """What a file has, if it was measured with the same settings in the same environment."""
+        """What a file has, if it was measured with the same settings and versions.
+
+        On which device matters little for quality: float32 is float32.
+        """
         made = cls(path, settings, environment, command)
         if path.exists():
             old = json.loads(path.read_text(encoding="utf-8"))
-            if (old["settings"], old["environment"]) == (settings, environment):
-                made.cells = old["cells"]
+            there = old["environment"]
+            if old["settings"] == settings and all(there[n] == environment[n] for n in VERSIONS):
+                made.cells = [{"device": there["device"], **cell} for cell in old["cells"]]
             else:
                 print(f"{path.name} was measured with other settings or versions: made anew")
         return made
@@ -62,7 +69,7 @@ class Results:
 
     def add(self, cell: dict[str, Any]) -> None:
         """Add a cell and write the file, whole or not at all."""
-        self.cells.append(cell)
+        self.cells.append({**cell, "device": self.environment["device"]})
         content = {
             "command": self.command,
             "environment": self.environment,

@@ -140,13 +140,22 @@ class Prompts:
 
     @cached_property
     def prefilled(self) -> tuple[list[Layer], Tensor]:
-        """What :meth:`Subject.prefill` gives, computed once."""
-        return self.subject.prefill(self.ids)
+        """What :meth:`Subject.prefill` gives, computed once and kept on the host.
+
+        Caches of all windows at once would take more of a GPU than what is measured.
+        """
+        layers, logits = self.subject.prefill(self.ids)
+        return [layer.to(torch.device("cpu")) for layer in layers], logits.cpu()
 
     @property
     def layers(self) -> list[Layer]:
-        """The dense cache."""
-        return self.prefilled[0]
+        """The dense cache, where the model is."""
+        return [layer.to(self.subject.device) for layer in self.prefilled[0]]
+
+    @property
+    def logits(self) -> Tensor:
+        """``[B, V]`` behind the last token."""
+        return self.prefilled[1].to(self.subject.device)
 
     def release(self) -> None:
         """Let go of the dense cache, until it is asked for again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,13 @@ def markdown(results: Mapping[str, Any]) -> str:
             f"{full:.2f}:\n\n" + "\n".join([HEAD, *map(row, rows)])
         )
     environment, command = results["environment"], results["command"]
+    devices = dict.fromkeys(c.get("device", environment["device"]) for c in results["cells"])
+    sources = Counter(c["sources"] for c in results["cells"] if "sources" in c)
+    own = ", ".join(f"{name} ({count})" for name, count in sources.most_common())
     parts.append(
-        f"`{command}` on {environment['device']}; torch {environment['torch']}, transformers "
+        f"`{command}` on {' and '.join(devices)}; torch {environment['torch']}, transformers "
         f"{environment['transformers']}."
+        + (f" Cells of ours by digest of the sources that made them: {own}." if own else "")
     )
     return "\n\n".join(parts)
 

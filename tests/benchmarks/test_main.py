@@ -31,8 +31,8 @@ def test_runs() -> None:
     def run(*words: str) -> Run:
         return main.chosen(main.parse(list(words)))
 
-    assert run() == Run("quality", (2048,), 6, 64, "short", 6)
-    assert run("--windows", "2") == Run("quality", (2048,), 2, 64, "short", 2)
+    assert run() == Run("quality", (1024,), 4, 64, "short", 4)
+    assert run("--windows", "2") == Run("quality", (1024,), 2, 64, "short", 2)
     assert run("--full") == Run("quality-full", (2048, 4096, 7680), 24, 128, "full", 8)
     assert run("--full", "--windows", "5").batch == 5
     assert run("--context", "3072", "--windows", "4") == Run(
@@ -53,6 +53,15 @@ def test_methods_of_a_run() -> None:
     assert {name[1].rstrip("x,") for name in ours} == {"4", "5", "6", "8", "12", "16"}
     few = main.methods_of(Run("r", (2048,), 1, 1, "short", 1), ["KIVI", "SVD 4x"])
     assert [m.name for m in few] == ["KIVI 4 bit", "KIVI 2 bit", "truncated SVD 4x (the paper)"]
+
+
+def test_tiers_come_after_what_the_targets_are_about() -> None:
+    tiered = ["tiers" in m.name for m in METHODS]
+    first = tiered.index(True)
+    assert all(tiered[first : first + 6]) and sum(tiered) == 6
+    assert [m.name for m in METHODS[first + 6 :]] == [
+        "attentionpack int8", "attentionpack int4", "attentionpack 8x, by Inductor",
+    ]  # fmt: skip
 
 
 def test_options_are_left_out_with_their_values() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.quality import measure
+from benchmarks.quality.jobs import Claims
 from benchmarks.quality.measure import Clock, Run
 from benchmarks.quality.methods import Method
 from benchmarks.quality.results import Results, environment
@@ -53,13 +54,13 @@ def test_every_cell_is_measured_once(
 ) -> None:
     methods = [method("dense", Dense()), Method("none", "none", frozenset(), missing)]
     made = results(tmp_path / "q.json", setting)
-    assert measure.measure(RUN, methods, setting, made, Clock(None))
+    assert measure.measure(RUN, methods, setting, made, Clock(None), Claims(None))
     cells = [(c["method"], c["context"]) for c in made.cells]
     assert cells == [("dense", 256), ("dense", 288)]
     assert capsys.readouterr().out.count("none: left out: not here") == 1
     methods.append(method("kivi", Kivi(2)))
     again = results(tmp_path / "q.json", setting)
-    assert measure.measure(RUN, methods, setting, again, Clock(None))
+    assert measure.measure(RUN, methods, setting, again, Clock(None), Claims(None))
     content = json.loads((tmp_path / "q.json").read_text())
     assert [(c["method"], c["context"]) for c in content["cells"]] == [
         *cells, ("kivi", 256), ("kivi", 288),
@@ -76,7 +77,9 @@ def test_batches_of_windows_give_what_one_batch_gives(setting: Setting, tmp_path
     for batch in (2, 3):
         made = results(tmp_path / f"{batch}.json", setting)
         run = Run("tiny", (288,), 3, 4, "short", batch)
-        assert measure.measure(run, [method("kivi", Kivi(2))], setting, made, Clock(None))
+        assert measure.measure(
+            run, [method("kivi", Kivi(2))], setting, made, Clock(None), Claims(None)
+        )
         cells.append(made.cells[0]["by_window"])
     assert cells[0]["kl"] == pytest.approx(cells[1]["kl"], rel=1e-3)
     assert cells[0]["depths"] == cells[1]["depths"]
@@ -87,7 +90,7 @@ def test_a_cell_that_fails_is_said_and_the_others_go_on(
 ) -> None:
     methods = [method("broken", Broken()), method("dense", Dense())]
     made = results(tmp_path / "q.json", setting)
-    assert not measure.measure(RUN, methods, setting, made, Clock(None))
+    assert not measure.measure(RUN, methods, setting, made, Clock(None), Claims(None))
     assert [c["method"] for c in made.cells] == ["dense", "dense"]
     out, err = capsys.readouterr()
     assert "broken, 256 tokens: FAILED" in out and "ZeroDivisionError" in err
@@ -99,9 +102,27 @@ def test_no_cell_is_started_without_time(
     made = results(tmp_path / "q.json", setting)
     clock = Clock(1)
     clock.longest = 61
-    assert not measure.measure(RUN, [method("dense", Dense())], setting, made, clock)
+    assert not measure.measure(RUN, [method("dense", Dense())], setting, made, clock, Claims(None))
     assert made.cells == []
     assert "time is up" in capsys.readouterr().out
+
+
+def test_two_processes_measure_every_cell_once(setting: Setting, tmp_path: Path) -> None:
+    methods = [
+        method("dense", Dense()),
+        method("attentionpack A", Dense()),
+        method("attentionpack B", Dense()),
+    ]
+    done: list[list[tuple[str, int]]] = []
+    claims = Claims(tmp_path)
+    assert claims.take("rivals, 288 tokens") and claims.take("attentionpack A")
+    for number in range(2):
+        made = results(tmp_path / f"{number}.json", setting)
+        own = claims if number else Claims(tmp_path)
+        measure.measure(RUN, methods, setting, made, Clock(None), own)
+        done.append([(c["method"], c["context"]) for c in made.cells])
+    assert done[0] == [("dense", 256), ("attentionpack B", 256), ("attentionpack B", 288)]
+    assert done[1] == [("dense", 288), ("attentionpack A", 256), ("attentionpack A", 288)]
 
 
 def test_dense_caches_are_made_again_after_a_release(setting: Setting) -> None:
@@ -109,10 +130,10 @@ def test_dense_caches_are_made_again_after_a_release(setting: Setting) -> None:
     reference, *more = references.at(256, dense=True)
     assert len(more) == 1 and references.at(256, dense=True)[0] is reference
     before = reference.prompts.layers
-    assert reference.prompts.layers is before
+    assert reference.prompts.layers[0].k is before[0].k
     references.at(288, dense=True)
     after = reference.prompts.layers
-    assert after is not before and (after[0].k == before[0].k).all()
+    assert after[0].k is not before[0].k and (after[0].k == before[0].k).all()
 
 
 def test_our_own_methods_hold_no_dense_caches(setting: Setting) -> None:

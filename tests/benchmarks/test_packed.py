@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import apack_compile
+from apack_compile.runtime.study import Studies
 from benchmarks.quality.packed import PIECE, PackedRunner, fitted_on
 from benchmarks.quality.rivals.base import RECENT, SINKS
 from benchmarks.quality.runner import Setting, Unavailable
@@ -136,6 +137,17 @@ def test_codes_that_lose_nothing_are_not_taken_for_codes(subject: Subject) -> No
     packed = PackedRunner(setting(subject), {"codec": "exact"}, False, True)
     with pytest.raises(RuntimeError, match="not coded: attentionpack"):
         packed.prefill(prompts(subject))
+
+
+@pytest.mark.parametrize("beforehand", [False, True])
+def test_codes_without_their_sensitivity_are_not_measured(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, beforehand: bool
+) -> None:
+    """Bug: where several fits shared a GPU, memory ran out, and worse codes were measured."""
+    monkeypatch.setattr(Studies, "sense", lambda *_: "out of memory")
+    with pytest.raises(RuntimeError, match=r"sensitivity .*not measured.*out of memory"):
+        made = PackedRunner(setting(subject), {"ratio": 4}, beforehand, True)
+        made.prefill(prompts(subject))
 
 
 def test_an_option_that_is_not_there_leaves_the_method_out(subject: Subject) -> None:

@@ -67,6 +67,26 @@ def test_cells_of_other_settings_or_versions_are_not_kept(
     assert other.cells == []
 
 
+def test_cells_of_another_device_are_kept_and_named(tmp_path: Path) -> None:
+    path = tmp_path / "quality.json"
+    results(path, cell("A", 4, 0.1))
+    content = json.loads(path.read_text())
+    del content["cells"][0]["device"]  # as files were at first
+    content["environment"]["device"] = "GPU of old"
+    path.write_text(json.dumps(content))
+    results(path, cell("B", 8, 0.2))
+    content = json.loads(path.read_text())
+    assert [c["device"] for c in content["cells"]] == ["GPU of old", HERE["device"]]
+    assert f"on GPU of old and {HERE['device']}; torch" in markdown(content)
+
+
+def test_the_table_says_which_sources_made_cells(tmp_path: Path) -> None:
+    cells = [{**cell(n, 4, 0.1), "sources": s} for n, s in (("A", "x"), ("B", "y"), ("C", "y"))]
+    made = results(tmp_path / "q.json", *cells)
+    text = markdown(json.loads(made.path.read_text()))
+    assert text.endswith("Cells of ours by digest of the sources that made them: y (2), x (1).")
+
+
 def test_cells_of_other_sources_are_measured_anew(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import apack_compile
+from apack_compile.fitting.session import Session
+from apack_compile.options import Options
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -85,3 +87,38 @@ def test_ratio_8_is_reached_and_stays_close_on_real_keys_and_values(
     assert divergence[4] < 0.003
     # Bug: the same bits in every layer, whatever its sensitivity (0.043 at ratio 8).
     assert divergence[8] < 0.02
+
+
+@torch.no_grad()
+def test_the_higher_the_ratio_the_worse_on_real_keys_and_values(
+    model: Any, words: torch.Tensor
+) -> None:
+    """Codes of one prompt, tried on the cache of another one: KL rises from ratio to ratio."""
+    import transformers
+
+    learnt, context, following = words[:, :480], words[:, 480:960], words[:, 960:1024]
+    session = Session(Options(profile_cache=False, fit_tokens=400))
+    torch.compile(model._call_impl, backend=session.backend)(learnt, logits_to_keep=1)
+    (group,) = session.groups.values()
+    assert len(group.measured) == 1 and len(group.profiles) == 30
+    dense = transformers.DynamicCache()
+    model(context, past_key_values=dense, logits_to_keep=1)
+    past = [(layer.keys, layer.values) for layer in dense.layers]
+    want = None
+    divergence = []
+    for ratio in (1.0, 2.0, 4.0, 8.0, 16.0):
+        cache = transformers.DynamicCache()
+        fits = group.fit(Options(ratio=ratio, fit_tokens=400)) if ratio > 1 else [None] * 30
+        for index, (sides, fit) in enumerate(zip(past, fits, strict=True)):
+            coded = [x.clone() for x in sides]
+            for x, ref in zip(coded, fit.codes if fit else (), strict=fit is not None):
+                middle = x[:, :, 4:-64]  # sinks and recent tokens are exact
+                params, layout = ref.code.params, ref.layout
+                payload = layout.encode(middle, params)
+                x[:, :, 4:-64] = layout.decode(payload, params, x.dtype)
+            cache.update(*coded, index)
+        got = model(following, past_key_values=cache).logits[0].log_softmax(-1)
+        want = got if want is None else want
+        divergence.append(float((want.exp() * (want - got)).sum(-1).mean()))
+    assert divergence == sorted(divergence) and divergence[0] == 0, divergence
+    assert divergence[1] < 0.001 < 0.01 < divergence[-1], "one nearly the model, one far from it"

@@ -26,8 +26,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def truncate(x: Tensor, rank: int) -> Tensor:
     """``x [B, H, S, D]`` through 16-bit factors of rank ``rank``, all heads together."""
     joint = x.transpose(1, 2).flatten(2)  # [B, S, H D]
-    u, s, vh = torch.linalg.svd(joint.float(), full_matrices=False)
-    coefficients = (u[..., :rank] * s[:, None, :rank]).half().float()  # [B, S, R]
+    # By QR first, the rest on the host: CUDA takes far longer for the SVD of a tall matrix.
+    q, r = torch.linalg.qr(joint.float())
+    u, s, vh = (part.to(x.device) for part in torch.linalg.svd(r.cpu(), full_matrices=False))
+    coefficients = (q @ (u[..., :rank] * s[:, None, :rank])).half().float()  # [B, S, R]
     basis = vh[:, :rank].half().float()  # [B, R, H D]
     rebuilt = (coefficients @ basis).to(x.dtype)
     return rebuilt.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""SmolLM2 answers a question about a long document, and looks at a photograph.
+"""SmolLM2 answers questions about a long document, and about an album of images.
 
 Each is done with stock torch and with ``torch.compile(model, backend="attentionpack")``; bytes of
 the KV cache and speeds are printed beside each other.
@@ -18,17 +18,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import album
 import smollm2  # first: it keeps transformers off the network
-import smolvlm
 import torch
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import apack_compile
+from benchmarks.tiny_vlm import sample
 
 DATA = Path(__file__).parent / "data"
 QUESTION = "What sum did the tribunal at Geneva award to the United States?"
 FACT = "15,500,000"
+PAGE = Path(__file__).resolve().parents[1] / "build" / "demo-album.png"
 
 
 class Clock(BaseStreamer):
@@ -174,27 +176,41 @@ def about_document(tokenizer: smollm2.Tokenizer, model: PreTrainedModel, args: A
     say(f"\n{apack_compile.report(model)}")
 
 
-def about_photograph(tokenizer: smollm2.Tokenizer, model: PreTrainedModel, args: Any) -> None:
-    """The image job: the same decoder behind a vision tower."""
-    say("\n2. The same model as the decoder of a SmolVLM (examples/data/cat.jpg)")
-    say("  The vision tower is UNTRAINED: the decoder gets image tokens that mean nothing to it,")
-    say("  and the text does not describe the photograph. What this shows is the image path:")
-    say(f"  {smolvlm.TOKENS} tokens of the prompt come from pixels, and their cache is packed.")
-    with step("building"):
-        vlm = smolvlm.build(model, tokenizer)
-        question = "The photograph shows Chelsea, a cat. What is the name of the cat?"
-        start = "The name of the cat is"
-        inputs = smolvlm.look(tokenizer, DATA / "cat.jpg", question, start)
-    stock, packed = compare(vlm, inputs, args.tokens, args.ratio)
-    say()
-    show(tokenizer, stock, packed, start)
-    say(f"\n{apack_compile.report(vlm)}")
+def about_album(args: Any) -> None:
+    """The image job: questions about an album, to a small model that learnt to see."""
+    say("\n2. Questions about an album of images (examples/data/album.png)")
+    shown = sample.load()
+    PAGE.parent.mkdir(exist_ok=True)
+    shown.page().save(PAGE)
+    say(f"  {len(shown.tiles)} images; look at them: {PAGE}")
+    try:
+        with step("loading SmolLM2 with the vision transformer of benchmarks/tiny_vlm"):
+            vlm, tokenizer = album.load()
+    except FileNotFoundError as error:
+        say(f"  LEFT OUT: {error}")
+        return
+    say("  Rewritten graphs run operator by operator here: compiling them takes minutes, as above.")
+    options = {"ratio": args.ratio, "profile_cache": False, "inner": "eager"}
+    packed_vlm: Any = torch.compile(vlm, backend="attentionpack", options=options)
+    same = 0
+    for number, (question, inputs) in enumerate(album.inputs(tokenizer, shown)):
+        with step(question.text + ("" if number else " (the first call learns the codes)")):
+            runs = [generate(model, inputs, args.tokens) for model in (vlm, packed_vlm)]
+        stock, packed = (tokenizer.decode(r.tokens, skip_special_tokens=True) for r in runs)
+        same += stock == packed
+        say(f"    right: {question.answer}    dense: {stock}    packed: {packed}")
+        size = apack_compile.cache_bytes(runs[1].cache)
+    say(f"  the same answer: {same} of {number + 1}")
+    say(f"  cache, of {runs[1].prompt} tokens and the answer: {size}")
+    summary, _, _ = str(apack_compile.report(vlm)).partition("\n  graph")
+    say(f"\n{summary}")
 
 
 def main() -> None:
     """Run both jobs."""
     parser = argparse.ArgumentParser(description=__doc__, prog="make demo")
     parser.add_argument("--ratio", type=float, default=8, help="of dense 16-bit bytes to coded")
+    parser.add_argument("--part", type=int, choices=(1, 2), help="one of both alone")
     parser.add_argument("--tokens", type=int, default=48, help="new tokens at most")
     args = parser.parse_args()
     torch._logging.set_logs(dynamo=logging.ERROR)  # graph breaks are counted in the report
@@ -202,10 +218,12 @@ def main() -> None:
     say(f"torch {torch.__version__}, {torch.get_num_threads()} threads, ratio {args.ratio:g}")
     if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
         say("  NOTE: other programs keep this machine busy; expect low and uneven speeds")
-    with step("loading SmolLM2-135M-Instruct: decoding the 4-bit weights"):
-        tokenizer, model = smollm2.load_tokenizer(), smollm2.load_model()
-    about_document(tokenizer, model, args)
-    about_photograph(tokenizer, model, args)
+    if args.part != 2:
+        with step("loading SmolLM2-135M-Instruct: decoding the 4-bit weights"):
+            tokenizer, model = smollm2.load_tokenizer(), smollm2.load_model()
+        about_document(tokenizer, model, args)
+    if args.part != 1:
+        about_album(args)
     say(f"\nall done in {time.perf_counter() - start:.0f} s")
 
 

@@ -3,35 +3,40 @@
 python -m benchmarks.quality                                              minutes on two cores
 python -m benchmarks.quality --context 3072 --windows 5                   our codes, for the targets
 python -m benchmarks.quality --full --device cuda --minutes 8             everything; again: go on
+
+With --subject tiny-vlm: the small vision-language model of benchmarks/tiny_vlm, on albums of
+images; with --bfloat16 on a GPU, as above.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from apack_compile.options import INNER
 
-from . import targets
 from .documents import documents, windows
 from .evaluate import NEXT
 from .jobs import Claims, jobs_that_fit, run_jobs
-from .measure import Clock, Run, measure
+from .measure import Clock, Run, Suite, measure
 from .methods import METHODS, Method
 from .packed import sources
-from .plot import plot
+from .publish import publish
 from .results import FOLDER, Results, environment
 from .runner import Setting
 from .subject import LIMIT, Subject
-from .table import DOCS, embed, markdown
 
 SHORT = Run("quality", (1024,), 4, 64, "short", 4)
 FULL = Run("quality-full", (2048, 4096, LIMIT - NEXT), 24, 128, "full", 8)
+IMAGES = Run("quality-images", (4096, 1024, 2048, 8000), 200, 0, "images", 25)
+"""First at 4,096 tokens: what is fitted on the first prompt is fitted on one so long."""
+
+ADAPTER = Path(__file__).resolve().parents[1] / "tiny_vlm" / "adapter.safetensors"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -39,9 +44,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality", description=(__doc__ or "").partition("\n")[0]
     )
+    parser.add_argument("--subject", choices=("smollm2", "tiny-vlm"), default="smollm2")
+    parser.add_argument("--adapter", type=Path, default=ADAPTER, help="of tiny-vlm")
+    parser.add_argument("--bfloat16", action="store_true", help="tiny-vlm's weights; else float32")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw albums")
     parser.add_argument("--full", action="store_true", help="2k, 4k, 8k; 24 windows; all methods")
     parser.add_argument("--context", type=int, help="one context length, for our codes only")
-    parser.add_argument("--windows", type=int, help="test windows, one a document")
+    parser.add_argument("--windows", type=int, help="test windows, one a document; or albums")
     parser.add_argument("--methods", nargs="*", help="only those with one of these in their names")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--inner", default="aot_eager", help="option inner of the backend")
@@ -52,11 +61,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="measure again what the file has")
     parser.add_argument("--keep", action="store_true", help="keep cells that older sources made")
     args = parser.parse_args(arguments)
-    most = len(documents("test"))
+    albums = args.subject == "tiny-vlm"
+    most = 10_000 if albums else len(documents("test"))
     if args.windows is not None and not 1 <= args.windows <= most:
         parser.error(f"--windows {args.windows}: accepted is 1 to {most}")
-    if args.context is not None and (args.full or not 256 <= args.context <= LIMIT - NEXT):
-        parser.error(f"--context {args.context}: accepted is 256 to {LIMIT - NEXT}, without --full")
+    longest = max(IMAGES.contexts) if albums else LIMIT - NEXT
+    shortest = 512 if albums else 256
+    if args.context is not None and (args.full or not shortest <= args.context <= longest):
+        accepted = f"accepted is {shortest} to {longest}, without --full"
+        parser.error(f"--context {args.context}: {accepted}")
+    if albums and args.full:
+        parser.error("--full: not with --subject tiny-vlm, which measures everything anyway")
     if args.device not in ("cpu", "cuda"):
         parser.error(f"--device {args.device}: accepted are cpu, cuda")
     if args.jobs is not None and args.jobs < 1:
@@ -69,6 +84,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def chosen(args: argparse.Namespace) -> Run:
     """What the command line asks for."""
     run = FULL if args.full else SHORT
+    if args.subject == "tiny-vlm":
+        contexts = (args.context,) if args.context is not None else IMAGES.contexts
+        windows = args.windows or IMAGES.windows
+        return replace(
+            IMAGES, contexts=contexts, windows=windows, batch=min(IMAGES.batch, windows)
+        )  # fmt: skip
     if args.context is not None:
         run = Run(f"quality-{args.context}", (args.context,), 5, 64, "target", 5)
     windows = args.windows or run.windows
@@ -82,26 +103,6 @@ def methods_of(run: Run, words: list[str] | None) -> list[Method]:
     return [m for m in METHODS if run.part in m.runs]
 
 
-def publish(path: Path, name: str) -> None:
-    """Print the table, put it and targets into the documentation where that has places, plot."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    text = markdown(content)
-    print(f"\n{text}\n\nwrote {path}")
-    parts = {name: text, f"{name}-targets": targets.markdown(content)}
-    document = DOCS.read_text(encoding="utf-8") if DOCS.exists() else ""
-    marked = {n: part for n, part in parts.items() if f"<!-- results: {n} -->" in document}
-    for part_name, part in marked.items():
-        document = embed(document, part_name, part)
-    if marked:
-        DOCS.write_text(document, encoding="utf-8")
-        print(f"wrote {DOCS}")
-    picture = path.with_suffix(".svg")
-    if plot(content, picture):
-        print(f"wrote {picture}")
-    else:
-        print("no plot: matplotlib is not installed (pip install -e '.[bench]')")
-
-
 def main() -> int:
     """Run the benchmark; 1 if anything is missing in the end."""
     args = parse(sys.argv[1:])
@@ -111,6 +112,8 @@ def main() -> int:
         path.unlink(missing_ok=True)
     jobs = args.jobs or (jobs_that_fit(max(run.contexts)) if args.device == "cuda" else 1)
     if args.claims is None and jobs > 1:
+        if args.subject == "tiny-vlm":
+            prepare(args, run)
         words = without(sys.argv[1:], "--jobs", "--output")
         complete = run_jobs(words, jobs, path, args.minutes)
     else:
@@ -135,6 +138,20 @@ def one_job(args: argparse.Namespace, run: Run, path: Path) -> bool:
     """Measure what the command line asks for; False if not all of it was."""
     clock = Clock(args.minutes)
     torch.manual_seed(0)
+    about = about_images if args.subject == "tiny-vlm" else about_prose
+    with torch.no_grad():
+        setting, settings, suite = about(args, run)
+    command = " ".join(["python -m benchmarks.quality", *sys.argv[1:]])
+    results = Results.resume(path, settings, environment(setting.subject.device), command)
+    if not args.keep:
+        results.drop_outdated(sources())
+    with torch.no_grad():
+        methods = methods_of(run, args.methods)
+        return measure(run, methods, setting, results, clock, Claims(args.claims), suite)
+
+
+def about_prose(args: argparse.Namespace, run: Run) -> tuple[Setting, dict[str, Any], Suite | None]:
+    """SmolLM2 on prose: what methods are started with, and what results depend on."""
     print("loading SmolLM2-135M-Instruct", flush=True)
     subject = Subject.load(args.device)
     calibration = windows(
@@ -153,13 +170,44 @@ def one_job(args: argparse.Namespace, run: Run, path: Path) -> bool:
         "calibration": list(calibration.shape),
         "inner": args.inner,
     }
-    command = " ".join(["python -m benchmarks.quality", *sys.argv[1:]])
-    results = Results.resume(path, settings, environment(subject.device), command)
-    if not args.keep:
-        results.drop_outdated(sources())
-    with torch.no_grad():
-        methods = methods_of(run, args.methods)
-        return measure(run, methods, setting, results, clock, Claims(args.claims))
+    return setting, settings, None
+
+
+def about_images(args: argparse.Namespace, run: Run) -> tuple[Setting, dict[str, Any], Suite]:
+    """The small vision-language model on albums, and what scores its answers."""
+    from .albums import CALIBRATION, AlbumSetting, checksum
+    from .answers import AnswerSuite
+
+    albums = prepare(args, run)
+    following = max(albums.at(context).following.shape[1] for context in run.contexts)
+    prose = windows(albums.subject.tokenizer, "calibration", CALIBRATION, max(run.contexts))
+    setting = AlbumSetting(
+        albums.subject, prose.to(albums.subject.device), following, args.inner,
+        len(run.contexts) > 1, albums, max(run.contexts),
+    )  # fmt: skip
+    settings = {
+        "model": f"tiny-vlm, {'bfloat16' if args.bfloat16 else 'float32'}",
+        "adapter": checksum(args.adapter),
+        "contexts": list(run.contexts),
+        "windows": run.windows,
+        "batch": run.batch,
+        "following": following,
+        "calibration": CALIBRATION,
+        "inner": args.inner,
+    }
+    return setting, settings, AnswerSuite(setting, albums, run.batch)
+
+
+def prepare(args: argparse.Namespace, run: Run) -> Any:
+    """The albums of a run: drawn, looked at, and kept for whoever needs them next."""
+    from . import albums
+
+    print(f"loading the small vision-language model, {args.adapter}", flush=True)
+    dtype = torch.bfloat16 if args.bfloat16 else torch.float32
+    made = albums.load(args.adapter, args.device, dtype, run.windows, args.workers)
+    for context in run.contexts:
+        made.at(context)
+    return made
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .evaluate import NEXT, Reference, evaluate
 from .jobs import Claims
 from .methods import Method
 from .results import Results
-from .runner import Runner, Setting, Unavailable
+from .runner import Runner, Setting, Sizes, Unavailable
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,23 @@ class Clock:
         return time.monotonic() - self.started + self.longest <= self.limit
 
 
+class Suite(Protocol):
+    """What methods are measured on."""
+
+    def at(self, context: int, dense: bool) -> list[Any]:
+        """The stock model's side of a context length; with dense caches, if those are used."""
+
+    def score(
+        self, runner: Runner, references: Sequence[Any], context: int
+    ) -> tuple[dict[str, Any], Sizes]:
+        """Figures of a method for its cell, and the bytes of its cache."""
+
+    def line(self, cell: dict[str, Any]) -> str:
+        """A cell in a line."""
+
+
 class References:
-    """The stock model's side of every context length, made when it is first needed."""
+    """Prose and pass keys. What the stock model makes of them is made when first needed."""
 
     def __init__(self, run: Run, setting: Setting) -> None:
         self.run = run
@@ -92,6 +107,23 @@ class References:
             self._made[context] = made  # all or none: making them may run out of memory
         return self._made[context]
 
+    def score(
+        self, runner: Runner, references: Sequence[Reference], context: int
+    ) -> tuple[dict[str, Any], Sizes]:
+        """See :func:`evaluate`."""
+        scores, sizes = evaluate(runner, references)
+        return scores.as_json(), sizes
+
+    def line(self, cell: dict[str, Any]) -> str:
+        """A cell in a line."""
+        kl, top1, greedy, keys = (cell[name] for name in ("kl", "top1", "greedy", "passkeys"))
+        return (
+            f"{cell['method']}, {cell['context']} tokens: ratio {cell['ratio']:.2f}, "
+            f"KL {kl['mean']:.5f} ({kl['low']:.5f} to {kl['high']:.5f}), "
+            f"top-1 {top1['mean']:.4f}, greedy {greedy['mean']:.0f}, "
+            f"pass keys {keys['mean']:.2f}; {cell['seconds']:.0f} s"
+        )
+
 
 def _release(references: list[Reference]) -> None:
     for reference in references:
@@ -114,14 +146,23 @@ def unit_of(method: Method, context: int) -> str:
 
 def measure(
     run: Run, methods: Sequence[Method], setting: Setting, results: Results, clock: Clock,
-    claims: Claims,
+    claims: Claims, suite: Suite | None = None,
 ) -> bool:  # fmt: skip
     """Measure every cell that is not there yet and that nobody else measures, one line each.
+
+    Args:
+        run: what is measured.
+        methods: of it.
+        setting: what methods are started with.
+        results: what there is; new cells are added.
+        clock: says when to stop.
+        claims: say what this process measures.
+        suite: what methods are measured on; None: :class:`References`.
 
     Returns:
         False if time ran out first or a cell failed; both are said.
     """
-    references = References(run, setting)
+    suite = suite or References(run, setting)
     todo = [(m, context) for m, context in cells(run, methods) if not results.has(m.name, context)]
     gone: set[str] = set()
     complete = True
@@ -139,7 +180,7 @@ def measure(
                 runner, current = None, ""
                 _clean()
                 runner, current = method.start(setting), method.name
-            cell = _cell(method, runner, references.at(context, not method.ours), context)
+            cell = _cell(method, runner, suite, context)
         except Unavailable as reason:
             print(f"{method.name}: left out: {reason}", flush=True)
             gone.add(method.name)
@@ -153,7 +194,7 @@ def measure(
         cell["seconds"] = time.monotonic() - started
         clock.longest = max(clock.longest, cell["seconds"])
         results.add(cell)
-        print(f"{number}/{len(todo)} {line(cell)}", flush=True)
+        print(f"{number}/{len(todo)} {suite.line(cell)}", flush=True)
     return complete
 
 
@@ -163,25 +204,13 @@ def _clean() -> None:
         torch.cuda.empty_cache()
 
 
-def _cell(
-    method: Method, runner: Runner, references: list[Reference], context: int
-) -> dict[str, Any]:
-    scores, sizes = evaluate(runner, references)
+def _cell(method: Method, runner: Runner, suite: Suite, context: int) -> dict[str, Any]:
+    scores, sizes = suite.score(runner, suite.at(context, not method.ours), context)
     return {
         "method": method.name,
         "family": method.family,
         "context": context,
         **asdict(sizes),
-        **scores.as_json(),
+        **scores,
         **runner.notes(),
     }
-
-
-def line(cell: dict[str, Any]) -> str:
-    """A cell in a line."""
-    kl, top1, greedy, keys = (cell[name] for name in ("kl", "top1", "greedy", "passkeys"))
-    return (
-        f"{cell['method']}, {cell['context']} tokens: ratio {cell['ratio']:.2f}, "
-        f"KL {kl['mean']:.5f} ({kl['low']:.5f} to {kl['high']:.5f}), top-1 {top1['mean']:.4f}, "
-        f"greedy {greedy['mean']:.0f}, pass keys {keys['mean']:.2f}; {cell['seconds']:.0f} s"
-    )

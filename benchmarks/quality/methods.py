@@ -26,7 +26,8 @@ class Method:
     Attributes:
         name: in tables and plots.
         family: methods that differ in their bytes only.
-        runs: of which runs it is part: "short", "target" (one context; ours, and no code), "full".
+        runs: of which runs it is part: "short", "target" (one context; ours, and no code), "full",
+            "images".
         start: makes its runner.
     """
 
@@ -42,15 +43,16 @@ class Method:
 
 
 def _rival(
-    name: str, family: str, make: Callable[[], Rival], short: bool = True, target: bool = False
-) -> Method:
+    name: str, family: str, make: Callable[[], Rival], short: bool = True, target: bool = False,
+    images: bool = True,
+) -> Method:  # fmt: skip
     def start(setting: Setting) -> Runner:
         try:
             return RivalRunner(setting.subject, make())
         except ImportError as error:
             raise Unavailable(str(error).strip().splitlines()[0]) from error
 
-    runs = {"full": True, "short": short, "target": target}
+    runs = {"full": True, "short": short, "target": target, "images": images}
     return Method(name, family, frozenset(run for run, part in runs.items() if part), start)
 
 
@@ -105,29 +107,36 @@ ORDER = (8, 4, 6, 5, 12, 16, 2)
 TARGETS = (8, 4, 6, 5)
 FULL = (8, 4, 6, 12, 2)
 TIERED = (8, 12, 16)
+IMAGES = (8, 4, 6, 12, 16, 2)
 BEST = {"k_code": "pre-rope"}
 
 VARIANTS = (
-    Variant("", {"short": (4, 8), "target": TARGETS, "full": FULL}),
-    Variant(", fitted beforehand", {"target": TARGETS, "full": FULL}, beforehand=True),
+    Variant("", {"short": (4, 8), "target": TARGETS, "full": FULL, "images": IMAGES}),
     Variant(
-        ", pre-RoPE K, fitted beforehand",
-        {"target": TARGETS, "full": FULL}, BEST, beforehand=True,
+        ", fitted beforehand", {"target": TARGETS, "full": FULL, "images": IMAGES},
+        beforehand=True,
     ),
-    Variant(", pre-RoPE K", {"short": (8,), "target": TARGETS, "full": (8,)}, BEST),
+    Variant(
+        ", pre-RoPE K, fitted beforehand", {"target": TARGETS, "full": FULL, "images": IMAGES},
+        BEST, beforehand=True,
+    ),
+    Variant(
+        ", pre-RoPE K", {"short": (8,), "target": TARGETS, "full": (8,), "images": (8, 16)}, BEST
+    ),
     Variant(", Hadamard V", {"full": (8,)}, {"v_basis": "hadamard"}),
     Variant(", as decoded", {"full": (4, 8)}, coded_once=False),
-    Variant(", paper mode", {"full": (8,)}, {"codec": "svd"}),
+    Variant(", paper mode", {"full": (8,), "images": (8, 4)}, {"codec": "svd"}),
 )  # fmt: skip
 
 TIERED_VARIANTS = (
     Variant(
-        ", tiers, fitted beforehand", {"target": TIERED, "full": (8, 16)}, {"tiers": True},
-        beforehand=True,
+        ", tiers, fitted beforehand", {"target": TIERED, "full": (8, 16), "images": TIERED},
+        {"tiers": True}, beforehand=True,
     ),
     Variant(
         ", tiers, pre-RoPE K, fitted beforehand",
-        {"target": TIERED, "full": (8, 16)}, {**BEST, "tiers": True}, beforehand=True,
+        {"target": TIERED, "full": (8, 16), "images": (8, 16)}, {**BEST, "tiers": True},
+        beforehand=True,
     ),
 )  # fmt: skip
 
@@ -141,21 +150,30 @@ def _quantized_cache(bits: int) -> Callable[[], Rival]:
     return make
 
 
-RIVALS = (
+RIVALS: tuple[Method, ...] = (
     _rival("full precision", "full precision", Dense, target=True),
     _rival("KIVI 4 bit", "KIVI", lambda: Kivi(4)),
     _rival("KIVI 2 bit", "KIVI", lambda: Kivi(2)),
     _rival("TurboQuant 4 bit", "TurboQuant", lambda: TurboQuant(4)),
     _rival("TurboQuant 2 bit", "TurboQuant", lambda: TurboQuant(2)),
-    _rival("truncated SVD 4x (the paper)", "truncated SVD", lambda: TruncatedSvd(4), short=False),
-    _rival("truncated SVD 8x (the paper)", "truncated SVD", lambda: TruncatedSvd(8)),
-    _rival("QuantizedCache 4 bit", "QuantizedCache", _quantized_cache(4)),
-    _rival("QuantizedCache 2 bit", "QuantizedCache", _quantized_cache(2), short=False),
+    _rival(
+        "truncated SVD 4x (the paper)", "truncated SVD", lambda: TruncatedSvd(4), short=False,
+        images=False,
+    ),
+    _rival(
+        "truncated SVD 8x (the paper)", "truncated SVD", lambda: TruncatedSvd(8), images=False
+    ),
+    _rival("QuantizedCache 4 bit", "QuantizedCache", _quantized_cache(4), images=False),
+    _rival(
+        "QuantizedCache 2 bit", "QuantizedCache", _quantized_cache(2), short=False, images=False
+    ),
+    _rival("SnapKV 2x", "SnapKV", lambda: SnapKv(2), short=False),
     _rival("SnapKV 4x", "SnapKV", lambda: SnapKv(4), short=False),
     _rival("SnapKV 8x", "SnapKV", lambda: SnapKv(8)),
+    _rival("StreamingLLM 2x", "StreamingLLM", lambda: Streaming(2), short=False),
     _rival("StreamingLLM 4x", "StreamingLLM", lambda: Streaming(4), short=False),
     _rival("StreamingLLM 8x", "StreamingLLM", lambda: Streaming(8)),
-)
+)  # fmt: skip
 
 OTHERS = (
     *(

@@ -25,7 +25,7 @@ from apack_compile.source_hash import source_hash
 
 from .rivals.base import RECENT, SINKS
 from .runner import Setting, Sizes, Unavailable
-from .subject import Prompts
+from .subject import Inputs, Prompts, as_inputs
 
 PIECE = 16
 """Tokens of a piece: the most for which the decode graph attends to codes."""
@@ -70,9 +70,7 @@ class PackedRunner:
         torch._dynamo.reset()
         model = self.subject.model
         if beforehand:
-            batches = [{"input_ids": row[None]} for row in fitted_on(setting)]
-            found = apack_compile.fit(model, batches, options=self.options)
-            _check(found.reasons)
+            _check(apack_compile.fit(model, fitted_on(setting), options=self.options).reasons)
         self.compiled = torch.compile(model, backend="attentionpack", options=self.options)
         self.fitted_for = 0
         self.follows = 0
@@ -85,23 +83,25 @@ class PackedRunner:
         """
         learns = self.options.get("codec", Options.codec) == "transform"
         if learns and not self.beforehand and self.fitted_for < prompts.length:
-            self._prefill(self.setting.prompts[:1, : prompts.length])
+            self._prefill(self.setting.calibration(prompts.length)[0])
             graphs = apack_compile.report(self.subject.model).graph_reports
             _check([reason for graph in graphs for _, reason in graph.notes])
             self.fitted_for = prompts.length
-        cache = self._prefill(prompts.ids)
+        cache = self._prefill(as_inputs(prompts.ids))
         for layer in cache.layers:
             for side in (layer.keys, layer.values):
                 if not isinstance(side, apack_compile.PackedKV) or _layout(side).kind == "exact":
                     raise RuntimeError(f"not coded: {apack_compile.report(self.subject.model)}")
         return cache
 
-    def _prefill(self, ids: Tensor) -> DynamicCache:
+    def _prefill(self, inputs: Inputs) -> DynamicCache:
         cache = DynamicCache()
         if self.setting.many_lengths:  # one graph for all of them from the start
-            ids = ids.clone()
-            torch._dynamo.mark_dynamic(ids, 1)
-        self.compiled(ids, past_key_values=cache, logits_to_keep=1)
+            name, tokens = next(iter(inputs.items()))
+            tokens = tokens.clone()
+            torch._dynamo.mark_dynamic(tokens, 1)
+            inputs = {**inputs, name: tokens}
+        self.compiled(**inputs, past_key_values=cache, logits_to_keep=1)
         return cache
 
     def follow(self, cache: DynamicCache, ids: Tensor) -> Tensor:
@@ -149,13 +149,12 @@ class PackedRunner:
         }
 
 
-def fitted_on(setting: Setting) -> Tensor:
+def fitted_on(setting: Setting) -> list[Inputs]:
     """The calibration prompts as ``fit`` gets them.
 
     Codes reach twice as far as the prompts that they are fitted on: half the length will do.
     """
-    longest = setting.prompts.shape[1] + setting.following
-    return setting.prompts[:, : max(FIT_TOKENS, longest // 2)]
+    return setting.calibration(max(FIT_TOKENS, setting.longest // 2))
 
 
 def sources() -> str:

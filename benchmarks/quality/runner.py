@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from .rivals.base import RECENT, SINKS, Rival, Size
-from .subject import Prompts, Subject
+from .rivals.base import RECENT, SINKS, Layer, Rival, Size
+from .subject import Inputs, Prompts, Subject
 
 
 class Unavailable(Exception):
@@ -32,6 +32,15 @@ class Setting:
     following: int
     inner: str
     many_lengths: bool
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest context with what follows it."""
+        return self.prompts.shape[1] + self.following
+
+    def calibration(self, length: int) -> list[Inputs]:
+        """Prompts of about so many tokens to fit on, one by one."""
+        return [{"input_ids": row[None]} for row in self.prompts[:, :length]]
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,13 @@ class RivalRunner:
 
     def prefill(self, prompts: Prompts) -> Any:
         """The coded keys and values of each layer, and the length of the prompts."""
-        return [self.rival.code(layer) for layer in prompts.layers], prompts.length
+        return [self._coded(layer) for layer in prompts.layers], prompts.length
+
+    def _coded(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """Coded in float32: only what a code gives back is rounded to the model's dtype."""
+        exact = Layer(*(getattr(layer, field.name).float() for field in fields(layer)))
+        k, v = self.rival.code(exact)
+        return k.to(layer.k.dtype), v.to(layer.v.dtype)
 
     def follow(self, cache: Any, ids: Tensor) -> Tensor:
         """All tokens at once: they see the coded context, and each other exactly."""

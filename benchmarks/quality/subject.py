@@ -25,7 +25,7 @@ LIMIT = 8192
 
 
 class Subject:
-    """A decoder of the Llama family.
+    """A decoder of the Llama family, alone or behind the vision tower of a SmolVLM.
 
     Args:
         model: in evaluation mode, where it shall run.
@@ -36,7 +36,8 @@ class Subject:
         self.model = model
         self.tokenizer = tokenizer
         self.device: torch.device = model.device
-        config = model.config
+        config = model.config.get_text_config()
+        self.decoder: Any = getattr(model.model, "text_model", model.model)
         self.layers: int = config.num_hidden_layers
         self.heads: int = config.num_key_value_heads
         self.dim: int = config.hidden_size // config.num_attention_heads
@@ -47,20 +48,20 @@ class Subject:
         return cls(smollm2.load_model().to(device), smollm2.load_tokenizer())
 
     def prefill(self, ids: Tensor) -> tuple[list[Layer], Tensor]:
-        """Run the stock model on prompts ``[B, S]``.
+        """Run the stock model on prompts: see :class:`Prompts`.
 
         Returns:
             The cache of each layer, and the logits ``[B, V]`` behind the last token.
         """
         cache = DynamicCache()
         with self._last_queries() as queries:
-            logits = self.model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            out = self.model(**as_inputs(ids), past_key_values=cache, logits_to_keep=1)
         cos, sin = self._rotation(ids.shape[1])
         layers = [
             Layer(held.keys, held.values, cos, sin, q)
             for held, q in zip(cache.layers, queries, strict=True)
         ]
-        return layers, logits
+        return layers, out.logits[:, -1]
 
     def follow(self, kv: Sequence[tuple[Tensor, Tensor]], start: int, ids: Tensor) -> Tensor:
         """Logits ``[B, T, V]`` of tokens ``ids [B, T]`` that follow on a dense cache.
@@ -89,7 +90,7 @@ class Subject:
     def _rotation(self, length: int) -> tuple[Tensor, Tensor]:
         positions = torch.arange(length, device=self.device)[None]
         like = torch.zeros(1, device=self.device)
-        cos, sin = self.model.model.rotary_emb(like, positions)
+        cos, sin = self.decoder.rotary_emb(like, positions)
         return cos[0], sin[0]  # [S, D]
 
     @contextmanager
@@ -105,7 +106,7 @@ class Subject:
 
         hooks = [
             layer.self_attn.register_forward_pre_hook(collect, with_kwargs=True)
-            for layer in self.model.model.layers
+            for layer in self.decoder.layers
         ]
         try:
             yield queries
@@ -122,12 +123,21 @@ def dense_cache(kv: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
     return cache
 
 
+Inputs = dict[str, Tensor]
+"""Arguments of the model's forward; the first of them has the tokens, ``[B, S, ...]``."""
+
+
+def as_inputs(prompts: Tensor) -> Inputs:
+    """Token ids ``[B, S]`` or embeddings ``[B, S, hidden]``, as models name them."""
+    return {"input_ids" if prompts.ndim == 2 else "inputs_embeds": prompts}
+
+
 @dataclass
 class Prompts:
     """Prompts of one length, with the stock model's cache of them.
 
     Attributes:
-        ids: int64 ``[B, S]``.
+        ids: int64 ``[B, S]``; or embeddings ``[B, S, hidden]``, those of images among them.
     """
 
     subject: Subject

@@ -3,16 +3,53 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "quality.md"
 
-HEAD = (
-    "| method | ratio | whole cache | KL | top-1 | perplexity | greedy | pass keys |\n"
-    "|---|---|---|---|---|---|---|---|"
-)
+Cell = Mapping[str, Any]
+
+
+def _with_interval(figure: Cell, form: str) -> str:
+    mean, low, high = (format(figure[name], form) for name in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
+
+
+def _pass_keys(cell: Cell) -> str:
+    keys = cell["by_window"]["passkeys"]
+    return f"{sum(map(int, keys))} of {len(keys)}"
+
+
+def _right(kind: str) -> Callable[[Cell], str]:
+    def column(cell: Cell) -> str:
+        lost = cell["lost"][kind]
+        ends = f"{-100 * lost['high']:+.1f} to {-100 * lost['low']:+.1f}"
+        return f"{cell[kind]['mean']:.1%} ({-100 * lost['mean']:+.1f}; {ends})"
+
+    return column
+
+
+COMMON: dict[str, Callable[[Cell], str]] = {
+    "method": lambda cell: cell["method"],
+    "ratio": lambda cell: f"{cell['ratio']:.2f}",
+    "whole cache": lambda cell: f"{cell['whole_ratio']:.2f}",
+    "KL": lambda cell: _with_interval(cell["kl"], ".2g"),
+    "top-1": lambda cell: _with_interval(cell["top1"], ".1%"),
+}
+
+PROSE: dict[str, Callable[[Cell], str]] = {
+    **COMMON,
+    "perplexity": lambda cell: f"{cell['perplexity']['mean']:.2f}",
+    "greedy": lambda cell: f"{cell['greedy']['mean']:.0f}",
+    "pass keys": _pass_keys,
+}
+
+ALBUMS: dict[str, Callable[[Cell], str]] = {
+    **COMMON, **{kind: _right(kind) for kind in ("which", "what", "needle", "read")},
+}  # fmt: skip
+"""Right answers, and in brackets points more than with the dense cache, with their interval."""
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -24,13 +61,17 @@ def markdown(results: Mapping[str, Any]) -> str:
     parts = []
     for context in sorted({cell["context"] for cell in results["cells"]}):
         cells = [cell for cell in results["cells"] if cell["context"] == context]
-        full = cells[0]["perplexity_full"]["mean"]
-        rows = sorted(cells, key=lambda cell: cell["kl"]["mean"])
         windows = results["settings"]["windows"]
-        parts.append(
-            f"Context {context:,} tokens, {windows} windows, perplexity of the dense cache "
-            f"{full:.2f}:\n\n" + "\n".join([HEAD, *map(row, rows)])
-        )
+        if "perplexity_full" in cells[0]:
+            columns = PROSE
+            full = cells[0]["perplexity_full"]["mean"]
+            title = f"{windows} windows, perplexity of the dense cache {full:.2f}"
+        else:
+            columns, title = ALBUMS, f"{windows} albums"
+        rows = sorted(cells, key=lambda cell: cell["kl"]["mean"])
+        lines = [_line(columns), _line("---" for _ in columns).replace(" ", "")]
+        lines += [_line(column(cell) for column in columns.values()) for cell in rows]
+        parts.append(f"Context {context:,} tokens, {title}:\n\n" + "\n".join(lines))
     environment, command = results["environment"], results["command"]
     devices = dict.fromkeys(c.get("device", environment["device"]) for c in results["cells"])
     sources = Counter(c["sources"] for c in results["cells"] if "sources" in c)
@@ -43,21 +84,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def row(cell: Mapping[str, Any]) -> str:
-    """A table row of a cell."""
-    kl, top1, keys = cell["kl"], cell["top1"], cell["by_window"]["passkeys"]
-    return " | ".join(
-        [
-            f"| {cell['method']}",
-            f"{cell['ratio']:.2f}",
-            f"{cell['whole_ratio']:.2f}",
-            f"{kl['mean']:.2g} ({kl['low']:.2g} to {kl['high']:.2g})",
-            f"{top1['mean']:.1%} ({top1['low']:.1%} to {top1['high']:.1%})",
-            f"{cell['perplexity']['mean']:.2f}",
-            f"{cell['greedy']['mean']:.0f}",
-            f"{sum(map(int, keys))} of {len(keys)} |",
-        ]
-    )
+def _line(entries: Iterable[str]) -> str:
+    return f"| {' | '.join(entries)} |"
 
 
 def embed(document: str, name: str, content: str) -> str:

@@ -13,9 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .album import Question, Recipe, compose, questions
-from .prompt import Prompter
-from .tiles import Painter
+from .album import (
+    NUMBER,
+    Album,
+    Ask,
+    Question,
+    Recipe,
+    compose,
+    needle,
+    printed,
+    questions,
+    read,
+    what,
+    which,
+)  # fmt: skip
+from .prompt import PLACES, Prompter
+from .tiles import Painter, Split
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,8 @@ class Task:
         asked: questions about an album.
         images: of an album; None: as many as there is room for.
         most: tokens that a question takes with its answer, at most.
+        page: one of the images is full of digits, whatever the recipe, and questions are of every
+            kind: see :func:`every`.
     """
 
     recipe: Recipe
@@ -35,6 +50,7 @@ class Task:
     asked: int = 2
     images: int | None = None
     most: int = 40
+    page: bool = False
 
 
 DRAWINGS = Recipe()
@@ -49,6 +65,7 @@ TASKS = {
     "needle": Task(Recipe(numbers=1e-9), {"needle": 1.0, "which": 0.0, "what": 0.0}, asked=1),
     "read": Task(Recipe(pages=1.0), {"read": 1.0}, asked=1),
     "clip": Task(Recipe(clip=True), {}, asked=1, images=16),
+    "all": Task(Recipe(numbers=1e-9), {}, asked=6, most=28, page=True),
 }  # fmt: skip
 
 
@@ -76,8 +93,9 @@ class Contexts:
 
 
 def contexts(
-    painter: Painter, prompter: Prompter, name: str, length: int, numbers: range
-) -> Contexts:
+    painter: Painter, prompter: Prompter, name: str, length: int, numbers: range,
+    split: Split = "test",
+) -> Contexts:  # fmt: skip
     """Contexts of at most ``length`` tokens with their questions.
 
     Args:
@@ -85,8 +103,8 @@ def contexts(
         prompter: makes tokens.
         name: of the task.
         length: tokens of the albums, questions and answers together.
-        numbers: of the contexts; each number makes another one, with backgrounds and prose that
-            training does not show.
+        numbers: of the contexts; each number makes another one.
+        split: of backgrounds; training does not show those of "test".
     """
     task = TASKS[name]
     most = prompter.images(length - task.asked * task.most)
@@ -94,8 +112,12 @@ def contexts(
     rows, tiles, spans, asked = [], [], [], []
     for number in numbers:
         generator = np.random.default_rng([2026, list(TASKS).index(name), length, number])
-        album = compose(generator, painter, "test", count, task.recipe)
-        posed = questions(generator, painter, album, task.asked, dict(task.shares))
+        album = compose(generator, painter, split, count, task.recipe)
+        if task.page:
+            album = with_page(generator, painter, split, album)
+            posed = every(generator, painter, album, task.asked - 2)
+        else:
+            posed = questions(generator, painter, album, task.asked, dict(task.shares))
         ids, answers = prompter.turns([(q.text, q.answer) for q in posed])
         rows.append(ids)
         tiles.append(album.tiles)
@@ -107,3 +129,41 @@ def contexts(
         torch.tensor([prompter.album(count)] * len(rows)), torch.from_numpy(np.stack(tiles)),
         torch.tensor(padded), spans, asked,
     )  # fmt: skip
+
+
+def with_page(
+    generator: np.random.Generator, painter: Painter, split: Split, album: Album
+) -> Album:
+    """The album with an image full of digits in place of one of its drawings."""
+    places = [i for i, thing in enumerate(album.things) if not isinstance(thing, str)]
+    place = places[generator.integers(len(places))]
+    digits, lines = printed(generator, PLACES)
+    tiles, things = album.tiles.copy(), list(album.things)
+    tiles[place] = painter.print(generator, split, lines)
+    things[place] = digits
+    return Album(tiles, things)
+
+
+def every(
+    generator: np.random.Generator, painter: Painter, album: Album, drawings: int
+) -> list[Question]:
+    """Questions on all that is printed, and on some drawings: "which" and "what" in turn.
+
+    Args:
+        generator: their order is drawn from it.
+        painter: knows the names.
+        album: what they are about.
+        drawings: how many questions on drawings.
+    """
+    asked: list[Question] = []
+    for image in generator.permutation(len(album.things)):
+        thing = album.things[image]
+        if isinstance(thing, str):
+            ask: Ask = needle if len(thing) == NUMBER else read
+        elif drawings:
+            ask = which if drawings % 2 else what
+            drawings -= 1
+        else:
+            continue
+        asked.append(ask(generator, painter, album, int(image)))
+    return asked

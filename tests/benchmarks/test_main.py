@@ -17,6 +17,8 @@ from benchmarks.quality.methods import METHODS
         (["--device", "tpu"], "--device tpu: accepted are cpu, cuda"),
         (["--jobs", "0"], "--jobs 0: accepted is 1 or more"),
         (["--inner", "gcc"], "--inner gcc: accepted are inductor, aot_eager, eager"),
+        (["--subject", "tiny-vlm", "--context", "256"], "--context 256: accepted is 512 to 8000"),
+        (["--subject", "tiny-vlm", "--full"], "--full: not with --subject tiny-vlm"),
     ],
 )
 def test_wrong_arguments_name_what_is_accepted(
@@ -38,6 +40,26 @@ def test_runs() -> None:
     assert run("--context", "3072", "--windows", "4") == Run(
         "quality-3072", (3072,), 4, 64, "target", 4
     )
+
+
+def test_runs_on_albums() -> None:
+    def run(*words: str) -> Run:
+        return main.chosen(main.parse(["--subject", "tiny-vlm", *words]))
+
+    assert run() == Run("quality-images", (4096, 1024, 2048, 8000), 200, 0, "images", 25)
+    assert run("--context", "1024", "--windows", "4") == Run(
+        "quality-images", (1024,), 4, 0, "images", 4
+    )
+    names = [m.name for m in main.methods_of(run(), None)]
+    for ratio in (2, 4, 6, 8, 12, 16):
+        for title in ("", ", fitted beforehand", ", pre-RoPE K, fitted beforehand"):
+            assert f"attentionpack {ratio}x{title}" in names
+    for name in (
+        "full precision", "KIVI 2 bit", "TurboQuant 4 bit", "SnapKV 8x", "StreamingLLM 8x",
+        "attentionpack 8x, paper mode", "attentionpack 8x, tiers, fitted beforehand",
+    ):  # fmt: skip
+        assert name in names
+    assert not any("QuantizedCache" in name for name in names)
 
 
 def test_methods_of_a_run() -> None:

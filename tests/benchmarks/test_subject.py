@@ -4,10 +4,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from benchmarks.quality.rivals.base import RECENT, SINKS
+from benchmarks.quality.rivals.base import RECENT, SINKS, Layer
+from benchmarks.quality.rivals.kivi import Kivi
 from benchmarks.quality.rivals.streaming import Streaming
 from benchmarks.quality.rivals.truncated_svd import rotate
-from benchmarks.quality.subject import Subject, dense_cache
+from benchmarks.quality.runner import RivalRunner
+from benchmarks.quality.subject import Prompts, Subject, dense_cache
 
 from . import tiny
 
@@ -81,3 +83,16 @@ def test_the_greedy_continuation_is_that_of_generate(subject: Subject) -> None:
     )
     layers, logits = subject.prefill(ids)
     assert torch.equal(subject.continue_greedily(layers, logits, 6), expected[:, 80:])
+
+
+def test_rivals_code_in_float32_whatever_the_models_dtype() -> None:
+    subject = Subject(tiny.subject().model.bfloat16(), tiny.tokenizer())
+    prompts = Prompts(subject, tiny.texts(2, 200))
+    (k, v), *_ = RivalRunner(subject, Kivi(4)).prefill(prompts)[0]
+    layer = prompts.layers[0]
+    assert k.dtype == v.dtype == layer.k.dtype == torch.bfloat16
+    exact = Layer(layer.k.float(), layer.v.float(), layer.cos, layer.sin, layer.queries)
+    expected = Kivi(4).code(exact)
+    assert torch.equal(k, expected[0].bfloat16()) and torch.equal(v, expected[1].bfloat16())
+    rough, _ = Kivi(4).code(layer)
+    assert not torch.equal(rough, k)  # in bfloat16 the code itself would lose

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality import __main__ as main
+from benchmarks.quality import publish
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.results import FOLDER
 from benchmarks.quality.targets import BEST, FITS, SEEN, TARGETS, markdown
@@ -72,8 +72,8 @@ def test_documentation_gets_both_tables(tmp_path: Any, monkeypatch: pytest.Monke
     marks = [f"<!-- results: {n} -->\n<!-- end: {n} -->\n" for n in ("t", "t-targets")]
     docs = tmp_path / "docs.md"
     docs.write_text("".join(marks))
-    monkeypatch.setattr(main, "DOCS", docs)
-    main.publish(path, "t")
+    monkeypatch.setattr(publish, "DOCS", docs)
+    publish.publish(path, "t")
     text = docs.read_text()
     tables = json.loads(path.read_text())
     assert text.count(markdown(tables)) == 1 and text.count("Context 3,072 tokens") == 1

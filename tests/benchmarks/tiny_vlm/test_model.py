@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from benchmarks.tiny_vlm import adapter
 from benchmarks.tiny_vlm.contexts import contexts
 from benchmarks.tiny_vlm.forward import embed, pixels, see, speak, understand
-from benchmarks.tiny_vlm.model import build, merge, trained, unchanged
+from benchmarks.tiny_vlm.model import Sizes, build, merge, trained, unchanged
 from benchmarks.tiny_vlm.schedule import Budget
 from benchmarks.tiny_vlm.scoring import exact, follow, forget, prefill
 from benchmarks.tiny_vlm.trainer import Trainer
@@ -86,6 +90,47 @@ def test_an_adapter_comes_back_as_it_was_rounded(tmp_path: Path) -> None:
         assert torch.equal(got, codes.float() * scale.view(shape)), name
         half = (scale / 2 * 1.001).view(shape)
         assert ((got - value).abs() <= half).all(), name
+
+
+@torch.no_grad()
+def test_an_adapter_that_is_damaged_or_for_another_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    adapter.save(small.model(), small.SIZES, path)
+    model = build(
+        small.decoder(), tokenizer(), Sizes(hidden=48, inner=64, layers=1, heads=2, rank=2)
+    )
+    before = {name: value.clone() for name, value in trained(model).items()}
+    with pytest.raises(adapter.AdapterError, match=r"for other sizes: .* is \[.*\], and the model"):
+        adapter.restore(model, path)
+    deeper = build(
+        small.decoder(), tokenizer(), Sizes(hidden=32, inner=64, layers=2, heads=2, rank=2)
+    )
+    with pytest.raises(adapter.AdapterError, match="for another model: 16 names"):
+        adapter.restore(deeper, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(adapter.AdapterError, match="another SHA-256 than it says"):
+        adapter.restore(small.model(), path)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(adapter.AdapterError, match="is damaged, or no adapter"):
+        adapter.load(path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(adapter.AdapterError, match="does not say its sizes"):
+        adapter.load(path)
+    for name, value in trained(model).items():
+        assert torch.equal(value, before[name])
+
+
+@torch.no_grad()
+def test_an_adapter_is_published_with_its_checksum(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
+    adapter.save(small.model(), small.SIZES, old)
+    save_file(load_file(old), old, {"sizes": json.dumps(asdict(small.SIZES))})
+    adapter.publish(old, new)
+    with safe_open(new, "pt") as file:
+        assert file.metadata()["sha256"] == adapter.checksum(load_file(old))
+    adapter.restore(small.model(), old)
+    adapter.restore(small.model(), new)
 
 
 def test_a_missing_adapter_says_where_to_look(tmp_path: Path) -> None:

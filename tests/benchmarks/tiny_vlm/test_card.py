@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+from benchmarks.quality.table import embed
+from benchmarks.tiny_vlm import card
+
+
+def test_the_card_has_scores_controls_and_missed_gates() -> None:
+    figure = {"mean": 0.965, "low": 0.94, "high": 0.99}
+    content = {
+        "command": "python -m x",
+        "environment": {"device": "a GPU", "torch": "2", "transformers": "5"},
+        "settings": {"contexts": 200},
+        "perplexity over SmolLM2's": 1.0214,
+        "gates": {"perplexity": True, "which at 4096": False},
+        "cells": [
+            {"task": "which", "context": 4096, "exact": figure, "half": figure, "blank": figure},
+            {"task": "clip", "context": 512, "exact": figure},
+        ],
+    }
+    text = card.scores(content)
+    share = "96.5% (94.0% to 99.0%)"
+    assert f"| which | 4,096 | {share} | {share} | {share} |" in text
+    assert f"| clip | 512 | {share} |  |  |" in text
+    assert "SmolLM2's: 1.021. Of 2 gates missed: which at 4096." in text
+    assert text in embed(card.CARD.read_text(encoding="utf-8"), "tiny-vlm", text)

@@ -74,15 +74,15 @@ class Plan:
 
 
 SEARCHED = {512: 0.05, 1024: 0.15, 2048: 0.25, 4096: 0.45, 8192: 0.1}
-
+"""Tokens of a row in the last stage."""
 
 FULL = Plan(
     Sizes(),
     (
-        Stage("see", 0.25, Rates(3e-4, 3e-4, 0.0), 0.02, warmup=200),
-        Stage("name", 0.15, Rates(2e-4, 5e-4, 6e-4), 0.8, {256: 0.6, 512: 0.4}),
+        Stage("see", 0.12, Rates(3e-4, 3e-4, 0.0), 0.02, warmup=200),
+        Stage("name", 0.13, Rates(2e-4, 5e-4, 6e-4), 0.8, {256: 0.6, 512: 0.4}),
         Stage("find", 0.2, Rates(2e-4, 4e-4, 6e-4), 0.8, {512: 0.2, 1024: 0.5, 2048: 0.3}),
-        Stage("search", 0.4, Rates(2e-4, 4e-4, 5e-4), 0.02, SEARCHED),
+        Stage("search", 0.55, Rates(2e-4, 4e-4, 5e-4), 0.02, SEARCHED),
     ),
     tokens=32768, tiles=2048, replay=(2, 512),
 )  # fmt: skip

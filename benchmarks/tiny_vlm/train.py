@@ -1,7 +1,7 @@
 """Train the small vision-language model.
 
 python -m benchmarks.tiny_vlm.train --plan toy --minutes 10                  on one core, to try it
-python -m benchmarks.tiny_vlm.train --minutes 18 --device cuda --compile --workers 14
+python -m benchmarks.tiny_vlm.train --minutes 20 --device cuda --compile --workers 14
 python -m benchmarks.tiny_vlm.train ... --stop-after 9                       in parts; again: go on
 python -m benchmarks.tiny_vlm.train --plan more --start ADAPTER --minutes 12 ...    from an adapter
 """

@@ -24,11 +24,22 @@ _FILLED: dict[Any, tuple[int, str]] = {
 
 
 def number(value: Any) -> float | None:
-    """A constant; with dynamic=True it may be a symbol, which Dynamo then guards."""
+    """A constant; with dynamic=True it may be a symbol, which Dynamo then guards.
+
+    None if it is made of sizes: a guard would hold the graph to one length of the cache.
+    """
     value = value_of(value)
     if isinstance(value, (torch.SymFloat, torch.SymInt)):
-        return float(value)
+        return None if varies(value) else float(value)
     return value if isinstance(value, (int, float)) else None
+
+
+def varies(value: Any) -> bool:
+    """Whether a number is made of sizes, or of other whole numbers, that are symbols."""
+    value = value_of(value)
+    if not isinstance(value, (torch.SymFloat, torch.SymInt)):
+        return False
+    return any(symbol.is_integer for symbol in value.node.expr.free_symbols)
 
 
 def filled_with(value: Any) -> float | None:

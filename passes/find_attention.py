@@ -28,6 +28,8 @@ from .mask import OTHER_MASK, Mask, MaskPart, mask_part
 from .regroup import lies_so, regrouped
 from .views import in_one_order, lead_of, walk_up
 
+OTHER_HEADS = "keys and values have not the same heads, or are changed once repeated: left dense"
+
 
 @dataclass(frozen=True)
 class AttentionSite:
@@ -148,7 +150,9 @@ def _checked(node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, scale: Any) -> A
     if not all(isinstance(size, int) for size in sizes):
         return "heads or head_dim of keys or values are not known when compiling"
     heads = (q_shape if len(q_shape) == 4 else lead)[1]
-    if heads % k_shape[1] or k_shape[1] != v_shape[1] or k_shape[3] != q_shape[-1]:
+    if k_shape[1] != v_shape[1]:
+        return OTHER_HEADS
+    if heads % k_shape[1] or k_shape[3] != q_shape[-1]:
         return f"{heads} query heads do not go with {k_shape[1]} and {v_shape[1]} KV heads"
     if not isinstance(scale, (int, float)):
         return "the scale is not a constant"

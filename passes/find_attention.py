@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .base import PassReport, Skip, argument, calls, shape_of, value_of
+from .base import PassReport, Skip, argument, calls, shape_of
+from .constants import number
 from .factors import Factor
 from .find_chain import Chain, find_chain
 from .find_flex import Flex, find_flex
@@ -115,9 +116,7 @@ def _canonical(node: fx.Node) -> AttentionSite | str:
     if scale is None:
         q_shape = shape_of(q)
         scale = 1.0 / math.sqrt(q_shape[-1]) if q_shape and isinstance(q_shape[-1], int) else None
-    if isinstance(value_of(scale), torch.SymFloat):
-        scale = float(value_of(scale))  # with dynamic=True; Dynamo then guards this number
-    site = _checked(node, q, k, v, scale)
+    site = _checked(node, q, k, v, number(scale))
     if isinstance(site, str):
         return site
     if not in_one_order(q, k, v, (node,)):

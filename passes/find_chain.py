@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from .ancestry import holds_tensors, is_made_of
-from .base import argument, calls, shape_of, value_of
+from .ancestry import is_made_of
+from .base import argument, calls, shape_of
 from .factors import Factor
 from .find_writes import written_between
 from .mask import Mask
@@ -104,7 +104,7 @@ def find_chain(softmax: fx.Node) -> Chain | str | None:
     if not in_one_order(scores.q, scores.k, v, (*scores.views, softmax, *views, node)):
         return _OTHER_ORDER
     laid = () if scores.mask is None else tuple(part.node for part in scores.mask.parts)
-    laid += tuple(f.node for f in scores.factors if holds_tensors(value_of(f.node)))
+    laid += tuple(factor.node for factor in scores.factors)
     laid += () if sinks is None else (sinks,)
     if any(is_made_of(x, scores.product) for x in laid):
         return "what is laid over the scores is made of them: left dense"

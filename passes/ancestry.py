@@ -5,6 +5,7 @@ from __future__ import annotations
 import networkx as nx
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from .base import MATMUL, argument, calls, shape_of, value_of
 from .find_writes import base_of, written
@@ -92,11 +93,18 @@ def is_made_of(node: fx.Node, source: fx.Node) -> bool:
         here = stack.pop()
         if here is source:
             return True
-        if here in seen or here < source or calls(here, *_LIKE):
+        if here in seen or here < source or calls(here, *_LIKE) or _is_size(value_of(here)):
             continue
         seen.add(here)
-        stack += [n for n in here.all_input_nodes if holds_tensors(value_of(n))]
+        stack += here.all_input_nodes
     return False
+
+
+def _is_size(value: object) -> bool:
+    """Whether a value is made of sizes alone; a number that is read out of a tensor is not."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return not free_unbacked_symbols(value)
+    return not holds_tensors(value)
 
 
 def reached_from(node: fx.Node, projections: int) -> frozenset[fx.Node]:

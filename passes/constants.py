@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from .base import argument, calls, value_of
 from .find_writes import is_written
@@ -24,11 +25,24 @@ _FILLED: dict[Any, tuple[int, str]] = {
 
 
 def number(value: Any) -> float | None:
-    """A constant; with dynamic=True it may be a symbol, which Dynamo then guards."""
+    """A constant; with dynamic=True it may be a symbol, which Dynamo then guards.
+
+    None if it varies: a guard would hold the graph to one length of the cache, and what is read out
+    of a tensor has none.
+    """
     value = value_of(value)
     if isinstance(value, (torch.SymFloat, torch.SymInt)):
-        return float(value)
+        return None if varies(value) else float(value)
     return value if isinstance(value, (int, float)) else None
+
+
+def varies(value: Any) -> bool:
+    """Whether a number is made of sizes or other whole numbers that are symbols, or of a tensor."""
+    value = value_of(value)
+    if not isinstance(value, (torch.SymFloat, torch.SymInt)):
+        return False
+    whole = any(symbol.is_integer for symbol in value.node.expr.free_symbols)
+    return whole or bool(free_unbacked_symbols(value))
 
 
 def filled_with(value: Any) -> float | None:

@@ -1,9 +1,10 @@
-"""Factors of scores that are tensors: a learned temperature, a factor of each head.
+"""Factors of scores that are no constants: a learned temperature, a factor of each head.
 
     matmul(q, k.transpose(2, 3)) * t       ->      matmul(q * t, k.transpose(2, 3))
     matmul(q, k.transpose(2, 3)) / t                   t [B|1, Hq|1, Q|1, 1], or of one number
 
-What is the same for all keys of a query scales that query as well.
+What is the same for all keys of a query scales that query as well; so does a number that is made
+of sizes.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Factor:
-    """One tensor that scores are multiplied with, the same for all keys.
+    """One tensor or number that scores are multiplied with, the same for all keys.
 
     Attributes:
-        node: it broadcasts to ``[B, Hq, Q, 1]``.
+        node: a number, or it broadcasts to ``[B, Hq, Q, 1]``.
         inverse: whether scores are divided by it.
         joined: whether its first dimension is ``B * Hq``, heads side by side with sequences.
     """
@@ -36,17 +37,19 @@ class Factor:
     joined: bool = False
 
 
-def factor_of(node: Any, scores: tuple[Any, ...], inverse: bool) -> Factor | None:
-    """``node`` as a factor of scores of these sizes; None if it differs from key to key.
+def factor_of(node: fx.Node, scores: tuple[Any, ...], inverse: bool) -> Factor | str:
+    """``node`` as a factor of scores of these sizes, or why it is none.
 
     Scores are ``[B, Hq, Q, S]`` or ``[B * Hq, Q, S]``.
     """
-    value, shape = value_of(node), shape_of(node)
-    if shape is None or value.dtype == torch.bool or value.is_complex():
-        return None
+    shape = shape_of(node)
+    if shape is None:
+        return Factor(node, inverse)
+    if not all(same_size(size, 1) for size in shape[-1:]):
+        return "scores are multiplied by a tensor that differs from key to key: left dense"
     part = mask_part(node, scores)
-    if part is None or not all(same_size(size, 1) for size in shape[-1:]):
-        return None
+    if part is None:
+        return "scores are multiplied by a tensor that does not fit them: left dense"
     return Factor(node, inverse, part.joined)
 
 
@@ -68,8 +71,11 @@ def write_factors(
         node = nodes[factor.node]
         if factor.joined:
             node = apart(graph, node, heads)
-        target = aten.div.Tensor if factor.inverse else aten.mul.Tensor
-        q = graph.call_function(target, (q, node))
-        if value_of(factor.node).dtype != dtype:
+        value, operator = value_of(factor.node), aten.div if factor.inverse else aten.mul
+        if not isinstance(value, torch.Tensor):
+            q = graph.call_function(operator.Scalar, (q, node))
+            continue
+        q = graph.call_function(operator.Tensor, (q, node))
+        if value.dtype != dtype:
             q = graph.call_function(aten.to.dtype, (q, dtype))
     return q

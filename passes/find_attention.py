@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .base import PassReport, Skip, argument, calls, shape_of, value_of
+from .base import PassReport, Skip, argument, calls, shape_of
+from .constants import number
 from .factors import Factor
 from .find_chain import Chain, find_chain
 from .find_flex import Flex, find_flex
@@ -27,6 +28,8 @@ from .flex_mask import FlexMask
 from .mask import OTHER_MASK, Mask, MaskPart, mask_part
 from .regroup import lies_so, regrouped
 from .views import in_one_order, lead_of, walk_up
+
+OTHER_HEADS = "keys and values have not the same heads, or are changed once repeated: left dense"
 
 
 @dataclass(frozen=True)
@@ -113,9 +116,7 @@ def _canonical(node: fx.Node) -> AttentionSite | str:
     if scale is None:
         q_shape = shape_of(q)
         scale = 1.0 / math.sqrt(q_shape[-1]) if q_shape and isinstance(q_shape[-1], int) else None
-    if isinstance(value_of(scale), torch.SymFloat):
-        scale = float(value_of(scale))  # with dynamic=True; Dynamo then guards this number
-    site = _checked(node, q, k, v, scale)
+    site = _checked(node, q, k, v, number(scale))
     if isinstance(site, str):
         return site
     if not in_one_order(q, k, v, (node,)):
@@ -148,7 +149,9 @@ def _checked(node: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, scale: Any) -> A
     if not all(isinstance(size, int) for size in sizes):
         return "heads or head_dim of keys or values are not known when compiling"
     heads = (q_shape if len(q_shape) == 4 else lead)[1]
-    if heads % k_shape[1] or k_shape[1] != v_shape[1] or k_shape[3] != q_shape[-1]:
+    if k_shape[1] != v_shape[1]:
+        return OTHER_HEADS
+    if heads % k_shape[1] or k_shape[3] != q_shape[-1]:
         return f"{heads} query heads do not go with {k_shape[1]} and {v_shape[1]} KV heads"
     if not isinstance(scale, (int, float)):
         return "the scale is not a constant"

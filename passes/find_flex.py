@@ -20,6 +20,7 @@ from torch import fx
 from torch._higher_order_ops.flex_attention import flex_attention
 
 from .base import argument, attribute, calls, same_size, shape_of, value_of
+from .constants import number
 from .find_writes import is_written
 from .flex_mask import Blocks, FlexMask
 from .flex_mods import Reader
@@ -65,10 +66,8 @@ def find_flex(node: fx.Node) -> Flex | str | None:
         return "flex_attention: more than its output is used (lse): left dense"
     if options.get("SKIP_MASK_SCORE"):
         return "flex_attention: SKIP_MASK_SCORE is set: left dense"
-    scale = value_of(scale)
-    if isinstance(scale, torch.SymFloat):
-        scale = float(scale)  # with dynamic=True; Dynamo then guards this number
-    if not isinstance(scale, (int, float)):
+    scale = number(scale)
+    if scale is None:
         return "flex_attention: the scale is not a constant"
     sizes = _sizes(q, k)
     if isinstance(sizes, str):

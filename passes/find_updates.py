@@ -44,6 +44,8 @@ MADE = "keys or values are made of a cache in a way that is not recognised: left
 _GIVEN = ("placeholder", "get_attr")
 _ALLOCATES = (torch.zeros, torch.empty, torch.full, torch.ones, torch.zeros_like, torch.empty_like,
               "new_zeros", "new_empty", "new_full")  # fmt: skip
+_REPEATS = ("repeat", "tile", torch.tile, "index_select", torch.index_select, "clone",
+            "repeat_interleave", torch.repeat_interleave)  # fmt: skip
 _COPIES = ("clone", "contiguous", "transpose", "permute", "swapaxes", "swapdims", "to", "detach")
 
 
@@ -167,6 +169,8 @@ def _without_cat(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> Cach
         return CacheUpdate(root, None, root, "empty", weight_above(flow, root))
     if _is_written_elsewhere(root, outputs):
         return PREALLOCATED
+    if _repeats_what_is_stored(root, outputs):
+        return MADE
     return MADE if _is_made_of_a_cache(root, outputs, flow) else NOT_STORED
 
 
@@ -201,6 +205,18 @@ def _is_copied(root: fx.Node, outputs: set[fx.Node]) -> bool:
             return True
         stack += copies
     return False
+
+
+def _repeats_what_is_stored(root: fx.Node, outputs: set[fx.Node]) -> bool:
+    """Whether ``root`` is a view of a tensor that is stored, or its heads in another order."""
+    node = root
+    while node not in outputs:
+        above = argument(node, 0, "input")
+        passed = calls(node, *_REPEATS) or base_of(node) is not node
+        if not passed or not isinstance(above, fx.Node):
+            return False
+        node = above
+    return True
 
 
 def _is_made_of_a_cache(root: fx.Node, outputs: set[fx.Node], flow: nx.DiGraph) -> bool:

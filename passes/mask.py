@@ -45,7 +45,7 @@ class MaskPart:
     @property
     def adds(self) -> bool:
         """Whether it is added to the scores."""
-        return bool(value_of(self.node).is_floating_point())
+        return bool(value_of(self.node).dtype != torch.bool)
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from .base import argument, calls, shape_of, value_of
+from ..cache import PackedKV
+from .base import argument, calls, output_of, shape_of, value_of
 from .constants import filled_with, number
 from .factors import Factor, factor_of
 from .find_writes import is_written, writes
 from .mask import OTHER_MASK, Mask, MaskPart, mask_part
 from .products import is_baddbmm, scores_of
 from .regroup import regrouped
-from .views import is_cast
+from .views import is_cast, walk_up
 
 _MUL = ("mul", "mul_", "multiply", torch.mul, torch.multiply, operator.mul, operator.imul)
 _DIV = ("div", "div_", "divide", "true_divide", torch.div, torch.divide, torch.true_divide,
@@ -108,7 +109,7 @@ def _scaled(node: fx.Node) -> Found:
     if calls(node, *_MUL) and number(first) is not None:
         first, second = second, first
     factor = number(second)
-    if factor is None and isinstance(value_of(second), torch.Tensor):
+    if factor is None and isinstance(second, fx.Node):
         return _times(node, first, second)
     if not factor:
         return None
@@ -128,21 +129,34 @@ def _scaled(node: fx.Node) -> Found:
 
 
 def _times(node: fx.Node, first: Any, second: Any) -> Found:
-    """Scores times a tensor, in either order, or over it."""
-    orders = ((first, second),) if calls(node, *_DIV) else ((first, second), (second, first))
-    for scores, factor in orders:
-        found = find_scores(scores, node)
-        if isinstance(found, str):
-            return found
-        if found is None:
-            continue
-        if found.mask is not None or found.cap:
-            return "masked or capped scores are multiplied by a tensor: left dense"
-        known = factor_of(factor, shape_of(scores) or (), calls(node, *_DIV))
-        if known is None:
-            return "scores are multiplied by a tensor that differs from key to key: left dense"
-        return replace(found, factors=(*found.factors, known))
-    return None
+    """Scores times a tensor or a number that varies, in either order, or over it."""
+    found, scores, factor = _told_apart(node, first, second, calls(node, *_MUL))
+    if not isinstance(found, Scores):
+        return found
+    if found.mask is not None or found.cap:
+        return "masked or capped scores are multiplied by what is no constant: left dense"
+    known = factor_of(factor, shape_of(scores) or (), calls(node, *_DIV))
+    if isinstance(known, str):
+        return known
+    return replace(found, factors=(*found.factors, known))
+
+
+def _told_apart(node: fx.Node, first: Any, second: Any, either: bool) -> tuple[Found, Any, Any]:
+    """What the operand is made of that is scores, that operand, and the other one.
+
+    Both may be products of queries: with keys, and with a table of positions. Then it is the one
+    whose keys are stored.
+    """
+    orders = ((first, second), (second, first)) if either else ((first, second),)
+    every = [(find_scores(scores, node), scores, other) for scores, other in orders]
+    known = [(found, *rest) for found, *rest in every if found is not None]
+    kept = (one for one in known if isinstance(one[0], Scores) and _is_stored(one[0].k))
+    return next(kept, known[0] if known else (None, first, second))
+
+
+def _is_stored(keys: fx.Node) -> bool:
+    root = walk_up(keys)
+    return isinstance(value_of(root), PackedKV) or root in output_of(root.graph).all_input_nodes
 
 
 def _capped(found: Found) -> Found:
@@ -160,23 +174,19 @@ def _added(node: fx.Node) -> Found:
     if node.kwargs.get("alpha", 1) != 1:
         return None
     less = calls(node, *_SUB)
-    for scores, mask in ((first, second),) if less else ((first, second), (second, first)):
-        found = find_scores(scores, node)
-        if isinstance(found, str):
-            return found
-        if found is None:
-            continue
-        value = value_of(mask)
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.dim():
-            return "a number is added to all scores: left dense"
-        return _laid(found, scores, mask, -1.0 if less else 1.0)
-    return None
+    found, scores, mask = _told_apart(node, first, second, not less)
+    if not isinstance(found, Scores):
+        return found
+    value = value_of(mask)
+    if not isinstance(value, torch.Tensor) or not value.dim():
+        return "a number is added to all scores: left dense"
+    return _laid(found, scores, mask, -1.0 if less else 1.0)
 
 
 def _laid(found: Scores, scores: fx.Node, mask: Any, factor: float = 1.0) -> Found:
     """Scores with a mask of numbers more."""
     value = value_of(mask)
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+    if not isinstance(value, torch.Tensor) or value.dtype == torch.bool:
         return "what is added to the scores is no mask of numbers: left dense"
     return _under(found, mask_part(mask, shape_of(scores) or ()), factor)
 
@@ -193,7 +203,7 @@ def _chosen(node: fx.Node) -> Found:
     names = ("condition", "input", "other")
     seen, first, second = (argument(node, i, name) for i, name in enumerate(names))
     if node.op == "call_method":
-        first, seen = seen, argument(node, 1, "condition")
+        first, seen = node.args[0], argument(node, 1, "condition")
     found = find_scores(first, node)
     if found is None:
         return _hidden(find_scores(second, node), second, seen, first, True)

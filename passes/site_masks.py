@@ -12,7 +12,7 @@ from .base import value_of
 from .find_attention import AttentionSite
 from .find_writes import base_of, is_written
 from .flex_mask import FlexMask
-from .mask import MaskPart, write_mask
+from .mask import Mask, MaskPart, write_mask
 from .plan import PlannedSite
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class SiteMasks:
         if isinstance(site.mask, FlexMask):
             return self._of_flex(site, site.mask)
         draft = self.draft
-        if (mask := site.mask) is None or mask.parts == (MaskPart(mask.parts[0].node),):
+        if (mask := site.mask) is None or _is_as_sdpa_has_it(mask):
             return None if mask is None else draft.map[mask.parts[0].node]
         if any(is_written(base_of(part.node)) for part in mask.parts):
             return write_mask(draft.graph, mask, draft.map, site.heads)
@@ -77,3 +77,11 @@ class SiteMasks:
         call = self.draft.graph.call_function
         size = call(aten.sym_size.int, (self.draft.map[site.k], 2))
         return call(aten.arange.default, (size,), {"device": value_of(site.k).device})
+
+
+def _is_as_sdpa_has_it(mask: Mask) -> bool:
+    """Whether a mask is one tensor as it is, bool or of floating-point numbers."""
+    first = mask.parts[0]
+    value = value_of(first.node)
+    known = value.dtype == torch.bool or value.is_floating_point()
+    return known and mask.parts == (MaskPart(first.node),)

@@ -34,11 +34,13 @@ class Form:
         causal: whether prefill is SDPA with ``is_causal`` and no mask.
         scale: what is scaled, where it is written out.
         factor: a tensor that scores are multiplied with, where they are written out: of one
-            number, of one for each head, of one for each query; or that they are divided by.
+            number, of one for each head, of one for each query; or that they are divided by, as by
+            the root of the number of keys.
         softcap: of scores, but for SDPA; 0: none.
         sinks: whether each head has a score more, without a value.
         alibi: whether a bias by position and head is laid over the scores, beside the mask.
-        mask: added, filled in (SDPA: given as bool), taken off, put in by ``where``.
+        mask: added, filled in (SDPA: given as bool), taken off, as whole numbers too, put in by
+            ``where``.
         twice: whether two attentions read the same keys and values.
     """
 
@@ -54,11 +56,11 @@ class Form:
     attend: Literal["sdpa", "flex", "matmul", "einsum", "bmm", "baddbmm"] = "sdpa"
     causal: bool = False
     scale: Literal["query", "scores", "divide", "none"] = "scores"
-    factor: Literal["none", "one", "heads", "queries", "divisor"] = "none"
+    factor: Literal["none", "one", "heads", "queries", "divisor", "length"] = "none"
     softcap: Literal[0, 2] = 0
     sinks: bool = False
     alibi: bool = False
-    mask: Literal["float", "bool", "taken off", "where"] = "float"
+    mask: Literal["float", "bool", "taken off", "whole", "where"] = "float"
     twice: bool = False
 
 
@@ -222,6 +224,8 @@ class Attention(nn.Module):
             scores = scores + added
         elif form.mask == "taken off":
             scores = scores - 1e9 * (1.0 - seen.to(scores.dtype))
+        elif form.mask == "whole":
+            scores = scores - 10**6 * (1 - seen.long())
         elif form.mask == "where":
             hidden = torch.tensor(float("-inf"), dtype=scores.dtype, device=scores.device)
             scores = torch.where(~seen, hidden, scores)
@@ -246,6 +250,8 @@ class Attention(nn.Module):
         factors, kind = self.factors, self.form.factor
         if kind == "divisor":
             return scores / torch.sqrt(torch.tensor(2.0))
+        if kind == "length":
+            return scores / scores.shape[-1] ** 0.5
         if kind == "queries":
             factors = 1 + q.reshape(*scores.shape[:3], -1)[..., :1].sigmoid()
         return scores * {"one": factors[1], "heads": factors[:, None, None]}.get(kind, factors)

@@ -60,6 +60,10 @@ FORMS: dict[str, tuple[Weigh, list[tuple[bool, bool]]]] = {
         [(False, False)]),
     "a whole number": (
         lambda q, k, m, t: (plain(q, k) / torch.tensor(4) + m).softmax(-1), [(True, False)]),
+    # Bug: the reason was that it differs from key to key.
+    "bool": (
+        lambda q, k, m, t: (plain(q, k) * (t > 0)[:, None, None] + m).softmax(-1),
+        [(False, False)]),
     "of zero": (lambda q, k, m, t: (plain(q, k) * t[3] + m).softmax(-1), [(False, False)]),
     "heads side by side": (
         lambda q, k, m, t: ((torch.bmm(flat(q), flat(k).mT) * t.repeat(B)[:, None, None]
@@ -115,10 +119,11 @@ def test_a_prefill_with_factors_leaves_its_cache_packed(form: str) -> None:
 REFUSED: dict[str, tuple[Weigh, str]] = {
     "from key to key": (
         lambda q, k, m, t: (plain(q, k) * m.exp() + m).softmax(-1), "differs from key to key"),
-    "bool": (lambda q, k, m, t: (plain(q, k) * (m == 0)).softmax(-1), "differs from key to key"),
+    "from key to key, bool": (
+        lambda q, k, m, t: (plain(q, k) * (m == 0)).softmax(-1), "differs from key to key"),
     "more sequences": (
         lambda q, k, m, t: (plain(q[:1], k[:1]) * t[:2, None, None, None]).softmax(-1),
-        "differs from key to key"),
+        "does not fit them"),
     "behind the mask": (
         lambda q, k, m, t: ((plain(q, k) + m) * t[0]).softmax(-1), "masked or capped scores"),
     "behind the cap": (
@@ -152,3 +157,27 @@ def test_a_factor_that_changes_before_the_values_are_read_is_left_alone() -> Non
     captured = capture(decode(weigh), *given())
     assert captured.treatments == []
     assert "change before the values are read" in captured.reasons[0]
+
+
+READ: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "of a parameter": lambda s, t: t[0], "whole": lambda s, t: t.sum().long() + 2,
+    "of the scores": lambda s, t: s.abs().max(), "whole, of the scores": lambda s, t: s.argmax(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_a_number_that_is_read_out_of_a_tensor_is_a_factor(kind: str) -> None:
+    """Bug: a guard was asked for, and the compilation of the whole graph failed."""
+
+    def weigh(q: Tensor, k: Tensor, m: Tensor, t: Tensor) -> Tensor:
+        scores = plain(q, k)
+        return (scores * READ[kind](scores, t).item() + m).softmax(-1)
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        captured = capture(decode(weigh), *given())
+    if "of the scores" in kind:
+        assert captured.treatments == [] and "is made of them" in captured.reasons[0]
+        return
+    assert (captured.treatments, captured.reasons) == (["attend"], [])
+    (got, *_), _ = run(captured, rewrite(captured))
+    torch.testing.assert_close(got, captured.expected()[0], **CLOSE)

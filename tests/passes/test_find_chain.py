@@ -75,6 +75,10 @@ FORMS: dict[str, tuple[Weigh, float, bool, bool]] = {
     "where, a method": (
         lambda q, k, m: plain(q, k).where(m == 0, torch.full((), -1e9).to(q.dtype)).softmax(-1),
         1.0, True, False),
+    # Bug: the condition was taken for the scores.
+    "where, a method, all named": (
+        lambda q, k, m: plain(q, k).where(condition=m == 0, other=torch.tensor(-1e9)).softmax(-1),
+        1.0, True, False),
     "masked_fill by a tensor": (
         lambda q, k, m: plain(q, k).masked_fill(m < 0, q.new_tensor(-1e9)).softmax(-1),
         1.0, True, True),
@@ -158,6 +162,10 @@ SEVERAL: dict[str, tuple[Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], lis
     "taken off in place": (
         lambda q, k, m, b: (plain(q, k).sub_(b) * 0.5).sub_((m < 0) * 1e9).softmax(-1),
         [-0.5, -1]),
+    # Bug: masks of whole numbers were said to be of none.
+    "whole numbers": (
+        lambda q, k, m, b: (
+            plain(q, k) - 10000 * (m < 0).long() + b.round().long()).softmax(-1), [-1, 1]),
     "two that hide": (
         lambda q, k, m, b: torch.where(
             b < 3, plain(q, k), -1e9).masked_fill(m < 0, LOWEST).softmax(-1), [1, 1]),
@@ -220,6 +228,35 @@ def test_a_written_out_attention_is_attended_on_codes(form: str) -> None:
     assert not left, "what was written out is gone"
 
 
+@pytest.mark.parametrize("form", ["a bias", "a factor"])
+@pytest.mark.parametrize("in_front", [True, False])
+def test_of_two_products_that_of_stored_keys_is_the_scores(form: str, in_front: bool) -> None:
+    """Bug: it was the first one, with a reason that spoke of a table of positions."""
+
+    def weigh(q: Tensor, k: Tensor, m: Tensor) -> Tensor:
+        table = torch.arange(k.shape[2] * 8.0).view(1, 1, -1, 8).cos().expand(2, 4, -1, -1)
+        scores, other = plain(q, k), plain(q, table if form == "a bias" else table[:, :, :1])
+        first, second = (other, scores) if in_front else (scores, other)
+        return ((first + second if form == "a bias" else first * second) + m).softmax(-1)
+
+    captured = capture(decode(weigh), *given(3))
+    assert (captured.treatments, captured.reasons) == (["attend"], [])
+    (got, *_), _ = run(captured, rewrite(captured))
+    torch.testing.assert_close(got, captured.expected()[0], **CLOSE)
+
+
+def test_one_mask_of_whole_numbers_is_added_as_it_is() -> None:
+    """Bug: a mask of whole numbers was said to be none of numbers."""
+
+    def weigh(q: Tensor, k: Tensor, m: Tensor) -> Tensor:
+        return (plain(q, k) + (m < 0).long() * -10000).softmax(-1)
+
+    captured = capture(decode(weigh), *given(3))
+    assert (captured.treatments, captured.reasons) == (["attend"], [])
+    (got, *_), _ = run(captured, rewrite(captured))
+    torch.testing.assert_close(got, captured.expected()[0], **CLOSE)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_prefill_that_is_written_out_leaves_its_cache_packed(form: str) -> None:
     def fn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Any:
@@ -280,6 +317,11 @@ REFUSED: dict[str, tuple[Weigh, str]] = {
         lambda q, k, m: (lambda s: torch.cat(
             [s + m, s.sum((0, 2, 3))[None, :, None, None].expand(2, 4, s.shape[2], 1)], -1
         ).softmax(-1)[..., :-1])(plain(q, k)), "is made of them"),
+    # Bug: the reason was that it is no mask of numbers.
+    "a constant for all": (
+        lambda q, k, m: (plain(q, k) + 3.0 + m).softmax(-1), "a number is added"),
+    "a mask of bools": (
+        lambda q, k, m: (plain(q, k) + (m == 0)).softmax(-1), "no mask of numbers"),
     "a mask less the scores": (lambda q, k, m: (m - plain(q, k)).softmax(-1), "unknown form"),
     "a mask taken off several times": (
         lambda q, k, m: torch.sub(plain(q, k), m, alpha=2).softmax(-1), "unknown form"),

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apack_compile.passes.find_updates import PREALLOCATED
+from apack_compile.passes.find_updates import MADE, PREALLOCATED
 
 from .capture import Captured, capture, packed, tokens
 
@@ -235,6 +235,25 @@ def test_a_sliding_window_is_left_alone(make: Callable[[int], Tensor]) -> None:
     captured = capture(fn, tokens(1), tokens(1), tokens(1), make(40), make(40))
     assert kinds(captured) == []
     assert reasons(captured) == ["the whole cache is not stored (sliding window): left dense"]
+
+
+@pytest.mark.parametrize("repeat", [
+    lambda x: x.repeat(1, 2, 1, 1),
+    lambda x: x[:, None].expand(2, 2, 2, 9, 8).reshape(2, 4, 9, 8),
+    lambda x: x.index_select(1, torch.tensor([0, 1, 0, 1])),
+], ids=["repeat", "expand", "index_select"])  # fmt: skip
+def test_a_prefill_of_heads_in_another_order_is_not_without_a_cache(
+    repeat: Callable[[Tensor], Tensor],
+) -> None:
+    """Bug: the reason was that keys and values are not stored."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        k, v = k * 1, v * 1
+        return sdpa(q, repeat(k), repeat(v)), k, v
+
+    captured = capture(fn, tokens(9, 4), tokens(9), tokens(9))
+    assert kinds(captured) == []
+    assert reasons(captured) == [MADE]
 
 
 def test_vision_attention_is_left_alone() -> None:

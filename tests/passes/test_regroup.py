@@ -267,7 +267,7 @@ REFUSED: dict[str, tuple[Attend, str]] = {
             B * H, Q * 3, S // 3).softmax(-1) @ flat(v)[:, : S // 3], "unknown form"),
     "rows of other tokens": (
         lambda q, k, v, m, a: torch.bmm(products(q, k.reshape(B, H, D, S).transpose(
-            2, 3)).softmax(-1), flat(v)), "4 query heads do not go with 4 and 2"),
+            2, 3)).softmax(-1), flat(v)), "changed once repeated"),
     "repeated side by side": (
         lambda q, k, v, m, a: torch.bmm(torch.bmm(
             flat(q), k[:, :2].reshape(B * 2, S, D).repeat(2, 1, 1).mT

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import apack_compile
 
-from .. import zoo
+from .. import plain, zoo
 
 AOT = {"inner": "aot_eager"}
 
@@ -81,6 +82,37 @@ def test_short_prompts_are_kept_exact_until_enough_tokens_have_been_seen() -> No
         layouts.append(out.past_key_values.layers[0].keys.store.ref.layout.kind)
     assert layouts == ["exact", "exact", "transform", "transform"]
     assert "packed exactly" not in str(apack_compile.report(case.model))
+
+
+class ScaledByLength(plain.PlainAttention):
+    """Scores over the square root of the number of keys."""
+
+    def forward(self, x: Tensor, past: Any, mask: Tensor | None) -> tuple[Tensor, Any]:
+        q, k, v = (
+            part(x).view(*x.shape[:2], -1, self.dim).transpose(1, 2)
+            for part in (self.q, self.k, self.v)
+        )
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        k_all, v_all = (x.repeat_interleave(2, 1) for x in (k, v))
+        scores = q @ k_all.transpose(2, 3) / k.shape[2] ** 0.5
+        y = (scores + mask).softmax(-1) @ v_all
+        return self.o(y.transpose(1, 2).flatten(2)), (k, v)
+
+
+@torch.no_grad()
+def test_a_scale_made_of_the_length_does_not_recompile() -> None:
+    """Bug: a guard held each decode graph to the one length that it was compiled for."""
+    torch.manual_seed(0)
+    model = plain.PlainDecoder(layers=1).eval()
+    model.layers[0] = ScaledByLength(64, 4, 2)
+    compiled = torch.compile(model, backend="attentionpack", options={"codec": "exact", **AOT})
+    inputs = zoo.prompt(0, 30, 2, padded=True)
+    given = inputs["input_ids"], inputs["attention_mask"], 12, "float"
+    want, _ = plain.plain_generate(model, *given)
+    assert torch.equal(plain.plain_generate(compiled, *given)[0], want)
+    report = apack_compile.report(model)
+    assert (report.graphs, report.attends) == (2, 11)
 
 
 def test_recompile_limit_is_raised_and_restored_by_reset() -> None:

@@ -87,8 +87,8 @@ def test_any_forms(forms: list[Form], length: int) -> None:
     Form(causal=True, rotary="sections"),
     Form(attend="matmul", softcap=2, sinks=True, factor="heads", mask="taken off"),
     Form(attend="einsum", factor="divisor", mask="where"),
-    Form(attend="bmm", sinks=True, repeat="joined", rotary="complex"),
-    Form(attend="baddbmm", alibi=True, mask="bool", twice=True),
+    Form(attend="bmm", sinks=True, repeat="joined", rotary="complex", factor="length"),
+    Form(attend="baddbmm", alibi=True, mask="whole", twice=True),
 ], ids=lambda form: form.attend)  # fmt: skip
 def test_a_plain_form(form: Form) -> None:
     check([form], 40)

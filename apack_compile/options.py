@@ -18,6 +18,7 @@ ONLY_WITH = {
     "k_code": ("transform",),
     "v_basis": ("transform",),
     "tiers": ("transform",),
+    "exact_share": ("transform",),
     "k_rank": ("svd",),
     "v_rank": ("svd",),
 }
@@ -45,7 +46,7 @@ class Options:
             (rounded head by head), or ``svd`` (the paper's: a truncated SVD of each sequence;
             ``mode="paper"`` chooses it).
         ratio: bytes of a dense 16-bit token over bytes of a coded one, from 2 to 32.
-        k_code, v_basis, tiers: see :class:`~apack_compile.codec.recipe.Recipe`.
+        k_code, v_basis, tiers, exact_share: see :class:`~apack_compile.codec.recipe.Recipe`.
         k_rank, v_rank: components that ``svd`` keeps; 0: as many as ``ratio`` allows.
         sinks: first visible tokens of each sequence, kept exact for good.
         window: recent tokens that are never coded.
@@ -63,6 +64,7 @@ class Options:
     k_code: str = "post-rope"
     v_basis: str = "pca"
     tiers: bool = False
+    exact_share: float = 0.0
     k_rank: int = 0
     v_rank: int = 0
     sinks: int = 4
@@ -86,7 +88,8 @@ class Options:
     @property
     def recipe(self) -> Recipe:
         """Which member of the family is fitted."""
-        return Recipe(float(self.ratio), self.k_code, self.v_basis, self.tiers)
+        share = float(self.exact_share)
+        return Recipe(float(self.ratio), self.k_code, self.v_basis, self.tiers, share)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -129,6 +132,7 @@ class Options:
         _number(given, "fit_tokens", int, 0, 1 << 20)
         _flag(given, "profile_cache")
         _flag(given, "tiers")
+        _number(given, "exact_share", float, 0, 0.05)
         codec = given.get("codec", cls.codec)
         for name, codecs in ONLY_WITH.items():
             if name in given and codec not in codecs:
@@ -141,6 +145,12 @@ class Options:
                 f"option sinks=0 does not go together with codec={codec!r} "
                 f"and k_code={given.get('k_code', cls.k_code)!r}: positions of keys are counted "
                 "from the first sink; accepted is sinks from 1 to 64"
+            )
+        ratio, share = given.get("ratio", cls.ratio), given.get("exact_share", 0)
+        if 2 * ratio * share > 1:
+            raise OptionError(
+                f"option exact_share={share!r} leaves less than half of the bytes to codes at "
+                f"ratio={ratio!r}: accepted is a number from 0 to {1 / (2 * ratio):.4f} with it"
             )
         inductor = given.get("inductor", {})
         if not isinstance(inductor, Mapping):
@@ -157,7 +167,7 @@ def _one_of(given: dict[str, Any], name: str, accepted: tuple[str, ...]) -> None
         raise OptionError(f"option {name}={given[name]!r}: accepted are {words}")
 
 
-def _number(given: dict[str, Any], name: str, kind: type, low: int, high: int) -> None:
+def _number(given: dict[str, Any], name: str, kind: type, low: float, high: float) -> None:
     if name not in given:
         return
     value = given[name]

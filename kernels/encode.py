@@ -35,7 +35,8 @@ def encode(
         visible: ``[B, S]`` bool, False where no query sees the token (padding); None: all seen.
         params: the fitted parameters of ``layout``.
         layout: spec of the code.
-        sinks, extra: pool slots reserved for the first visible tokens, and on demand.
+        sinks, extra: pool slots reserved for the first visible tokens, and on demand, where the
+            layout does not want a share of the tokens to stay exact.
         window: recent tokens that stay exact.
         ring: slots of the ring, at least ``window``.
         chunk: payload capacity is a multiple of this, and so is that of planes.
@@ -61,7 +62,9 @@ def encode(
         levels = torch.ops.apack.token_levels(weight, code.shares)
     parts, judged = encode_tokens(x, params, code, first, 0, levels)
     strain = None if judged is None else judged.strain
-    pool, positions = torch.ops.apack.make_pool(x, visible, strain, sinks, extra)
+    pool, positions = torch.ops.apack.make_pool(
+        x, visible, strain, sinks, code.slots(extra, coded), code.strained
+    )
     capacity = (length + chunk - 1) // chunk * chunk
     tokenwise = code.tokenwise
     payload = [

@@ -1,9 +1,10 @@
 """The pool: a few tokens of each sequence that stay exact whatever the code does.
 
 Slots are reserved by position (attention sinks: the first visible tokens) or taken on demand, by
-tokens that no code can hold (NaN, infinity) and by those that this code holds far worse than it was
-made to (:data:`STRAINED`), the worst first. A reserved position may lie in the future; its value is
-filled in when that token is coded.
+tokens that no code can hold (NaN, infinity) and by those that this code holds worst
+(``Layout.strained``: far worse than it was made to, or as many as the layout has slots for), the
+worst first. A reserved position may lie in the future; its value is filled in when that token is
+coded.
 """
 
 from __future__ import annotations
@@ -11,11 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-STRAINED = 16.0
-"""A token whose error is so many times the expected one stays exact, while there is a slot."""
-
-SPARE = 4
-"""Slots that only tokens that are not finite may take."""
+from ..codec.layout import SPARE, STRAINED
 
 
 def reserve_sinks(visible: Tensor | None, like: Tensor, sinks: int, extra: int) -> Tensor:
@@ -38,7 +35,7 @@ def reserve_sinks(visible: Tensor | None, like: Tensor, sinks: int, extra: int) 
 
 def fill_pool(
     pool: Tensor, positions: Tensor, x: Tensor, start: int, visible: Tensor | None,
-    strain: Tensor | None = None,
+    strain: Tensor | None = None, strained: float = STRAINED,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Take what the pool wants from tokens that are being coded.
 
@@ -46,7 +43,8 @@ def fill_pool(
         pool: ``[B, H, E, D]``; positions: ``[B, E]``.
         x: tokens ``[B, H, T, D]`` at positions ``start .. start + T``.
         visible: ``[B, T]``; tokens that no query sees need no slot on demand.
-        strain: ``[B, T]``: error of each token over the expected one; None: nothing is expected.
+        strain: ``[B, T]``: how much each token wants to stay exact; None: nothing is expected.
+        strained: those above it may have a slot.
 
     Returns:
         The new pool and positions. Where non-finite tokens find no free slot, the last of those
@@ -65,7 +63,7 @@ def fill_pool(
     worst, which = torch.where(eligible, demand, 0.0).sort(dim=1, descending=True, stable=True)
     rank = torch.arange(1, x.shape[2] + 1, device=x.device)
     room = free.sum(1, keepdim=True)  # [B, 1]
-    wanted = (worst == float("inf")) | (worst > STRAINED) & (rank <= room - SPARE)
+    wanted = (worst == float("inf")) | (worst > strained) & (rank <= room - SPARE)
     turn = torch.zeros_like(which).scatter(1, which, torch.where(wanted, rank, -2))  # [B, T]
     order_free = torch.where(free, free.cumsum(1), -1)
     taken = order_free[:, :, None] == turn[:, None, :]  # [B, E, T]
@@ -83,21 +81,22 @@ def fill_pool(
 
 
 def make_pool(
-    x: Tensor, visible: Tensor | None, strain: Tensor | None, sinks: int, extra: int
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, visible: Tensor | None, strain: Tensor | None, sinks: int, extra: int,
+    strained: float = STRAINED,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The pool of a whole prefill ``x [B, H, S, D]``, and its positions: ``apack::make_pool``.
 
     Args:
         x: all tokens.
         visible: ``[B, S]`` bool, False for padding; None: all are seen.
-        strain: ``[B, S]``, see :func:`fill_pool`.
+        strain, strained: see :func:`fill_pool`.
         sinks, extra: slots for the first visible tokens, and on demand.
     """
     pool = x.new_zeros(x.shape[0], x.shape[1], sinks + extra, x.shape[3])
     positions = reserve_sinks(visible, x, sinks, extra)
     if not sinks + extra:
         return pool, positions
-    return fill_pool(pool, positions, x, 0, visible, strain)
+    return fill_pool(pool, positions, x, 0, visible, strain, strained)
 
 
 def override(dense: Tensor, positions: Tensor, values: Tensor, dim: int) -> Tensor:

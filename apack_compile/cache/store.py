@@ -228,6 +228,7 @@ class SideStore:
     def _code(self, x: Tensor) -> None:
         start, end = self.coded, self.coded + x.shape[2]
         code = self.ref.code
+        self._grow_pool(end)
         pool, positions, ref = self.side.pool, self.side.pool_positions, self.ref
         payload = self._with_room(end)
         kernels = None if code.layout.per_sequence else encode_kernels(x, code.layout)
@@ -251,7 +252,9 @@ class SideStore:
         )
         if pool.shape[2]:
             strain = None if judged is None else judged.strain
-            pool, positions = fill_pool(pool, positions, x, start, None, strain)
+            pool, positions = fill_pool(
+                pool, positions, x, start, None, strain, code.layout.strained
+            )
         seen = torch.ones(x.shape[2], dtype=torch.bool, device=x.device)
         sums = tally(judged, seen, positions, start)
         self._write(payload, parts, levels, start, end)
@@ -262,6 +265,16 @@ class SideStore:
         self._coded(end, sums)
         if ref is not self.ref:
             self.ref, self.factored = ref, end
+
+    def _grow_pool(self, tokens: int) -> None:
+        """Let the pool have the slots that so many coded tokens want."""
+        pool, positions, policy = self.side.pool, self.side.pool_positions, self.policy
+        wanted = policy.sinks + self.ref.layout.slots(policy.extra, tokens)
+        more = wanted - pool.shape[2]
+        if self.ref.layout.kept and more > 0:
+            pool = torch.nn.functional.pad(pool, (0, 0, 0, more))
+            positions = torch.nn.functional.pad(positions, (0, more), value=-1)
+            self.side = self.side._replace(pool=pool, pool_positions=positions)
 
     def _write(
         self, payload: Sequence[Tensor], parts: Sequence[Tensor], levels: Tensor | None,

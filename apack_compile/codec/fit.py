@@ -23,6 +23,7 @@ from .bits import CLASSES
 from .budget import share_budget
 from .code import Code
 from .kinds import balance, kind_error, rest
+from .layout import KEPT_OF
 from .moments import Moments
 from .quantiser import lacking_quantiser, tailed_quantiser
 from .recipe import Recipe
@@ -140,9 +141,15 @@ def _distortion(side: Spectrum, layout: TransformLayout, lacking: int) -> Tensor
     return distortion
 
 
-def side_budget(channels: int, ratio: float) -> int:
-    """Bytes a token of ``channels`` numbers may take: 16 bits each over ``ratio``."""
-    return int(2 * channels / ratio)
+def side_budget(channels: int, ratio: float, kept: int = 0) -> int:
+    """Bytes that the code of a token may take, so that all of them take 16 bits over ``ratio``.
+
+    Args:
+        channels: numbers of a token.
+        ratio: of 16 bits each to what a token takes.
+        kept: of ``KEPT_OF`` tokens, how many take 16 bits for each number besides.
+    """
+    return int(2 * channels / ratio - 2 * channels * kept / KEPT_OF)
 
 
 @dataclass(frozen=True)
@@ -220,7 +227,7 @@ def fit_transform(
         layers: either all or none of them with a sensitivity (none: bits by variance, the same
             bytes for all layers), and with a rotation.
         dims: head dimensions of keys and values.
-        recipe: its ratio holds for all layers together, gains counted.
+        recipe: its ratio holds for all layers together, gains and exact tokens counted.
         reach: tokens of context that the codes should serve.
         layouts: of each layer, to be kept; None: they are chosen.
 
@@ -236,7 +243,7 @@ def fit_transform(
     # Layer by layer: the moments of all layers at once, spread, would take gigabytes.
     keys, values = zip(*(coded(layer).spectra(dims, recipe) for layer in layers), strict=True)
     k_budget, v_budget = (
-        side_budget(side[0].mean.numel(), recipe.ratio) for side in (keys, values)
+        side_budget(side[0].mean.numel(), recipe.ratio, recipe.kept) for side in (keys, values)
     )
     if layouts is None:
         shares = TIERS if recipe.tiers else ()
@@ -246,6 +253,8 @@ def fit_transform(
         else:
             budget = len(keys) * (k_budget + v_budget)
             layouts = share_budget(keys, values, budget, shares=shares)
+        exact = recipe.kept
+        layouts = [(replace(k, exact=exact), replace(v, exact=exact)) for k, v in layouts]
         if before:
             layouts = [
                 (replace(k, rotary=turn.width, interleaved=int(turn.interleaved)), v)

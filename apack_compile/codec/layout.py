@@ -10,7 +10,9 @@ A layout that is ``positional`` wants the positions ``[B|1, T]`` of the tokens t
 the same positions whenever it reads them. A layout may have *planes*, payload tensors with rows for
 some tokens only: the last ones, one for each of its ``shares``. The one before them then holds the
 levels of the tokens: one of level l is in planes 1 to l. Layouts themselves see planes with a row
-for every token; who stores them leaves rows out and puts them back (``kernels/planes.py``).
+for every token; who stores them leaves rows out and puts them back (``kernels/planes.py``). And a
+layout may want some of its tokens to stay exact; who stores them has slots for as many
+(``kernels/pool.py``).
 """
 
 from __future__ import annotations
@@ -28,6 +30,15 @@ from torch import Tensor
 PARTS = 32
 """Shares of tokens are multiples of one part in so many: a block fills them evenly."""
 
+KEPT_OF = 1024
+"""Shares of tokens that stay exact are counted in one of so many."""
+
+STRAINED = 16.0
+"""A token whose error is so many times the expected one stays exact, while there is a slot."""
+
+SPARE = 4
+"""Slots that only tokens that are not finite may take."""
+
 _KINDS: dict[str, type[Layout]] = {}
 
 
@@ -38,7 +49,8 @@ class Judged(NamedTuple):
         error: squared error of each token ``[B, T]``, over the mean error on the tokens that the
             code was fitted on: 1 is as expected.
         size: squared size, in the same unit.
-        strain: the error over what is expected of this very token: less of one with fewer bits.
+        strain: how much the token wants to stay exact: the error over what is expected of this very
+            token (less of one with fewer bits), or what else the layout goes by.
     """
 
     error: Tensor
@@ -83,6 +95,20 @@ class Layout(ABC):
     def tokenwise(self) -> int:
         """Payload tensors with a row for every token; planes are behind them."""
         return len(self.payload_fields(torch.float32)) - len(self.shares)
+
+    @property
+    def kept(self) -> int:
+        """Of ``KEPT_OF`` tokens, how many stay exact; 0: only those that strain the code."""
+        return 0
+
+    def slots(self, extra: int, tokens: int) -> int:
+        """Slots on demand for ``tokens``: ``extra``, or those of the share and some spare ones."""
+        return SPARE + self.kept * tokens // KEPT_OF if self.kept else extra
+
+    @property
+    def strained(self) -> float:
+        """A token whose strain is greater stays exact, while there is a slot."""
+        return 0.0 if self.kept else STRAINED
 
     @property
     @abstractmethod

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .layout import KEPT_OF
+
 KEY_CODES = ("post-rope", "pre-rope")
 
 VALUE_BASES = ("pca", "hadamard")
@@ -23,9 +25,17 @@ class Recipe:
             (QuaRot, NeurIPS 2024).
         tiers: values have as many bits as the attention that their token receives is worth
             (:class:`~apack_compile.codec.tiered.TieredLayout`).
+        exact_share: share of the tokens of each sequence, layer and side that stay exact: those
+            that the code holds worst for their size. Codes are so much smaller.
     """
 
     ratio: float
     k_code: str = "post-rope"
     v_basis: str = "pca"
     tiers: bool = False
+    exact_share: float = 0.0
+
+    @property
+    def kept(self) -> int:
+        """Of ``KEPT_OF`` tokens, how many stay exact."""
+        return max(round(self.exact_share * KEPT_OF), int(self.exact_share > 0))

@@ -137,11 +137,11 @@ class TieredLayout(TransformLayout):
         self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None = None,
         levels: Tensor | None = None,
     ) -> tuple[list[Tensor], Judged | None]:  # fmt: skip
-        """Strain is the error over what is expected of a token of this level."""
+        """Strain is that of any token over the error that is expected of one of this level."""
         payload, judged = super().encode_and_judge(x, params, positions, levels)
         assert judged is not None
         expected = params[-1 - self.positional].to(judged.error.dtype)
-        strain = judged.error / expected[payload[2][..., 0].long()]
+        strain = judged.strain / expected[payload[2][..., 0].long()]
         return payload, judged._replace(strain=strain)
 
     def _codes(self, payload: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -203,4 +203,4 @@ def layout_of(
     r8, r4, r2 = counts
     if not shares:
         return TransformLayout(heads, dim, groups, r8, r4, r2, int(gain))
-    return TieredLayout(heads, dim, groups, r8, r4, r2, int(gain), 0, 0, *shares)
+    return TieredLayout(heads, dim, groups, r8, r4, r2, int(gain), 0, 0, 0, *shares)

@@ -55,6 +55,8 @@ class TransformLayout(Layout):
             ``y * whiten``, 2 its largest magnitude.
         rotary: leading components of a head that are rotated by position; 0: coded as they are.
         interleaved: 1 if rotated pairs are neighbours, 0 if they are halves.
+        exact: of ``KEPT_OF`` tokens, how many stay exact: those whose error, in the metric of the
+            code, is greatest over their own size. What is unusual in a context is looked up by it.
 
     Params: ``mean [G, n]``, ``analysis [G, n, R]``, ``synthesis [G, R, n]``, with a gain also
     ``whiten [G, R]``, then ``metric [H, D, D]`` and ``scales [G, R]``: sizes are those of
@@ -69,8 +71,14 @@ class TransformLayout(Layout):
     gain: int
     rotary: int = 0
     interleaved: int = 0
+    exact: int = 0
 
     kind: ClassVar[str] = "transform"
+
+    @property
+    def kept(self) -> int:
+        """Of ``KEPT_OF`` tokens, how many stay exact."""
+        return self.exact
 
     @property
     def param_count(self) -> int:
@@ -159,7 +167,13 @@ class TransformLayout(Layout):
         stored = (y * scales).square().sum((1, 3))
         wrong = ((y - back) * scales).square().sum((1, 3))
         error = (size - stored).clamp_min(0) + wrong
-        return payload, Judged(error, size, error)
+        return payload, Judged(error, size, self._strain(error, centred))
+
+    def _strain(self, error: Tensor, centred: Tensor) -> Tensor:
+        """The error ``[B, T]``, over the size of the token where a share of them stays exact."""
+        if not self.kept:
+            return error
+        return error / centred.square().sum((1, 3)).clamp_min(1e-30)
 
     def _components(
         self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None

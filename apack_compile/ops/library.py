@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._inductor.decomposition import register_decomposition
 
 from ..codec import parse_layout
-from ..codec.layout import working_dtype
+from ..codec.layout import STRAINED, working_dtype
 from ..codec.spectrum import head_groups
 from ..compat import full_precision
 from ..kernels.append import append_ as _append_
@@ -111,7 +111,8 @@ def _side_grows(side: Sequence[Tensor], layout: str) -> list[Grows]:
     code = parse_layout(layout)
     stored = [Grows(True, (1,), alike=True)] * code.tokenwise
     stored += [Grows(True, (1,))] * len(code.shares)
-    stored += [Grows(True)] * (3 + code.per_sequence)
+    pool = [Grows(True, (2,)), Grows(True, (1,))] if code.kept else [Grows(True)] * 2
+    stored += [*pool, *[Grows(True)] * (1 + code.per_sequence)]
     return [*stored, *[Grows()] * (len(side) - len(stored))]
 
 
@@ -158,21 +159,23 @@ def _encode_fake(
     rows = [(length + chunk - 1) // chunk * chunk] * code.tokenwise
     coded = torch.sym_max(length - window, 0)
     rows += [capacity_for(quota, chunk) for quota in quotas(code, coded)]
+    slots = sinks + code.slots(extra, coded)
     return [
         *(
             x.new_empty(batch, count, width, dtype=dtype)
             for count, (width, dtype) in zip(rows, fields, strict=True)
         ),
-        x.new_empty(batch, heads, sinks + extra, dim),
-        x.new_empty(batch, sinks + extra, dtype=torch.int64),
+        x.new_empty(batch, heads, slots, dim),
+        x.new_empty(batch, slots, dtype=torch.int64),
         x.new_empty(batch, heads, ring, dim),
         x.new_empty(3, dtype=torch.float32),
     ]
 
 
 def _make_pool_fake(
-    x: Tensor, visible: Tensor | None, strain: Tensor | None, sinks: int, extra: int
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, visible: Tensor | None, strain: Tensor | None, sinks: int, extra: int,
+    strained: float = STRAINED,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, heads, _, dim = x.shape
     slots = sinks + extra
     return x.new_empty(batch, heads, slots, dim), x.new_empty(batch, slots, dtype=torch.int64)
@@ -244,8 +247,8 @@ _define(
     _score_bias_fake,
 )
 _define(
-    "make_pool(Tensor x, Tensor? visible, Tensor? strain, int sinks, int extra) "
-    "-> (Tensor, Tensor)",
+    "make_pool(Tensor x, Tensor? visible, Tensor? strain, int sinks, SymInt extra, "
+    f"float strained={STRAINED}) -> (Tensor, Tensor)",
     _make_pool,
     _make_pool_fake,
 )

@@ -57,6 +57,8 @@ class Dynamics:
         if index < payloads:
             alike = index < layout.tokenwise  # planes are of any size
             rest[0] = self._capacities[number] if alike else DYNAMIC
+        elif layout.kept and index < payloads + 2:
+            rest[payloads - index + 1] = DYNAMIC  # slots of the pool, and of its positions
         return (self._batches[number], *rest)
 
 

@@ -109,6 +109,7 @@ FULL = (8, 4, 6, 12, 2)
 TIERED = (8, 12, 16)
 IMAGES = (8, 4, 6, 12, 16, 2)
 BEST = {"k_code": "pre-rope"}
+KEPT = {"exact_share": 0.01}
 
 VARIANTS = (
     Variant("", {"short": (4, 8), "target": TARGETS, "full": FULL, "images": IMAGES}),
@@ -125,6 +126,15 @@ VARIANTS = (
     ),
     Variant(", Hadamard V", {"full": (8,)}, {"v_basis": "hadamard"}),
     Variant(", as decoded", {"full": (4, 8)}, coded_once=False),
+    Variant(
+        ", 1 % exact, fitted beforehand", {"target": (8, 6), "full": (8,), "images": (8,)},
+        KEPT, beforehand=True,
+    ),
+    Variant(
+        ", 1 % exact, pre-RoPE K, fitted beforehand",
+        {"target": (8, 6), "full": (8,), "images": (8,)}, {**BEST, **KEPT}, beforehand=True,
+    ),
+    Variant(", 1 % exact", {"target": (8, 6), "full": (8,), "images": (8,)}, KEPT),
     Variant(", paper mode", {"full": (8,), "images": (8, 4)}, {"codec": "svd"}),
 )  # fmt: skip
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...codec import TransformLayout
+from ...codec.layout import SPARE, STRAINED
 from ...codec.transform import LEAST_GAIN, MOST_GAIN
-from ..pool import SPARE, STRAINED
 from .encode import encode_kernel
 from .launch import DTYPES
 from .settle import FIELDS, settle_kernel, survey_kernel
@@ -39,7 +39,9 @@ def _columns(layout: TransformLayout) -> tuple[int, int, int]:
 
 def takes(x: Tensor, layout: object) -> bool:
     """Whether the kernels can code these tokens."""
-    if not isinstance(layout, TransformLayout) or layout.positional or layout.shares:
+    if not isinstance(layout, TransformLayout):
+        return False
+    if layout.positional or layout.shares or layout.kept:
         return False
     p8, p4, p2 = _columns(layout)
     fits = p8 + 2 * p4 + 4 * p2 + _pad(layout.dim) <= MOST_COLUMNS

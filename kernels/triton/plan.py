@@ -73,7 +73,7 @@ def _power(n: int, least: int) -> int:
 def supported(layout: Layout) -> bool:
     """Whether the kernels know this kind of code."""
     if isinstance(layout, TransformLayout):
-        simple = not layout.positional and not layout.shares
+        simple = not (layout.positional or layout.shares or layout.kept)
         return simple and all(count % 16 == 0 for _, count in layout.runs)
     return isinstance(layout, ExactLayout)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from apack_compile.cache import PackedKV, Policy, SideStore
 from apack_compile.codec import Code, CodeRef, TransformLayout
-from apack_compile.kernels.pool import SPARE
+from apack_compile.codec.layout import KEPT_OF, SPARE
 
 from ..helpers import at_every_level, few, fitted_ref
 from .histories import Histories, Pair, pairs
@@ -34,6 +34,12 @@ def turned(ref: CodeRef) -> CodeRef:
     return CodeRef(Code(replace(layout, rotary=layout.dim), (*ref.code.params, waves)))
 
 
+def kept(ref: CodeRef) -> CodeRef:
+    """The same code with a fifth of the tokens exact."""
+    assert isinstance(ref.layout, TransformLayout)
+    return CodeRef(Code(replace(ref.layout, exact=KEPT_OF // 5), ref.code.params))
+
+
 KEYS, VALUES = fitted_ref(gain=False), fitted_ref(ratio=2)
 TIERED = fitted_ref(ratio=2, tiers=True)
 SETUPS: dict[str, tuple[CodeRef, Policy]] = {
@@ -42,6 +48,8 @@ SETUPS: dict[str, tuple[CodeRef, Policy]] = {
     "keys before their rotation": (turned(KEYS), POLICY),
     "values, no sinks": (VALUES, replace(POLICY, sinks=0)),
     "values in tiers": (TIERED, POLICY),
+    "keys, some exact": (kept(KEYS), POLICY),
+    "values in tiers, some exact, no sinks": (kept(TIERED), replace(POLICY, sinks=0)),
 }
 
 
@@ -258,6 +266,28 @@ def test_a_crop_gives_back_the_slots_of_the_tokens_it_drops() -> None:
     handle = pack(with_tokens(60, {40: NAN, 41: NAN}), extra=2)
     grown = torch.cat([handle[:, :, :30], with_tokens(40, {3: NAN})], 2)
     assert broken_tokens(grown) == [33]
+
+
+def test_a_share_stays_exact_however_tokens_come() -> None:
+    """Those with the largest error for their size, and no more than the share of what is coded."""
+    x = with_tokens(400, {})
+    whole = PackedKV.pack(x, kept(KEYS), POLICY)
+    grown = torch.cat([PackedKV.pack(x[:, :, :100], kept(KEYS), POLICY), x[:, :, 100:150]], 2)
+    for token in range(150, 400):
+        grown = torch.cat([grown, x[:, :, token : token + 1]], 2)
+    for handle in (whole, grown):
+        positions = handle.store.side.pool_positions[0, POLICY.sinks :]
+        coded = handle.store.coded
+        assert (positions >= 0).sum() == len(positions) - SPARE == KEPT_OF // 5 * coded // KEPT_OF
+        used = positions[positions >= 0]
+        assert_same_tokens(handle.unpack()[:, :, used], x[:, :, used], 0)
+    layout, params = whole.store.ref.layout, whole.store.ref.code.params
+    _, judged = layout.encode_and_judge(x, params)
+    mean = x.transpose(1, 2).flatten(2) - params[0].double()
+    worst = (judged.error / mean.square().sum(-1))[0, POLICY.sinks :].argsort(descending=True)
+    taken = whole.store.side.pool_positions[0]
+    wanted = set((worst[: (taken >= 0).sum() - POLICY.sinks] + POLICY.sinks).tolist())
+    assert set(taken[POLICY.sinks :].tolist()) == wanted | {-1}
 
 
 def test_an_overflow_does_not_outlive_a_crop() -> None:

@@ -111,3 +111,20 @@ def plain_generate(
         logits, past = model(tokens[-1][:, None], positions, past, mask)
         tokens.append(logits[:, -1].argmax(-1))
     return torch.stack(tokens, 1), past
+
+
+def prefill_padded(ours: Any, ids: Tensor, valid: Tensor) -> Any:
+    """The cache of prompts ``ids [B, S]`` padded on the left, of which ``valid`` are tokens."""
+    places = (valid.cumsum(1) - 1).clamp(min=0)
+    return ours(ids, places, None, plain_masks(valid, ids.shape[1], "bool"))[1]
+
+
+def decode_padded(ours: Any, past: Any, valid: Tensor, steps: int) -> tuple[Tensor, Any]:
+    """Logits ``[B, steps, V]`` of tokens that follow one by one on such a cache, and the cache."""
+    found, seen = [], valid
+    for step in range(steps):
+        seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
+        token = torch.full((len(valid), 1), 20 + step)
+        out, past = ours(token, seen.sum(1, keepdim=True) - 1, past, plain_masks(seen, 1, "bool"))
+        found.append(out)
+    return torch.cat(found, 1), past

@@ -11,15 +11,8 @@ from torch import Tensor
 
 from apack_compile.passes.find_attention import AttentionSite, find_attention
 
-from .capture import CLOSE, capture, packed, repeat_kv, rewrite, run, tokens
-
-Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
-LOWEST = torch.finfo(torch.float32).min
-
-
-def plain(q: Tensor, k: Tensor) -> Tensor:
-    return q @ k.transpose(-1, -2)
-
+from .capture import CLOSE, capture, repeat_kv, rewrite, run, tokens
+from .written_out import LOWEST, SINKS, Weigh, column, decode, given, plain
 
 # Weights from q, k and a float mask that is 0 or LOWEST, hidden where it is LOWEST.
 FORMS: dict[str, tuple[Weigh, float, bool, bool]] = {
@@ -85,130 +78,6 @@ FORMS: dict[str, tuple[Weigh, float, bool, bool]] = {
 }  # fmt: skip
 
 
-def decode(weigh: Weigh) -> Callable[..., Any]:
-    def fn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, mask: Tensor) -> Any:
-        keys, values = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
-        return weigh(q, repeat_kv(keys), mask) @ repeat_kv(values), keys, values
-
-    return fn
-
-
-def given(count: int = 1, past: int = 30) -> tuple[Tensor, ...]:
-    mask = torch.where(torch.rand(2, 1, count, past + count) < 0.8, 0.0, LOWEST)
-    mask[..., -1] = 0.0
-    return tokens(count, 4), tokens(count), tokens(count), packed(past), packed(past), mask
-
-
-SINKS = torch.tensor([-1.0, 0.0, 1.0, 30.0])
-
-
-def column(q: Tensor, sinks: Tensor) -> Tensor:
-    return sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
-
-
-def less_max(s: Tensor) -> Tensor:
-    return s - s.max(dim=-1, keepdim=True).values
-
-
-WITH_SINKS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "as gpt_oss": lambda q, k, m, x: F.softmax(
-        less_max(torch.cat([plain(q, k) + m, column(q, x)], dim=-1)), dim=-1)[..., :-1],
-    "amax": lambda q, k, m, x: (
-        lambda s: (s - s.amax(-1, keepdim=True)).softmax(-1)[:, :, :, :-1])(
-            torch.cat([plain(q, k) + m, column(q, x)], 3)),
-    "cast": lambda q, k, m, x: torch.cat(
-        [plain(q, k).double() + m, x.double()[None, :, None, None].expand(2, 4, 3, 1)], -1
-    ).softmax(-1).float()[..., :-1],
-    "capped": lambda q, k, m, x: torch.cat(
-        [(plain(q, k) / 2).tanh() * 2 + m, x.view(4, 1, 1).expand(2, 4, 3, 1)], -1
-    ).softmax(-1)[..., :-1],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("form", WITH_SINKS)
-def test_sinks_among_the_scores_take_part_on_codes(form: str) -> None:
-    def fn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, m: Tensor, x: Tensor) -> Any:
-        keys, values = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
-        return WITH_SINKS[form](q, repeat_kv(keys), m, x) @ repeat_kv(values), keys, values
-
-    captured = capture(fn, *given(3), SINKS)
-    assert (captured.treatments, captured.reasons) == (["attend"], [])
-    assert captured.plan.sites[0].cached.site.sinks is not None
-    new = rewrite(captured)
-    (got, *_), _ = run(captured, new)
-    torch.testing.assert_close(got, captured.expected()[0], **CLOSE)
-    assert not {"softmax", "matmul", "unpack", "max", "amax", "expand"} & set(new.calls)
-
-
-def test_scores_less_their_maximum_are_those_scores() -> None:
-    captured = capture(decode(lambda q, k, m: less_max(plain(q, k) + m).softmax(-1)), *given(3))
-    assert (captured.treatments, captured.reasons) == (["attend"], [])
-    (got, *_), _ = run(captured, rewrite(captured))
-    torch.testing.assert_close(got, captured.expected()[0], **CLOSE)
-
-
-# Weights under several masks: a bias of each head [4, 1, S] beside m.
-SEVERAL: dict[str, tuple[Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], list[float]]] = {
-    "two added": (lambda q, k, m, b: (plain(q, k) + b + m).softmax(-1), [1, 1]),
-    "as MPT": (
-        lambda q, k, m, b: (plain(q, k) * 0.5 + b).masked_fill(m < 0, LOWEST).softmax(-1), [1, 1]),
-    "as Falcon": (
-        lambda q, k, m, b: ((plain(q, k).view(2, 4, 3, 33) + b).mul_(0.5) + m).softmax(-1),
-        [0.5, 1]),
-    "turned round": (lambda q, k, m, b: ((plain(q, k) + b) * -0.5 + m).softmax(-1), [-0.5, 1]),
-    "taken off": (
-        lambda q, k, m, b: (plain(q, k) - b - 1e9 * (1.0 - (m == 0).float())).softmax(-1),
-        [-1, -1]),
-    "taken off in place": (
-        lambda q, k, m, b: (plain(q, k).sub_(b) * 0.5).sub_((m < 0) * 1e9).softmax(-1),
-        [-0.5, -1]),
-    # Bug: masks of whole numbers were said to be of none.
-    "whole numbers": (
-        lambda q, k, m, b: (
-            plain(q, k) - 10000 * (m < 0).long() + b.round().long()).softmax(-1), [-1, 1]),
-    "two that hide": (
-        lambda q, k, m, b: torch.where(
-            b < 3, plain(q, k), -1e9).masked_fill(m < 0, LOWEST).softmax(-1), [1, 1]),
-    "capped": (
-        lambda q, k, m, b: (((plain(q, k) / 2).tanh() * 2 + b) * 0.5 + m).softmax(-1), [0.5, 1]),
-}  # fmt: skip
-
-
-def test_a_mask_with_the_sizes_of_the_scores_is_not_made_of_them() -> None:
-    """Their product stays for its sizes; whatever compiles the graph drops it."""
-
-    def weigh(q: Tensor, k: Tensor, m: Tensor) -> Tensor:
-        s = plain(q, k)
-        return (s + torch.zeros_like(s).masked_fill(m < 0, LOWEST)).softmax(-1)
-
-    captured = capture(decode(weigh), *given(3))
-    assert (captured.treatments, captured.reasons) == (["attend"], [])
-    (got, *_), _ = run(captured, rewrite(captured))
-    torch.testing.assert_close(got, captured.expected()[0], **CLOSE)
-
-
-def bias(keys: int) -> Tensor:
-    return torch.tensor([0.1, 0.2, 0.0, -0.3])[:, None, None] * torch.arange(keys)
-
-
-@pytest.mark.parametrize("form", SEVERAL)
-def test_several_masks_are_laid_over_the_scores(form: str) -> None:
-    weigh, factors = SEVERAL[form]
-
-    def fn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, m: Tensor, b: Tensor) -> Any:
-        keys, values = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
-        return weigh(q, repeat_kv(keys), m, b) @ repeat_kv(values), keys, values
-
-    captured = capture(fn, *given(3), bias(33))
-    assert (captured.treatments, captured.reasons) == (["attend"], [])
-    assert captured.plan.sites[0].cached.site.mask is not None
-    assert [part.factor for part in captured.plan.sites[0].cached.site.mask.parts] == factors
-    new = rewrite(captured)
-    (got, *_), _ = run(captured, new)
-    torch.testing.assert_close(got, captured.expected()[0], **CLOSE)
-    assert not {"softmax", "matmul", "unpack", "masked_fill", "tanh"} & set(new.calls)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_a_written_out_attention_is_attended_on_codes(form: str) -> None:
     weigh, scale, masked, hides = FORMS[form]
@@ -226,35 +95,6 @@ def test_a_written_out_attention_is_attended_on_codes(form: str) -> None:
     torch.testing.assert_close(got, want[0], **CLOSE)
     left = {"softmax", "matmul", "unpack", "cat", "expand"} & set(new.calls)
     assert not left, "what was written out is gone"
-
-
-@pytest.mark.parametrize("form", ["a bias", "a factor"])
-@pytest.mark.parametrize("in_front", [True, False])
-def test_of_two_products_that_of_stored_keys_is_the_scores(form: str, in_front: bool) -> None:
-    """Bug: it was the first one, with a reason that spoke of a table of positions."""
-
-    def weigh(q: Tensor, k: Tensor, m: Tensor) -> Tensor:
-        table = torch.arange(k.shape[2] * 8.0).view(1, 1, -1, 8).cos().expand(2, 4, -1, -1)
-        scores, other = plain(q, k), plain(q, table if form == "a bias" else table[:, :, :1])
-        first, second = (other, scores) if in_front else (scores, other)
-        return ((first + second if form == "a bias" else first * second) + m).softmax(-1)
-
-    captured = capture(decode(weigh), *given(3))
-    assert (captured.treatments, captured.reasons) == (["attend"], [])
-    (got, *_), _ = run(captured, rewrite(captured))
-    torch.testing.assert_close(got, captured.expected()[0], **CLOSE)
-
-
-def test_one_mask_of_whole_numbers_is_added_as_it_is() -> None:
-    """Bug: a mask of whole numbers was said to be none of numbers."""
-
-    def weigh(q: Tensor, k: Tensor, m: Tensor) -> Tensor:
-        return (plain(q, k) + (m < 0).long() * -10000).softmax(-1)
-
-    captured = capture(decode(weigh), *given(3))
-    assert (captured.treatments, captured.reasons) == (["attend"], [])
-    (got, *_), _ = run(captured, rewrite(captured))
-    torch.testing.assert_close(got, captured.expected()[0], **CLOSE)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -47,30 +47,16 @@ def test_inductor_gives_what_eager_operators_give() -> None:
     inputs = zoo.prompt(0, 100, 2, padded=True)
     ids, valid = inputs["input_ids"], inputs["attention_mask"]
 
-    def prefill(ours: Any) -> Any:
-        places = (valid.cumsum(1) - 1).clamp(min=0)
-        return ours(ids, places, None, plain.plain_masks(valid, ids.shape[1], "bool"))[1]
-
-    def decode(ours: Any, past: Any) -> tuple[Tensor, Any]:
-        found, seen = [], valid
-        for step in range(70):
-            seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
-            token = torch.full((2, 1), 20 + step)
-            mask = plain.plain_masks(seen, 1, "bool")
-            out, past = ours(token, seen.sum(1, keepdim=True) - 1, past, mask)
-            found.append(out)
-        return torch.cat(found, 1), past
-
     logits, levels, start = [], [], None
     for inner in ("eager", "inductor"):
         torch._dynamo.reset()
         options = {**FITTED, "inner": inner, "profile_cache": False}
         ours = torch.compile(model, backend="attentionpack", options=options)
-        prefill(ours)
-        past = prefill(ours)
+        plain.prefill_padded(ours, ids, valid)
+        past = plain.prefill_padded(ours, ids, valid)
         levels.append(levels_in(past[0][1]))
         start = start or past
-        found, past = decode(ours, copy.deepcopy(start))
+        found, past = plain.decode_padded(ours, copy.deepcopy(start), valid, 70)
         logits.append(found)
         assert levels_in(past[0][1]).shape[1] > 100
     # Rounding may let two tokens of nearly the same importance change places.

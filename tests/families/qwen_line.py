@@ -148,7 +148,10 @@ def video_llama_3() -> zoo.Case:
 
 @family
 def exaone4_5() -> zoo.Case:
-    text = zoo.text_config(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+    text = zoo.text_config(
+        model_type="exaone4", sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
     vision = dict(
         VISION, out_hidden_size=64, patch_size=14, window_size=28, fullatt_block_indexes=[0],
         num_key_value_heads=2,

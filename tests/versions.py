@@ -13,6 +13,9 @@ BEFORE_5 = Version(transformers.__version__) < Version("5.0")
 COMPLETE = Version("5.17")
 """The first release that is known to have every class that the tests build."""
 
+ARIA_BREAKS = Version("5.24") > INSTALLED
+"""Whether Aria's experts run outside of graphs, so that each layer is one of its own."""
+
 BROKEN = (
     {"llama4": f"transformers {INSTALLED}: its forward asks for image_outputs that there are not"}
     if Version("5.24") <= INSTALLED < Version("5.25")

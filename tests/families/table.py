@@ -10,6 +10,7 @@ SLIDING = "the whole cache is not stored (sliding window): left dense"
 NOT_STORED = "no cache: keys and values are not stored"
 LATENT = "keys or values are projected from the cache (latent attention): left dense"
 JOINED = "the cache is joined with other keys or values: left dense"
+SCALED_BEHIND = "masked or capped scores are multiplied by what is no constant: left dense"
 PREALLOCATED = (
     "preallocated cache, written in place: left dense; the model holds it whole, so that its "
     "memory does not shrink"
@@ -168,6 +169,7 @@ TABLE: dict[str, Record] = {
 BEFORE_5: dict[str, Record | str] = {
     "git": Record(0, left={NOT_STORED: 2, JOINED: 2}, daily="decode"),
     "deepseek_v3": Record(2, 0.11, 0.84, daily="decode"),
+    "codegen": Record(0, left={SCALED_BEHIND: 2}, note="scores are masked, then divided"),
     "lfm2": "transformers 4 marks its cache static inside of the graph, which Dynamo cannot trace",
     "lfm2_vl": "as lfm2",
 }

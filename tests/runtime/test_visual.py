@@ -51,7 +51,7 @@ def test_the_visual_tokens_of_a_family_are_found_exactly(family: Callable[..., z
     case = family(batch=2, padded=True, text=12)
     ids = case.inputs["input_ids"]
     masks = told(case)
-    assert len(masks) == (2 if family is zoo.aria else 1)
+    assert len(masks) == (2 if family is zoo.aria and versions.ARIA_BREAKS else 1)
     for mask in masks:
         assert isinstance(mask, Tensor)
         assert torch.equal(mask.expand(ids.shape), ids == zoo.IMAGE)
@@ -76,6 +76,8 @@ def test_a_model_in_one_graph_is_read_in_one_graph() -> None:
 
 def test_text_to_which_something_unknown_is_added_is_of_unknown_kind() -> None:
     """Aria's experts run outside of graphs: the second layer cannot know what they add."""
+    if not versions.ARIA_BREAKS:
+        pytest.skip("with this transformers the whole model is one graph")
     case = zoo.aria(text=12)
     ids = case.inputs["input_ids"].clamp(max=190)
     case.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

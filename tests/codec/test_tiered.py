@@ -15,7 +15,7 @@ from apack_compile.codec.moments import Moments
 from apack_compile.codec.quantiser import SHRINK, tailed_quantiser
 from apack_compile.codec.recipe import Recipe
 from apack_compile.codec.sensitivity import Sensitivity
-from apack_compile.codec.tiered import MASS, TIERS, felt_error, mean_bits
+from apack_compile.codec.tiered import MASS, TIERS, felt_error, layout_of, mean_bits
 
 from ..helpers import few
 
@@ -24,12 +24,12 @@ Params = list[Tensor]
 
 def code(
     heads: int, groups: int, runs: tuple[int, int, int], shares: tuple[int, ...]
-) -> tuple[TransformLayout, TieredLayout, Params, Params]:
+) -> tuple[TransformLayout, TransformLayout, Params, Params]:
     """A plain code and one in tiers, of the same random orthogonal basis."""
     dim = 16
     n = heads // groups * dim
     plain = TransformLayout(heads, dim, groups, *runs, gain=1)
-    tiered = TieredLayout(heads, dim, groups, *runs, 1, 0, 0, *shares)
+    tiered = layout_of((heads, dim, groups), runs, True, shares)
     basis = torch.linalg.qr(torch.randn(groups, n, n, dtype=torch.float64))[0][..., : plain.rank]
     steps = torch.cat([torch.full((c,), tailed_quantiser(b)[0]).double() for b, c in plain.runs])
     metric = torch.eye(dim, dtype=torch.float64).expand(heads, dim, dim)
@@ -119,7 +119,7 @@ def test_errors_are_judged_as_they_are_and_fall_with_the_level() -> None:
 
 
 def test_bytes_of_a_token_are_those_of_its_rows() -> None:
-    layout = TieredLayout(4, 32, 1, 16, 32, 64, 1, 0, 0, *TIERS)
+    layout = layout_of((4, 32, 1), (16, 32, 64), True, TIERS)
     base, gains, levels = 16 * 4 // 8, 2, 1
     planes = [(16 + 32) // 8] * 2 + [(16 + 32 + 64) // 8] * 2
     want = base + gains + levels

@@ -9,7 +9,8 @@ import torch
 from torch.library import opcheck
 
 from apack_compile.cache import Policy
-from apack_compile.codec import Code, ExactLayout, TieredLayout, TransformLayout
+from apack_compile.codec import Code, ExactLayout, TransformLayout
+from apack_compile.codec.tiered import layout_of
 
 from ..helpers import encoded, hand_code
 
@@ -18,7 +19,7 @@ CODES = {
     "exact": Code(ExactLayout(2, 4)),
     "transform": hand_code(TransformLayout(2, 4, 1, 2, 2, 4, 0)),
     "gain": hand_code(TransformLayout(2, 4, 2, 0, 4, 0, 1)),
-    "tiers": hand_code(TieredLayout(2, 4, 1, 0, 8, 0, 1, 0, 0, 24, 16)),
+    "tiers": hand_code(layout_of((2, 4, 1), (0, 8, 0), True, (24, 16))),
 }
 # Not test_autograd_registration: gradients are not supported.
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")

@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 from apack_compile import ops  # noqa: F401  (registers the operators)
 from apack_compile.codec import TieredLayout
 from apack_compile.codec.layout import PARTS
+from apack_compile.codec.tiered import layout_of
 from apack_compile.kernels.planes import counted, in_plane, quotas, spread, token_levels, write_rows
 
 from ..helpers import few
 
 SHARES = (26, 16, 6, 2)
-LAYOUT = TieredLayout(1, 16, 1, 16, 0, 0, 1, 0, 0, *SHARES)
+LAYOUT = layout_of((1, 16, 1), (16, 0, 0), True, SHARES)
 
 
 def test_levels_go_by_importance() -> None:

@@ -12,7 +12,8 @@ from torch._inductor.utils import run_and_get_code
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from apack_compile.cache import Policy, store
-from apack_compile.codec import Code, CodeRef, Layout, TieredLayout, TransformLayout
+from apack_compile.codec import Code, CodeRef, Layout, TransformLayout
+from apack_compile.codec.tiered import layout_of
 from apack_compile.kernels.encode import encode, encode_tokens, tally
 from apack_compile.kernels.pool import fill_pool
 from apack_compile.kernels.triton import launch, launch_encode
@@ -192,7 +193,7 @@ def test_a_compiled_graph_calls_the_kernels(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_codes_in_planes_are_left_to_plain_operators() -> None:
-    layout = TieredLayout(2, 40, 1, 16, 16, 16, 1, 0, 0, 26, 16)
+    layout = layout_of((2, 40, 1), (16, 16, 16), True, (26, 16))
     x = torch.randn(2, 2, 70, 40, device=DEVICE).bfloat16()
     assert not launch_encode.takes(x, layout)
     assert not launch.takes(x, LAYOUTS[1].spec, layout.spec)

@@ -10,6 +10,7 @@ from torch.library import opcheck
 
 from apack_compile.cache import Policy
 from apack_compile.codec import Code, ExactLayout, TransformLayout
+from apack_compile.codec.layout import KEPT_OF
 from apack_compile.codec.tiered import layout_of
 
 from ..helpers import encoded, hand_code
@@ -19,6 +20,7 @@ CODES = {
     "exact": Code(ExactLayout(2, 4)),
     "transform": hand_code(TransformLayout(2, 4, 1, 2, 2, 4, 0)),
     "gain": hand_code(TransformLayout(2, 4, 2, 0, 4, 0, 1)),
+    "some exact": hand_code(TransformLayout(2, 4, 1, 2, 2, 4, 1, exact=KEPT_OF // 4)),
     "tiers": hand_code(layout_of((2, 4, 1), (0, 8, 0), True, (24, 16))),
 }
 # Not test_autograd_registration: gradients are not supported.

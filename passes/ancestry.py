@@ -22,7 +22,11 @@ def is_projection(node: fx.Node) -> bool:
         return calls(node, *_PROJECTIONS)
     matrix = argument(node, 1, "other")
     base = base_of(matrix) if isinstance(matrix, fx.Node) else None
-    return base is not None and base.op in _GIVEN and len(shape_of(base) or ()) == 2
+    if base is None or base.op not in _GIVEN:
+        return False
+    # Frequencies times positions are a product with what is given too, and no linear layer.
+    both = len(shape_of(base) or ()) == len(shape_of(matrix) or ()) == 2
+    return both and value_of(base).is_floating_point()
 
 
 def as_networkx(graph: fx.Graph) -> nx.DiGraph:

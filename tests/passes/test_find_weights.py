@@ -108,3 +108,33 @@ def test_a_graph_that_goes_on_to_logits_agrees_with_one_that_does_not() -> None:
 def test_keys_that_no_linear_layer_makes_have_no_weights() -> None:
     model = Decoder()
     assert found_by(model, model.no_linear, torch.randn(1, 12, 16)) == set()
+
+
+def test_frequencies_times_positions_are_no_linear_layer() -> None:
+    """Bug: positions named the layers of OLMo 2, whose keys are normed as a whole behind their
+    projection: all layers had the codes of the first, and none was remembered."""
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k = nn.Linear(16, 16, bias=False)
+            self.register_buffer("frequencies", torch.rand(4))
+
+        def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+            k = self.k(x)
+            k = k * (k.float().pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+            k = (k * 0.5 + 0.25).unflatten(-1, (2, 8)).transpose(1, 2)
+            angles = self.frequencies[None, :, None] @ positions[:, None, :].float()
+            wide = torch.cat([angles.transpose(1, 2)] * 2, -1)[:, None]
+            crossed = torch.cat((-k[..., 4:], k[..., :4]), -1)
+            k = torch.cat([torch.tensor([]), k * wide.cos() + crossed * wide.sin()], -2)
+            v = torch.cat([torch.tensor([]), self.k(x).unflatten(-1, (2, 8)).transpose(1, 2)], -2)
+            return F.scaled_dot_product_attention(k, k, v, is_causal=True), k, v
+
+    model = Normed()
+    captured = capture(model, torch.rand(1, 12, 16), POSITIONS)
+    (planned,) = captured.plan.sites
+    inputs = [n for n in captured.graph.nodes if n.op == "placeholder"]
+    weight = planned.cached.k.weight
+    assert weight is not None
+    assert captured.args[inputs.index(weight)] is model.k.weight

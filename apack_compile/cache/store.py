@@ -271,7 +271,7 @@ class SideStore:
         pool, positions, policy = self.side.pool, self.side.pool_positions, self.policy
         wanted = policy.sinks + self.ref.layout.slots(policy.extra, tokens)
         more = wanted - pool.shape[2]
-        if self.ref.layout.kept and more > 0:
+        if more > 0:
             pool = torch.nn.functional.pad(pool, (0, 0, 0, more))
             positions = torch.nn.functional.pad(positions, (0, more), value=-1)
             self.side = self.side._replace(pool=pool, pool_positions=positions)

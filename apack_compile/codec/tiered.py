@@ -203,4 +203,5 @@ def layout_of(
     r8, r4, r2 = counts
     if not shares:
         return TransformLayout(heads, dim, groups, r8, r4, r2, int(gain))
-    return TieredLayout(heads, dim, groups, r8, r4, r2, int(gain), 0, 0, 0, *shares)
+    planes = {f"plane{number}": share for number, share in enumerate(shares, 1)}
+    return TieredLayout(heads, dim, groups, r8, r4, r2, int(gain), **planes)

@@ -99,7 +99,8 @@ class AnswerSuite:
         """
         for other, answers in self._made.items():
             if other != context or not dense:
-                _release(answers)
+                for one in answers:
+                    one.release()
         if context not in self._made:
             made = []
             for asked in batches(self.albums.at(context), self.batch):
@@ -161,8 +162,3 @@ class AnswerSuite:
             f"{cell['kl']['mean']:.5f}, top-1 {cell['top1']['mean']:.4f}, {shares}; "
             f"{cell['seconds']:.0f} s"
         )
-
-
-def _release(answers: Sequence[Answers]) -> None:
-    for reference in answers:
-        reference.release()

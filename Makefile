@@ -38,10 +38,11 @@ lint: $(LINT) types  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-types: $(LINT)  ## mypy alone: of the package as it is installed
+types: $(LINT)  ## mypy alone: of the package as it is installed, and the benchmarks
 	rm -rf build/typed
 	$(PIP) -q --no-deps --no-build-isolation --target build/typed .
-	cd build/typed && ../../$(PY) -m mypy --config-file ../../pyproject.toml -p apack_compile
+	cp -r benchmarks build/typed/
+	cd build/typed && ../../$(PY) -m mypy --config-file ../../pyproject.toml -p apack_compile -p benchmarks
 
 hooks: $(LINT)  ## let git run ruff and mypy before every commit
 	$(VENV)/bin/pre-commit install

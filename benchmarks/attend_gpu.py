@@ -14,7 +14,8 @@ import itertools
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,7 +107,7 @@ def packed_arguments(case: Case, mixed: bool) -> tuple[Any, ...]:
     return q, None, side(k, case), side(v, case), lengths, DIM**-0.5, k.spec, v.spec
 
 
-def milliseconds(calls: list[Callable[[], Any]], in_turn: int = 8, replays: int = 15) -> float:
+def milliseconds(calls: Sequence[Callable[[], Any]], in_turn: int = 8, replays: int = 15) -> float:
     """Median time of one call; ``calls`` take turns."""
     for call in calls:
         call()
@@ -161,11 +162,11 @@ def dense_times(case: Case) -> dict[str, float]:
     for name, backend in BACKENDS.items():
         with sdpa_kernel(backend):
             try:
-                times[name] = milliseconds([lambda s=s: attend(*s) for s in sets])
+                times[name] = milliseconds([partial(attend, *s) for s in sets])
             except RuntimeError:  # not for this shape
                 continue
     with sdpa_kernel(BACKENDS[min(times, key=lambda name: times[name])]):
-        times["cat + best"] = milliseconds([lambda s=s: grow(*s) for s in sets])
+        times["cat + best"] = milliseconds([partial(grow, *s) for s in sets])
     return times
 
 
@@ -194,7 +195,7 @@ def packed_times(
 ) -> dict[str, Any]:
     """Our three kernels: time of all, of each, and the bytes of codes over the time."""
     sets = [packed_arguments(case, mixed) for _ in range(copies(case))]
-    calls = [lambda s=s: attend_packed(*s, config=config) for s in sets]
+    calls = [partial(attend_packed, *s, config=config) for s in sets]  # type: ignore[misc]
     both = layouts(case, mixed)
     codes = case.batch * case.tokens * sum(layout.token_bytes(DTYPE) for layout in both)
     kernels = kernel_times(calls[0])
@@ -214,7 +215,7 @@ def compile_ahead(job: tuple[str, bool, Config | None]) -> None:
     torch.set_num_threads(1)
     name, mixed, config = job
     case = CASES[name]._replace(batch=1, tokens=1024)
-    attend_packed(*packed_arguments(case, mixed), config=config)
+    attend_packed(*packed_arguments(case, mixed), config=config)  # type: ignore[misc]
     torch.cuda.synchronize()
 
 

@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -242,10 +243,10 @@ VARIANTS: dict[str, tuple[Callable[[Any], Any], Callable[..., Any]]] = {
     "Inductor, DynamicCache": (torch.compile, dense_cache),
     "Inductor reduce-overhead, StaticCache": (
         lambda model: torch.compile(model, mode="reduce-overhead"), static_cache),
-    "attentionpack, 8 bit": (ours(), lambda *a: packed_cache(*a, mixed=False)),
-    "attentionpack, mixed": (ours(), lambda *a: packed_cache(*a, mixed=True)),
+    "attentionpack, 8 bit": (ours(), partial(packed_cache, mixed=False)),
+    "attentionpack, mixed": (ours(), partial(packed_cache, mixed=True)),
     "attentionpack uncaptured, 8 bit": (
-        ours(inductor={"triton.cudagraphs": False}), lambda *a: packed_cache(*a, mixed=False)),
+        ours(inductor={"triton.cudagraphs": False}), partial(packed_cache, mixed=False)),
 }  # fmt: skip
 """What runs a step, and what makes its cache."""
 
@@ -297,7 +298,8 @@ def main() -> None:
         if args.shapes not in name:
             continue
         todo = [variant for variant in VARIANTS if args.only in variant]
-        rows = report["shapes"][name] = {}
+        rows: dict[str, Any] = {}
+        report["shapes"][name] = rows
         for first in range(0, len(todo), TOGETHER):
             some = todo[first : first + TOGETHER]
             barrier, lock, results = spawn.Barrier(len(some)), spawn.Lock(), spawn.Queue()

@@ -161,11 +161,6 @@ class AlbumSetting(Setting):
         """Tokens of the longest context with what follows it."""
         return self.context
 
-    def others(self, length: int) -> Contexts:
-        """Contexts of at most ``length`` tokens that are not those of the test."""
-        numbers = range(FIRST, FIRST + CALIBRATION)
-        return contexts(self.painter, self.prompter, "all", length, numbers, "train")
-
     def calibration(self, length: int) -> list[Inputs]:
         """Albums of about so many tokens, with questions and answers."""
         return self.albums.calibration(length + self.following)

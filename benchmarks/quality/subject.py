@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from .rivals.base import RECENT, Layer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-import smollm2
+import smollm2 as smollm2  # others take it from here
 
 LIMIT = 8192
 """Positions that SmolLM2 was trained for."""

@@ -191,7 +191,8 @@ def main() -> int:
         images: Suite = AnswerSuite(setting, albums, size)
         results = opened("albums")
         complete = measure(
-            about_albums, list(lab(setting, args.context)), setting, results, clock, images
+            about_albums, list(lab(setting, args.context)), setting, results, clock, Claims(None),
+            images,
         )  # fmt: skip
         suites = (
             (about_albums, images, results),

@@ -96,7 +96,8 @@ def compose(
         kinds[generator.integers(count)] = 1
     pool = painter.things["new" if recipe.new else "seen"]
     picked = _without_repeats(generator, pool, count)
-    tiles, things = [], []
+    tiles: list[Pixels] = []
+    things: list[str | Thing | None] = []
     for kind, thing in zip(kinds, picked, strict=True):
         if kind == 0:
             tiles.append(painter.show(generator, split, thing))

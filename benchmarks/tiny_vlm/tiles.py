@@ -68,7 +68,7 @@ class Painter:
     def things(self) -> dict[str, list[Thing]]:
         """What there is to show: ``seen`` in training, and ``new`` pairs of glyph and colour."""
         seen = [Thing(icon) for icon in range(self.pack.emoji)]
-        new = []
+        new: list[Thing] = []
         for icon in range(self.pack.emoji, len(self.pack.names)):
             for number, colour in enumerate(COLOURS):
                 # Every glyph lacks one colour in training, every colour an eighth of the glyphs.
@@ -144,10 +144,10 @@ class Painter:
         for row, line in enumerate(lines):
             numbers = [CHARACTERS.index(character) for character in line]
             cover[row, :, : len(line)] = face[numbers].swapaxes(0, 1)
-        cover = cover.reshape(SIDE, SIDE, 1) / 255
+        shade = cover.reshape(SIDE, SIDE, 1) / 255
         dark = generator.random() < 0.5
         ink = generator.uniform(0, 60, 3) if dark else generator.uniform(195, 255, 3)
         paper = self.background(generator, split, tuple(ink))
         # Backgrounds are of all tones: half way to white or black, print is always legible.
-        paper = paper * 0.4 + (153 if dark else 0)
-        return (paper * (1 - cover) + ink * cover).astype(np.uint8)
+        lighter = paper * 0.4 + (153 if dark else 0)
+        return (lighter * (1 - shade) + ink * shade).astype(np.uint8)

@@ -5,7 +5,7 @@ python -m benchmarks.quality --context 3072 --windows 5                   our co
 python -m benchmarks.quality --full --device cuda --minutes 8             everything; again: go on
 
 With --subject tiny-vlm: the small vision-language model of benchmarks/tiny_vlm, on albums of
-images; with --bfloat16 on a GPU, as above.
+images, of 4,096 tokens or of --context; with --bfloat16 on a GPU, as above.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from .subject import LIMIT, Subject
 
 SHORT = Run("quality", (1024,), 4, 64, "short", 4)
 FULL = Run("quality-full", (2048, 4096, LIMIT - NEXT), 24, 128, "full", 8)
-IMAGES = Run("quality-images", (4096, 1024, 2048, 8000), 200, 0, "images", 25)
-"""First at 4,096 tokens: what is fitted on the first prompt is fitted on one so long."""
+IMAGES = Run("quality-images", (4096,), 200, 0, "images", 8)
+"""One length a run, all of them in one file: a code is fitted for that length."""
 
 ADAPTER = Path(__file__).resolve().parents[1] / "tiny_vlm" / "adapter.safetensors"
 
@@ -49,9 +49,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--bfloat16", action="store_true", help="tiny-vlm's weights; else float32")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw albums")
     parser.add_argument("--full", action="store_true", help="2k, 4k, 8k; 24 windows; all methods")
-    parser.add_argument("--context", type=int, help="one context length, for our codes only")
+    parser.add_argument("--context", type=int, help="tokens; prose: our codes only, one file each")
     parser.add_argument("--windows", type=int, help="test windows, one a document; or albums")
-    parser.add_argument("--methods", nargs="*", help="only those with one of these in their names")
+    parser.add_argument(
+        "--methods", nargs="*", help="only those of these names, or with one of these in them"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--inner", default="aot_eager", help="option inner of the backend")
     parser.add_argument("--minutes", type=float, help="start no cell that would take longer")
@@ -65,13 +67,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     most = 10_000 if albums else len(documents("test"))
     if args.windows is not None and not 1 <= args.windows <= most:
         parser.error(f"--windows {args.windows}: accepted is 1 to {most}")
-    longest = max(IMAGES.contexts) if albums else LIMIT - NEXT
+    longest = 8000 if albums else LIMIT - NEXT
     shortest = 512 if albums else 256
     if args.context is not None and (args.full or not shortest <= args.context <= longest):
         accepted = f"accepted is {shortest} to {longest}, without --full"
         parser.error(f"--context {args.context}: {accepted}")
     if albums and args.full:
-        parser.error("--full: not with --subject tiny-vlm, which measures everything anyway")
+        parser.error("--full: not with --subject tiny-vlm, which has all methods anyway")
     if args.device not in ("cpu", "cuda"):
         parser.error(f"--device {args.device}: accepted are cpu, cuda")
     if args.jobs is not None and args.jobs < 1:
@@ -97,10 +99,16 @@ def chosen(args: argparse.Namespace) -> Run:
 
 
 def methods_of(run: Run, words: list[str] | None) -> list[Method]:
-    """The methods of a run, or those of all runs with one of ``words`` in their names."""
-    if words:
-        return [m for m in METHODS if any(word in m.name for word in words)]
-    return [m for m in METHODS if run.part in m.runs]
+    """The methods of a run, or those of all runs that ``words`` name or are part of the names of.
+
+    Those of which a word is the whole name are meant by it alone.
+    """
+    if not words:
+        return [m for m in METHODS if run.part in m.runs]
+    names = {m.name for m in METHODS}
+    return [
+        m for m in METHODS if any(w == m.name or (w not in names and w in m.name) for w in words)
+    ]
 
 
 def main() -> int:
@@ -179,19 +187,17 @@ def about_images(args: argparse.Namespace, run: Run) -> tuple[Setting, dict[str,
     from .answers import AnswerSuite
 
     albums = prepare(args, run)
-    following = max(albums.at(context).following.shape[1] for context in run.contexts)
-    prose = windows(albums.subject.tokenizer, "calibration", CALIBRATION, max(run.contexts))
+    (context,) = run.contexts
+    following = albums.at(context).following.shape[1]
+    prose = windows(albums.subject.tokenizer, "calibration", CALIBRATION, context)
     setting = AlbumSetting(
-        albums.subject, prose.to(albums.subject.device), following, args.inner,
-        len(run.contexts) > 1, albums, max(run.contexts),
+        albums.subject, prose.to(albums.subject.device), following, args.inner, False, albums,
+        context,
     )  # fmt: skip
     settings = {
         "model": f"tiny-vlm, {'bfloat16' if args.bfloat16 else 'float32'}",
         "adapter": checksum(args.adapter),
-        "contexts": list(run.contexts),
         "windows": run.windows,
-        "batch": run.batch,
-        "following": following,
         "calibration": CALIBRATION,
         "inner": args.inner,
     }

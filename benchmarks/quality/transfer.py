@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -152,6 +152,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=2048, help="tokens")
     parser.add_argument("--windows", type=int, default=200, help="albums")
     parser.add_argument("--documents", type=int, default=24, help="windows of prose")
+    parser.add_argument("--methods", nargs="*", help="only those with one of these in their names")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw")
     parser.add_argument("--inner", choices=INNER, default="eager")
     parser.add_argument("--minutes", type=float, help="start no cell that would take longer")
@@ -172,13 +173,14 @@ def main() -> int:
     )
     settings = {
         "model": f"tiny-vlm, {dtype}", "adapter": checksum(args.adapter), "ratio": RATIO,
-        "context": args.context, "albums": args.windows, "documents": args.documents,
+        "context": args.context,
     }  # fmt: skip
     command = " ".join(["python -m benchmarks.quality.transfer", *sys.argv[1:]])
 
-    def opened(name: str) -> Results:
-        path = args.output.with_stem(f"{args.output.stem}-{name}")
-        made = Results.resume(path, settings, environment(subject.device), command)
+    def opened(run: Run) -> Results:
+        path = args.output.with_stem(f"{args.output.stem}-{run.name}")
+        about = {**settings, "windows": run.windows}
+        made = Results.resume(path, about, environment(subject.device), command)
         made.drop_outdated(sources())
         return made
 
@@ -186,17 +188,21 @@ def main() -> int:
     about_albums = Run("albums", (args.context,), args.windows, 0, "", size)
     about_prose = Run("prose", (args.context,), args.documents, 64, "", min(8, args.documents))
     everywhere: tuple[Source, ...] = ("albums", "prose", "both")
-    backend = [fitted(source, options) for options in ({}, BEST) for source in everywhere]
+
+    def wanted(methods: Iterable[Method]) -> list[Method]:
+        return [m for m in methods if any(word in m.name for word in args.methods or [""])]
+
+    laboratory = wanted(lab(setting, args.context))
+    backend = wanted(fitted(source, options) for options in ({}, BEST) for source in everywhere)
     with torch.no_grad():
         images: Suite = AnswerSuite(setting, albums, size)
-        results = opened("albums")
+        results = opened(about_albums)
         complete = measure(
-            about_albums, list(lab(setting, args.context)), setting, results, clock, Claims(None),
-            images,
+            about_albums, laboratory, setting, results, clock, Claims(None), images
         )  # fmt: skip
         suites = (
             (about_albums, images, results),
-            (about_prose, References(about_prose, setting), opened("prose")),
+            (about_prose, References(about_prose, setting), opened(about_prose)),
         )
         while backend:
             method = backend.pop(0)  # gone with all that it compiled before the next one starts

@@ -46,7 +46,7 @@ def test_runs_on_albums() -> None:
     def run(*words: str) -> Run:
         return main.chosen(main.parse(["--subject", "tiny-vlm", *words]))
 
-    assert run() == Run("quality-images", (4096, 1024, 2048, 8000), 200, 0, "images", 25)
+    assert run() == Run("quality-images", (4096,), 200, 0, "images", 8)
     assert run("--context", "1024", "--windows", "4") == Run(
         "quality-images", (1024,), 4, 0, "images", 4
     )
@@ -90,3 +90,13 @@ def test_options_are_left_out_with_their_values() -> None:
     words = "--full --jobs 4 --methods A B --output=x --minutes 8 --fresh --output y"
     kept = main.without(words.split(), "--jobs", "--output")
     assert kept == ["--full", "--methods", "A", "B", "--minutes", "8"]
+
+
+def test_a_whole_name_means_one_method() -> None:
+    run = main.chosen(main.parse([]))
+    assert [m.name for m in main.methods_of(run, ["attentionpack 8x"])] == ["attentionpack 8x"]
+    some = [m.name for m in main.methods_of(run, ["8x, pre-RoPE"])]
+    assert some == [
+        "attentionpack 8x, pre-RoPE K, fitted beforehand",
+        "attentionpack 8x, pre-RoPE K",
+    ]

@@ -6,7 +6,7 @@
 ``past`` is a graph input (``packed``: one of our handles; ``dense``: a plain tensor), or nothing
 (``empty``: the first prefill, ``cat([tensor([]), new])`` or ``new`` itself). An update must be an
 output of the graph: what a model does not store, or stores sliced (sliding windows), stays as it
-is. Vision attention has no update.
+is; so does what it stores both ways, unless ``past`` is packed. Vision attention has no update.
 
 Cross-attention reads keys of another hidden state, or of other tokens, than its queries (those of
 an image or of an encoder). They are stored once, ``empty``, and never grow: later graphs read one
@@ -38,6 +38,7 @@ PREALLOCATED = (
     "memory does not shrink"
 )
 CUT = "the whole cache is not stored (sliding window): left dense"
+CUT_TOO = "the last tokens of the cache are stored beside the whole (sliding window): left dense"
 COPIED = "what is stored is a copy of the cache, not what attention reads: left dense"
 MADE = "keys or values are made of a cache in a way that is not recognised: left dense"
 
@@ -123,6 +124,8 @@ def _update(
     found = _growth(root, outputs, flow)
     if isinstance(found, CacheUpdate) and is_written(root):
         return "the graph writes to the grown cache in place: left dense"
+    if isinstance(found, CacheUpdate) and _is_cut_too(found, outputs):
+        return CUT_TOO
     return found
 
 
@@ -205,6 +208,30 @@ def _is_copied(root: fx.Node, outputs: set[fx.Node]) -> bool:
             return True
         stack += copies
     return False
+
+
+def _is_cut_too(update: CacheUpdate, outputs: set[fx.Node]) -> bool:
+    """Whether the last tokens are stored beside the whole, and may be what the next step grows.
+
+    The whole is then kept for other layers of this step. A past that is packed was a whole.
+    """
+    if update.kind not in ("dense", "empty"):
+        return False
+    tails = [user for user in update.node.users if _is_tail(user)]
+    return any(tail in outputs or _is_copied(tail, outputs) for tail in tails)
+
+
+def _is_tail(node: fx.Node) -> bool:
+    """Whether ``node`` is ``x[:, :, start:]`` of ``x [B, H, S, D]``."""
+    index = argument(node, 1, "index") if calls(node, operator.getitem) else None
+    if not isinstance(index, tuple) or not index:
+        return False
+    if index[0] is Ellipsis:
+        index = (*[slice(None)] * (5 - len(index)), *index[1:])
+    *lead, tokens = index[:3]
+    others = (*lead, *index[3:])
+    cut = isinstance(tokens, slice) and tokens.start is not None and tokens.stop is None
+    return len(lead) == 2 and cut and all(other in (slice(None), Ellipsis) for other in others)
 
 
 def _repeats_what_is_stored(root: fx.Node, outputs: set[fx.Node]) -> bool:

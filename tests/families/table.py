@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 SLIDING = "the whole cache is not stored (sliding window): left dense"
+BESIDE = "the last tokens of the cache are stored beside the whole (sliding window): left dense"
 NOT_STORED = "no cache: keys and values are not stored"
 LATENT = "keys or values are projected from the cache (latent attention): left dense"
 JOINED = "the cache is joined with other keys or values: left dense"
@@ -167,6 +168,7 @@ TABLE: dict[str, Record] = {
 
 
 BEFORE_5: dict[str, Record | str] = {
+    "gemma3n": Record(2, 0.082, 0.3, {BESIDE: 2}, note="the whole of a step is in its cache too"),
     "git": Record(0, left={NOT_STORED: 2, JOINED: 2}, daily="decode"),
     "deepseek_v3": Record(2, 0.11, 0.84, daily="decode"),
     "codegen": Record(0, left={SCALED_BEHIND: 2}, note="scores are masked, then divided"),

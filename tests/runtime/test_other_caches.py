@@ -1,4 +1,4 @@
-"""Caches of transformers that save memory by themselves are left alone, with the reason."""
+"""Caches that save memory by themselves are left alone, with the reason."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers.cache_utils import Cache, QuantizedLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, QuantizedLayer
 
 import apack_compile
 from apack_compile import PackedKV
+from apack_compile.passes.find_updates import CUT_TOO
 
 from .. import zoo
 
@@ -95,3 +96,37 @@ def test_an_offloaded_cache_is_left_alone_and_the_report_says_why(
     assert (report.packed_graphs, report.attends) == (0, 0)
     reasons = {skip.reason for graph in report.graph_reports for skip in graph.skipped}
     assert reasons == {CUT}
+
+
+class Shared(DynamicSlidingWindowLayer):
+    """Keeps the whole of a step for layers that share it, as Gemma 3n of transformers 4 does."""
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.whole = super().update(*args, **kwargs)
+        return self.whole
+
+
+@pytest.mark.parametrize("text", [40, 8], ids=["behind the window", "within the window"])
+def test_the_whole_beside_a_sliding_window_is_left_alone_and_full_layers_attend_at_every_step(
+    text: int,
+) -> None:
+    """Bug: it was packed, and every step ran uncompiled to learn codes of what it left behind."""
+    config = transformers.Gemma2Config(
+        **zoo.text_config(head_dim=16), query_pre_attn_scalar=16, sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    model = zoo.make("Gemma2ForCausalLM", config)
+    ids = zoo.prompt(0, text, 1, False)["input_ids"]
+    want = decode(model, ids, Cache(layers=[Shared(16), DynamicLayer()]))
+    cache = Cache(layers=[Shared(16), DynamicLayer()])
+    ours = torch.compile(model, backend="attentionpack", options={**EXACT, "codec": "transform"})
+    assert torch.equal(decode(ours, ids, cache), want)
+    sliding, full = cache.layers
+    assert not any(isinstance(x, PackedKV) for x in (sliding.keys, *sliding.whole))
+    assert isinstance(full.keys, PackedKV)
+    report = apack_compile.report(model)
+    assert report.attends == STEPS - 1, str(report)
+    assert [[skip.reason for skip in g.skipped] for g in report.graph_reports] == [
+        [CUT_TOO] for _ in report.graph_reports
+    ]
+    assert sum(count for g in report.graph_reports for what, count in g.runs if what == "fit") == 1

@@ -140,4 +140,8 @@ def _kind(arg: Any, fixed: bool) -> Any:
     """What a recording depends on."""
     if not isinstance(arg, Tensor):
         return arg
-    return (arg.data_ptr(), arg.shape) if fixed else (arg.shape, arg.stride(), arg.dtype)
+    if fixed:
+        return arg.data_ptr(), arg.shape
+    # Bug: a column of a mask that grows has another stride at each step, in a dimension of size 1.
+    steps = tuple(n if size > 1 else 1 for size, n in zip(arg.shape, arg.stride(), strict=True))
+    return arg.shape, steps, arg.dtype

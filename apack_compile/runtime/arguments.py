@@ -33,7 +33,9 @@ class Dynamics:
     """
 
     def __init__(self, graph: fx.Graph, handles: Sequence[fx.Node], fixed: Sequence[bool]) -> None:
-        self._arguments = [_of_example(value_of(n)) for n in graph.nodes if n.op == "placeholder"]
+        examples = [value_of(n) for n in graph.nodes if n.op == "placeholder"]
+        self._arguments = [_of_example(example) for example in examples]
+        self._loose = [_loose_of_example(example) for example in examples]
         self._batches = [
             SHARED if isinstance(value_of(h).shape[0], torch.SymInt) else STATIC for h in handles
         ]
@@ -60,6 +62,14 @@ class Dynamics:
         elif layout.kept and index < payloads + 2:
             rest[payloads - index + 1] = DYNAMIC  # slots of the pool, and of its positions
         return (self._batches[number], *rest)
+
+    def loose(self, slot: tuple[int, int]) -> tuple[int, ...]:
+        """The dimensions of the input at ``slot`` whose strides are symbols of their own.
+
+        A column of a mask that grows has the same sizes at each step, and other strides.
+        """
+        table, index = slot
+        return self._loose[index] if table == ARGUMENTS else ()
 
 
 class Sizes:
@@ -95,6 +105,19 @@ def _of_example(example: Any) -> Dynamic:
     sizes = map(settled, example.shape)
     dims = tuple(DYNAMIC if isinstance(size, torch.SymInt) else STATIC for size in sizes)
     return dims if DYNAMIC in dims else None
+
+
+def _loose_of_example(example: Any) -> tuple[int, ...]:
+    """Dimensions whose strides are symbols that no size of the tensor speaks of."""
+    if not isinstance(example, Tensor) or isinstance(example, PackedKV):
+        return ()
+    own = set().union(*map(_symbols, example.shape))
+    return tuple(i for i, n in enumerate(example.stride()) if not _symbols(n) <= own)
+
+
+def _symbols(number: Any) -> set[Any]:
+    number = settled(number)
+    return number.node.expr.free_symbols if isinstance(number, torch.SymInt) else set()
 
 
 def lengths_of(handles: Sequence[PackedKV], appends: Sequence[int]) -> list[Any]:

@@ -335,8 +335,9 @@ class PackedGraph:
             self._dynamics.of(slot, value, lowered.layouts)
             for slot, value in zip(lowered.interface.slots, inputs, strict=True)
         ]
+        loose = [self._dynamics.loose(slot) for slot in lowered.interface.slots]
         gm = fx.GraphModule(lowered.gm, lowered.gm.graph)
-        artifact = Specialised(gm, inputs, dynamic, self.compiler)
+        artifact = Specialised(gm, inputs, dynamic, self.compiler, loose)
         lowered.artifacts.append(artifact)
         self.record.compiles += 1
         return artifact

@@ -36,16 +36,19 @@ class Specialised:
         args: real arguments.
         dynamic: what is symbolic in each.
         compiler: makes code of the graph and fake arguments.
+        loose: dimensions of each whose strides are symbols; None: of none, strides follow from
+            sizes or are fixed.
     """
 
     def __init__(
         self, gm: fx.GraphModule, args: Sequence[Any], dynamic: Sequence[Dynamic],
         compiler: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+        loose: Sequence[tuple[int, ...]] | None = None,
     ) -> None:  # fmt: skip
         shape_env = ShapeEnv()
         mode = FakeTensorMode(shape_env=shape_env, static_shapes=False)
         fakes = [
-            _fake(mode, shape_env, arg, dims, LocalSource(f"t{i}"))
+            _fake(mode, shape_env, arg, dims, LocalSource(f"t{i}"), loose[i] if loose else ())
             for i, (arg, dims) in enumerate(zip(args, dynamic, strict=True))
         ]
         # Sizes 0 and 1 never become symbols, and no guard speaks of them.
@@ -79,11 +82,19 @@ class Specialised:
         return self._call(*args)
 
 
-def _fake(mode: FakeTensorMode, env: ShapeEnv, arg: Any, dims: Dynamic, source: LocalSource) -> Any:
+def _fake(
+    mode: FakeTensorMode, env: ShapeEnv, arg: Any, dims: Dynamic, source: LocalSource,
+    loose: Sequence[int],
+) -> Any:  # fmt: skip
     if isinstance(arg, Tensor):
-        if dims is None or not arg.dim():
+        if (dims is None and not loose) or not arg.dim():
             return mode.from_tensor(arg, static_shapes=True, source=source)
-        context = StatelessSymbolicContext(dynamic_sizes=list(dims))
+        strides = [DimDynamic.INFER_STRIDE] * arg.dim()
+        for dim in loose:
+            strides[dim] = DimDynamic.DYNAMIC
+        context = StatelessSymbolicContext(
+            dynamic_sizes=list(dims or [DimDynamic.STATIC] * arg.dim()), dynamic_strides=strides
+        )
         return mode.from_tensor(arg, source=source, symbolic_context=context)
     if isinstance(arg, int) and not isinstance(arg, bool) and dims is not None:
         symbol = env.create_unspecified_symbol(arg, source, dims[0])

@@ -18,7 +18,11 @@ MOST_COLUMNS = 1024
 """Accumulators of a token, padded: more do not fit into registers."""
 
 LONG = 2048
-"""From so many tokens on, tiles are large: basis and metric are read once for each tile."""
+"""From so many tokens on, tiles are large: basis and metric are read once for each tile.
+
+32 tokens, not 64, which run as warp-group products: with those, prompts of 4,096 tokens in bfloat16
+(3 heads of 64, 16 or 32 components of each width) ended in an illegal memory access.
+"""
 
 CHANNELS = 32
 """Channels that one product takes."""
@@ -138,7 +142,7 @@ def _launched(
     metric, scales = params[3 + (layout.gain > 0) :][:2]
     judged = torch.empty(4, batch, groups, tokens, device=x.device)
     columns = p8 + 2 * p4 + 4 * p2 + padded
-    tile = 16 if tokens < LONG or columns > 512 else 64 if columns <= 256 else 32
+    tile = 16 if tokens < LONG or columns > 512 else 32
     encode_kernel[(batch * groups * -(-tokens // tile),)](
         x, mean, analysis, params[3] if layout.gain else mean, metric, scales,
         payload[0], payload[-1], judged, *x.stride()[:3], begin, tokens, payload[0].shape[1], batch,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -126,3 +127,27 @@ def test_recompile_limit_is_raised_and_restored_by_reset() -> None:
     assert config.recompile_limit == 64
     torch._dynamo.reset()
     assert config.recompile_limit == min(before, 8)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_positions_that_are_a_column_of_what_grows(batch: int) -> None:
+    """Bug: they have other strides at each step; those of the first step were compiled in."""
+    torch.manual_seed(0)
+    model = plain.SpreadDecoder(2, hidden=256).eval()
+    options = {"codec": "exact", "window": 16, "block": 16}
+    compiled = torch.compile(model, backend="attentionpack", options=options)
+    valid = torch.ones(batch, 40, dtype=torch.bool)
+    valid[0, :5] = False
+    ids = torch.randint(0, 50, (batch, 40))
+    past = dense = None
+    for _ in range(6):
+        new = ids.shape[1]
+        positions = (valid.cumsum(1) - 1).clamp(min=0)[:, -new:]
+        mask = plain.plain_masks(valid, new, "bool")
+        got, past = compiled(ids, positions, past, mask)
+        wanted, dense = model(ids, positions, dense, mask)
+        torch.testing.assert_close(got, wanted)
+        ids = wanted[:, -1:].argmax(-1)
+        valid = torch.cat([valid, torch.ones_like(valid[:, :1])], 1)
+    assert runs(model, "decode") == 5
+    assert apack_compile.report(model).graphs <= 3

@@ -96,6 +96,21 @@ def run(x: Tensor, visible: Tensor | None, code: Code) -> list[Tensor]:
     return got
 
 
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU: what it guards is not in the interpreter")
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("length", [2101, 4085, 4187])
+@pytest.mark.parametrize("ranks", [(0, 16, 16), (0, 32, 48), (0, 0, 32), (0, 16, 0), (16, 48, 32)])
+def test_a_long_prompt_as_linear_layers_lay_out_values(
+    batch: int, length: int, ranks: tuple[int, int, int]
+) -> None:
+    """Bug: an illegal memory access, at 4,096 tokens of bfloat16 in tiles of 64."""
+    layout = TransformLayout(3, 64, 1, *ranks, 1)
+    x = torch.randn(batch, length, 3, 64).bfloat16().transpose(1, 2)
+    visible = torch.ones(batch, length, dtype=torch.bool)
+    visible[0, :300] = False
+    run(x, visible, judging_code(layout))
+
+
 def odd_tokens(layout: TransformLayout, broken: int) -> Tensor:
     """Far ones and broken ones; with 0 and 1 as values of the rest, errors are far below theirs."""
     x = torch.randn(2, layout.heads, 70, layout.dim)

@@ -285,6 +285,22 @@ def test_a_crop_gives_back_the_slots_of_the_tokens_it_drops() -> None:
     assert broken_tokens(grown) == [33]
 
 
+def test_eight_broken_tokens_stay_exact_or_four_behind_strained_ones() -> None:
+    """As the README says, with the slots that there are by default."""
+    extra = Policy().extra
+    nine = dict.fromkeys(range(20, 29), NAN)
+    eight = with_tokens(60, dict(list(nine.items())[:8]) | dict.fromkeys(range(30, 40), 90.0))
+    assert_same_tokens(pack(eight, extra=extra).unpack()[:, :, 20:28], eight[:, :, 20:28], 0)
+    assert (~pack(with_tokens(60, nine), extra=extra).unpack().isfinite()).all(-1).any()
+    handle = pack(with_tokens(60, dict.fromkeys(range(30, 40), 90.0)), extra=extra)
+    later = with_tokens(60, dict.fromkeys(range(4), NAN))
+    grown = torch.cat([handle, later], 2)
+    assert_same_tokens(grown.unpack()[:, :, 60:64], later[:, :, :4], 0)
+    later = with_tokens(60, dict.fromkeys(range(5), NAN))
+    grown = torch.cat([handle.clone(), later], 2)
+    assert grown.unpack()[:, :, 63].isnan().all()
+
+
 def test_an_overflow_does_not_outlive_a_crop() -> None:
     """Bug: a sink that an overflow spoilt stays so."""
     handle = pack(with_tokens(60, {40: NAN, 41: NAN, 42: NAN}), extra=2)

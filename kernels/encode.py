@@ -54,14 +54,16 @@ def encode(
     if code.positional:
         _, first = torch.ops.apack.make_pool(x, visible, None, 1, 0)
     coded = torch.sym_max(length - window, 0)
+    here = torch.arange(length, device=x.device)
+    seen = here < coded if visible is None else visible & (here < coded)
     levels = None
     if code.shares:
-        here = torch.arange(length, device=x.device)
-        seen = here < coded if visible is None else visible & (here < coded)
         weight = torch.where(seen, token_sizes(x) if importance is None else importance, -1.0)
         levels = torch.ops.apack.token_levels(weight, code.shares)
     parts, judged = encode_tokens(x, params, code, first, 0, levels)
     strain = None if judged is None else judged.strain
+    if strain is not None and code.kept:  # slots are counted by the coded tokens, and are theirs
+        strain = torch.where(seen, strain, 0.0)
     pool, positions = torch.ops.apack.make_pool(
         x, visible, strain, sinks, code.slots(extra, coded), code.strained
     )
@@ -78,8 +80,6 @@ def encode(
         payload.append(torch.nn.functional.pad(rows, (0, 0, 0, room)).contiguous())
     slots = coded + torch.arange(ring, device=x.device)
     recent = x.index_select(2, slots.clamp(max=length - 1))  # slots past the end: stale
-    here = torch.arange(length, device=x.device)
-    seen = here < coded if visible is None else visible & (here < coded)
     return [*payload, pool, positions, recent, tally(judged, seen, positions, 0)]
 
 

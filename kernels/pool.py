@@ -35,16 +35,17 @@ def reserve_sinks(visible: Tensor | None, like: Tensor, sinks: int, extra: int) 
 
 def fill_pool(
     pool: Tensor, positions: Tensor, x: Tensor, start: int, visible: Tensor | None,
-    strain: Tensor | None = None, strained: float = STRAINED,
+    strain: Tensor | None = None, strained: float = STRAINED, spare: int = SPARE,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Take what the pool wants from tokens that are being coded.
 
     Args:
         pool: ``[B, H, E, D]``; positions: ``[B, E]``.
         x: tokens ``[B, H, T, D]`` at positions ``start .. start + T``.
-        visible: ``[B, T]``; tokens that no query sees need no slot on demand.
+        visible: ``[B|1, T]`` or ``[T]``; tokens that no query sees need no slot on demand.
         strain: ``[B, T]``: how much each token wants to stay exact; None: nothing is expected.
         strained: those above it may have a slot.
+        spare: free slots that strained tokens leave.
 
     Returns:
         The new pool and positions. Where non-finite tokens find no free slot, the last of those
@@ -63,7 +64,7 @@ def fill_pool(
     worst, which = torch.where(eligible, demand, 0.0).sort(dim=1, descending=True, stable=True)
     rank = torch.arange(1, x.shape[2] + 1, device=x.device)
     room = free.sum(1, keepdim=True)  # [B, 1]
-    wanted = (worst == float("inf")) | (worst > strained) & (rank <= room - SPARE)
+    wanted = (worst == float("inf")) | (worst > strained) & (rank <= room - spare)
     turn = torch.zeros_like(which).scatter(1, which, torch.where(wanted, rank, -2))  # [B, T]
     order_free = torch.where(free, free.cumsum(1), -1)
     taken = order_free[:, :, None] == turn[:, None, :]  # [B, E, T]
@@ -97,6 +98,19 @@ def make_pool(
     if not sinks + extra:
         return pool, positions
     return fill_pool(pool, positions, x, 0, visible, strain, strained)
+
+
+def resized(pool: Tensor, positions: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """The same pool in ``slots`` slots; if fewer, still in those in use and some spare ones."""
+    more = slots - pool.shape[2]
+    if more >= 0:
+        pad = torch.nn.functional.pad
+        return pad(pool, (0, 0, 0, more)), pad(positions, (0, more), value=-1)
+    used = positions >= 0  # [B, E]
+    order = used.to(torch.int8).argsort(dim=1, descending=True, stable=True)  # sinks stay in front
+    order = order[:, : max(slots, int(used.sum(1).max()) + SPARE)]
+    index = order[:, None, :, None].expand(-1, pool.shape[1], -1, pool.shape[3])
+    return pool.gather(2, index), positions.gather(1, order)
 
 
 def override(dense: Tensor, positions: Tensor, values: Tensor, dim: int) -> Tensor:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ..codec import CodeRef
+from ..codec.layout import SPARE
 from ..codec.lowrank import REFACTOR
 from ..compat import full_precision
 from ..kernels.encode import capacity_for, encode_tokens, tally, token_sizes
 from ..kernels.factor import refactored
 from ..kernels.planes import counted, in_plane, quotas, write_rows
-from ..kernels.pool import fill_pool
+from ..kernels.pool import fill_pool, resized
 from ..kernels.side import Side
 from ..ops.encode_cuda import encode_kernels
 from .policy import Policy, encode_arguments
@@ -176,6 +177,7 @@ class SideStore:
         capacity = self._round_up(min(self.coded, length))
         copied = self._map(lambda t: t.clone(), lambda p: p[:, :capacity].clone())
         copied._truncate(length)
+        copied._give_slots_back()
         return copied
 
     def surplus(self, tokens: int) -> int:
@@ -228,9 +230,10 @@ class SideStore:
     def _code(self, x: Tensor) -> None:
         start, end = self.coded, self.coded + x.shape[2]
         code = self.ref.code
-        self._grow_pool(end)
-        pool, positions, ref = self.side.pool, self.side.pool_positions, self.ref
         payload = self._with_room(end)
+        if self._slots(end) > self.side.pool.shape[2]:
+            self._resize_pool(payload[0].shape[1])  # with the payload, and as seldom
+        pool, positions, ref = self.side.pool, self.side.pool_positions, self.ref
         kernels = None if code.layout.per_sequence else encode_kernels(x, code.layout)
         if kernels is not None:
             sums = kernels.encode_more(
@@ -250,12 +253,16 @@ class SideStore:
         parts, judged = encode_tokens(
             x, code.on(self.device), code.layout, positions, start, levels
         )
+        here = start + torch.arange(x.shape[2], device=x.device)
+        # A row begins with its first sink. Kernels do not ask: nor do codes that they serve.
+        seen = here >= (positions[:, :1] if self.policy.sinks and code.layout.kept else 0)
         if pool.shape[2]:
             strain = None if judged is None else judged.strain
+            # Slots for tokens to come, and those that a crop left, are not for these tokens.
+            spare = SPARE + pool.shape[2] - self._slots(end)
             pool, positions = fill_pool(
-                pool, positions, x, start, None, strain, code.layout.strained
+                pool, positions, x, start, seen, strain, code.layout.strained, spare
             )
-        seen = torch.ones(x.shape[2], dtype=torch.bool, device=x.device)
         sums = tally(judged, seen, positions, start)
         self._write(payload, parts, levels, start, end)
         # In place: a step that was captured as a CUDA graph reads these addresses.
@@ -266,15 +273,20 @@ class SideStore:
         if ref is not self.ref:
             self.ref, self.factored = ref, end
 
-    def _grow_pool(self, tokens: int) -> None:
+    def _slots(self, tokens: int) -> int:
+        """Slots of the pool that so many coded tokens want."""
+        return self.policy.sinks + self.ref.layout.slots(self.policy.extra, tokens)
+
+    def _resize_pool(self, tokens: int) -> None:
         """Let the pool have the slots that so many coded tokens want."""
-        pool, positions, policy = self.side.pool, self.side.pool_positions, self.policy
-        wanted = policy.sinks + self.ref.layout.slots(policy.extra, tokens)
-        more = wanted - pool.shape[2]
-        if more > 0:
-            pool = torch.nn.functional.pad(pool, (0, 0, 0, more))
-            positions = torch.nn.functional.pad(positions, (0, more), value=-1)
-            self.side = self.side._replace(pool=pool, pool_positions=positions)
+        pool, positions = resized(self.side.pool, self.side.pool_positions, self._slots(tokens))
+        self.side = self.side._replace(pool=pool, pool_positions=positions)
+
+    def _give_slots_back(self) -> None:
+        """Leave free slots that a payload without slack does not want."""
+        tokens = self._round_up(self.coded)
+        if self._slots(tokens) < self.side.pool.shape[2]:
+            self._resize_pool(tokens)
 
     def _write(
         self, payload: Sequence[Tensor], parts: Sequence[Tensor], levels: Tensor | None,
@@ -347,6 +359,8 @@ class SideStore:
         chosen = self._map(lambda t: t.index_select(0, rows))
         chosen.ref = self.ref.select(rows)
         chosen._truncate(length)
+        if chosen.coded < self.coded:  # others, as beams, need not wait for the device
+            chosen._give_slots_back()
         return chosen
 
     def clone(self, length: int) -> SideStore:

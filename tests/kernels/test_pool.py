@@ -13,6 +13,7 @@ from apack_compile.kernels.pool import (
     override,
     pooled_mass,
     reserve_sinks,
+    resized,
 )
 
 from ..helpers import few
@@ -115,6 +116,34 @@ def test_broken_tokens_come_before_strained_ones_and_may_take_the_spare() -> Non
     strain = torch.tensor([[99.0, 99, 0, 0, 0, 0, 0, 0]])
     _, positions = fill_pool(*empty([[-1] * (SPARE + 1)]), x, 0, None, strain)
     assert positions.tolist() == [[4, 5, 6, 7, -1]]
+
+
+def test_strained_tokens_leave_as_many_slots_as_they_are_told() -> None:
+    x = torch.randn(1, 2, 6, 3)
+    x[0, 0, 4] = NAN
+    strain = torch.tensor([[50.0, 90, 20, 30, 0, 70]])
+    for spare, taken in ((0, [4, 1, 5, 0]), (2, [4, 1, -1, -1]), (7, [4, -1, -1, -1])):
+        _, positions = fill_pool(*empty([[-1] * 4]), x, 0, None, strain, spare=spare)
+        assert sorted(positions[0].tolist()) == sorted(taken)
+
+
+def test_a_smaller_pool_has_all_that_is_in_use_and_spare_slots() -> None:
+    pool, positions = empty([[3, 4, -1, 9, *[-1] * 6, 7], [0, 1, *[-1] * 9]])
+    pool.normal_()
+    for slots, wanted in ((9, 9), (2, 4 + SPARE)):
+        small, where = resized(pool, positions, slots)
+        free = [-1] * (wanted - 4)
+        assert where.tolist() == [[3, 4, 9, 7, *free], [0, 1, -1, -1, *free]]
+        assert torch.equal(small[0, :, :4], pool[0][:, [0, 1, 3, 10]])
+        assert torch.equal(small[1, :, :2], pool[1, :, :2])
+    assert resized(*empty([[2, *[-1] * SPARE]]), 1)[1].shape == (1, 1 + SPARE)
+
+
+def test_a_larger_pool_has_free_slots_behind() -> None:
+    pool, positions = empty([[3, -1]])
+    large, where = resized(pool.normal_(), positions, 4)
+    assert where.tolist() == [[3, -1, -1, -1]]
+    assert torch.equal(large[:, :, :2], pool) and not large[:, :, 2:].any()
 
 
 def test_strained_tokens_that_are_hidden_or_sinks_take_no_slot() -> None:

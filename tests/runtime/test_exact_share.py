@@ -98,6 +98,8 @@ def test_the_pool_grows_with_the_context_and_nothing_is_compiled_anew() -> None:
         logits.append(found)
         store = past[0][0].store
         assert store.coded > 100
-        assert store.side.pool.shape[2] == 4 + SPARE + KEPT * store.coded // KEPT_OF > before
+        assert (on_demand(store) >= 0).sum(1).tolist() == [KEPT * store.coded // KEPT_OF] * 2
+        assert store.side.pool.shape[2] == 4 + SPARE + KEPT * store.side.capacity // KEPT_OF
+        assert store.side.pool.shape[2] > before
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-4)
     assert apack_compile.report(model).recompiles == 0

@@ -173,9 +173,7 @@ def about_prose(args: argparse.Namespace, run: Run) -> tuple[Setting, dict[str, 
     calibration = windows(
         subject.tokenizer, "calibration", len(documents("calibration")), max(run.contexts)
     )
-    setting = Setting(
-        subject, calibration.to(subject.device), NEXT, args.inner, len(run.contexts) > 1
-    )
+    setting = Setting(subject, calibration.to(subject.device), NEXT, args.inner, run.contexts)
     settings = {
         "model": "SmolLM2-135M-Instruct, float32",
         "contexts": list(run.contexts),
@@ -199,8 +197,8 @@ def about_images(args: argparse.Namespace, run: Run) -> tuple[Setting, dict[str,
     following = albums.at(context).following.shape[1]
     prose = windows(albums.subject.tokenizer, "calibration", CALIBRATION, context)
     setting = AlbumSetting(
-        albums.subject, prose.to(albums.subject.device), following, args.inner, False, albums,
-        context,
+        albums.subject, prose.to(albums.subject.device), following, args.inner, run.contexts,
+        albums, context,
     )  # fmt: skip
     settings = {
         "model": f"tiny-vlm, {'bfloat16' if args.bfloat16 else 'float32'}",

@@ -161,6 +161,11 @@ class AlbumSetting(Setting):
         """Tokens of the longest context with what follows it."""
         return self.context
 
+    @property
+    def learnt_from(self) -> int:
+        """Tokens of the longest context, without what follows."""
+        return self.context - self.following
+
     def calibration(self, length: int) -> list[Inputs]:
         """Albums of about so many tokens, with questions and answers."""
         return self.albums.calibration(length + self.following)

@@ -24,19 +24,33 @@ class Setting:
         prompts: calibration prompts, int64 ``[C, S]`` with S the longest context.
         following: the most tokens that follow a context.
         inner: option ``inner`` of the backend.
-        many_lengths: whether contexts have more than one length.
+        contexts: lengths that contexts have in this run, whichever are left to measure.
     """
 
     subject: Subject
     prompts: Tensor
     following: int
     inner: str
-    many_lengths: bool
+    contexts: tuple[int, ...]
+
+    @property
+    def many_lengths(self) -> bool:
+        """Whether contexts have more than one length."""
+        return len(self.contexts) > 1
 
     @property
     def longest(self) -> int:
         """Tokens of the longest context with what follows it."""
         return self.prompts.shape[1] + self.following
+
+    @property
+    def learnt_from(self) -> int:
+        """Tokens of the one calibration prompt that all cells "from the first prompt" learn from.
+
+        Codes reach twice as far as the longest prompt that they were fitted on. So it is as long as
+        the shortest context from which they reach the end of the longest one.
+        """
+        return min((c for c in self.contexts if 2 * c >= self.longest), default=max(self.contexts))
 
     def calibration(self, length: int) -> list[Inputs]:
         """Prompts of about so many tokens to fit on, one by one."""

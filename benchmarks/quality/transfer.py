@@ -169,7 +169,7 @@ def main() -> int:
     subject = albums.subject
     prose = windows(subject.tokenizer, "calibration", CALIBRATION, args.context)
     setting = SourceSetting(
-        subject, prose.to(subject.device), NEXT, args.inner, False, albums, args.context
+        subject, prose.to(subject.device), NEXT, args.inner, (args.context,), albums, args.context
     )
     settings = {
         "model": f"tiny-vlm, {dtype}", "adapter": checksum(args.adapter), "ratio": RATIO,

@@ -41,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Albums:
 def setting(made: Albums) -> AlbumSetting:
     following = made.at(LENGTH).following.shape[1]
     prose = texts(1, LENGTH)
-    return AlbumSetting(made.subject, prose, following, "eager", False, made, LENGTH)
+    return AlbumSetting(made.subject, prose, following, "eager", (LENGTH,), made, LENGTH)
 
 
 def suite(setting: AlbumSetting) -> AnswerSuite:
@@ -141,6 +141,7 @@ def test_our_own_runs_through_the_compiled_backend(
     cell: dict[str, Any] = results.cells[0]
     assert cell["packed_attention_calls"] == cell["of"] > 0
     assert cell["ratio"] >= 7.9
+    assert LENGTH // 2 < cell["fitted_for"] <= LENGTH
     assert 1e-7 < cell["kl"]["mean"] < 0.5
     table = markdown({"cells": [cell], "settings": {"windows": COUNT}, "command": "c",
                       "environment": results.environment})  # fmt: skip

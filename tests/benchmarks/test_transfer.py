@@ -24,7 +24,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> transfer.SourceSetting:
     folder: Path = tmp_path_factory.mktemp("albums")
     made = Albums(Subject(model, tokenizer()), small.painter(), "small", COUNT, 0, folder)
     return transfer.SourceSetting(
-        made.subject, texts(6, LENGTH), 128, "eager", False, made, LENGTH
+        made.subject, texts(6, LENGTH), 128, "eager", (LENGTH,), made, LENGTH
     )  # fmt: skip
 
 

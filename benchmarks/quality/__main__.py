@@ -189,7 +189,8 @@ def about_prose(args: argparse.Namespace, run: Run) -> tuple[Setting, dict[str, 
 
 def about_images(args: argparse.Namespace, run: Run) -> tuple[Setting, dict[str, Any], Suite]:
     """The small vision-language model on albums, and what scores its answers."""
-    from .albums import CALIBRATION, AlbumSetting, checksum
+    from ..tiny_vlm import adapter
+    from .albums import CALIBRATION, AlbumSetting
     from .answers import AnswerSuite
 
     albums = prepare(args, run)
@@ -202,7 +203,7 @@ def about_images(args: argparse.Namespace, run: Run) -> tuple[Setting, dict[str,
     )  # fmt: skip
     settings = {
         "model": f"tiny-vlm, {'bfloat16' if args.bfloat16 else 'float32'}",
-        "adapter": checksum(args.adapter),
+        "adapter": adapter.digest(args.adapter),
         "windows": run.windows,
         "calibration": CALIBRATION,
         "inner": args.inner,

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from apack_compile.options import INNER
 
+from ..tiny_vlm import adapter
 from . import bases
-from .albums import CALIBRATION, Albums, AlbumSetting, checksum, load
+from .albums import CALIBRATION, Albums, AlbumSetting, load
 from .answers import AnswerSuite
 from .bases import BasisRunner
 from .documents import windows
@@ -172,8 +173,8 @@ def main() -> int:
         subject, prose.to(subject.device), NEXT, args.inner, (args.context,), albums, args.context
     )
     settings = {
-        "model": f"tiny-vlm, {dtype}", "adapter": checksum(args.adapter), "ratio": RATIO,
-        "context": args.context,
+        "model": f"tiny-vlm, {dtype}", "adapter": adapter.digest(args.adapter),
+        "ratio": RATIO, "context": args.context,
     }  # fmt: skip
     command = " ".join(["python -m benchmarks.quality.transfer", *sys.argv[1:]])
 

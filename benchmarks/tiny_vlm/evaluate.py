@@ -110,6 +110,16 @@ def verdicts(cells: list[dict[str, Any]], ratio: float) -> dict[str, bool]:
     return made
 
 
+def settings(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
+    """What scores depend on, the adapter by its file."""
+    return {
+        "adapter": adapter.digest(args.adapter),
+        "contexts": args.contexts,
+        "dtype": str(dtype),
+        "things": args.things,
+    }
+
+
 def main() -> int:
     """Score all cells; 1 if a gate is missed."""
     args = parse(sys.argv[1:])
@@ -147,7 +157,7 @@ def main() -> int:
     content = {
         "command": " ".join(["python -m benchmarks.tiny_vlm.evaluate", *sys.argv[1:]]),
         "environment": environment(model.device),
-        "settings": {"contexts": args.contexts, "dtype": str(dtype), "things": args.things},
+        "settings": settings(args, dtype),
         "perplexity over SmolLM2's": ratio,
         "gates": passed,
         "cells": cells,

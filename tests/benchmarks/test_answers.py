@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from benchmarks.quality.table import markdown
 from benchmarks.tiny_vlm.contexts import contexts
 from benchmarks.tiny_vlm.forward import pixels
 from benchmarks.tiny_vlm.model import merge
+from benchmarks.tiny_vlm.tiles import Painter
 
 from .tiny import texts, tokenizer
 from .tiny_vlm import small
@@ -71,6 +73,28 @@ def test_albums_are_kept_and_found_again(made: Albums, monkeypatch: pytest.Monke
     other = Albums(made.subject, made.painter, "other", COUNT, 0, made.folder)
     with pytest.raises(TypeError):
         other.at(LENGTH)
+
+
+def test_albums_that_are_kept_are_of_their_pack_and_of_what_drew_them(
+    made: Albums, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Bug: after another pack was built, or drawing was changed, the old albums were measured."""
+    made.at(LENGTH)
+    monkeypatch.setattr(albums, "draw", None)  # drawing raises TypeError
+
+    def again(painter: Painter) -> Any:
+        return Albums(made.subject, painter, made.name, COUNT, 0, made.folder).at(LENGTH)
+
+    again(made.painter)
+    other = replace(made.painter.pack, icons=255 - made.painter.pack.icons)
+    with pytest.raises(TypeError):
+        again(Painter(other))
+    first, *others = albums.SOURCES
+    changed = tmp_path / first.name
+    changed.write_bytes(first.read_bytes() + b"# another")
+    monkeypatch.setattr(albums, "SOURCES", (changed, *others))
+    with pytest.raises(TypeError):
+        again(made.painter)
 
 
 def test_calibration_shows_other_albums_than_the_test(made: Albums) -> None:

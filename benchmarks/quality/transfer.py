@@ -56,8 +56,8 @@ class SourceSetting(AlbumSetting):
     source: Source = "albums"
 
     def calibration(self, length: int) -> list[Inputs]:
-        """Albums with questions, windows of prose, or half as many of each."""
-        images = AlbumSetting.calibration(self, length)
+        """Albums with questions, windows of prose, or half as many of each: of about one length."""
+        images = self.albums.calibration(length)
         prose = Setting.calibration(self, length)
         if self.source == "both":
             half = CALIBRATION // 2

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ..quality.metrics import bootstrap
+from ..quality.metrics import share
 from ..quality.results import FOLDER, environment, rounded
 from ..quality.subject import smollm2
 from . import adapter, pack
@@ -145,7 +145,7 @@ def main() -> int:
                 for which, some in score(model, batch, control, piece.numbers.start).items():
                     values.setdefault(which, []).extend(some)
             cell: dict[str, Any] = {"task": name, "context": length}
-            cell |= {w: asdict(bootstrap(torch.tensor(v))) for w, v in values.items()}
+            cell |= {w: asdict(share(torch.tensor(v))) for w, v in values.items()}
             cells.append(cell)
             shown = {which: round(cell[which]["mean"], 3) for which in values}
             print(name, length, shown, f"{time.monotonic() - began:.0f} s", flush=True)

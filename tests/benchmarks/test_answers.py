@@ -136,6 +136,8 @@ def test_the_dense_cache_loses_nothing_and_a_coarse_code_does(setting: AlbumSett
     assert sizes.ratio > 3
     assert figures[16]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
     assert figures[16]["top1"]["mean"] == 1
+    for lost in figures[16]["lost"].values():  # nothing: which does not prove that there is nothing
+        assert lost["high"] == -lost["low"] == pytest.approx(1 - 0.025 ** (1 / COUNT), rel=1e-5)
     assert figures[1]["kl"]["mean"] > 1e-5
 
 

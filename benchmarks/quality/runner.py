@@ -92,11 +92,19 @@ class Runner(Protocol):
 
 
 class RivalRunner:
-    """Codes the dense cache of a prefill, then runs the stock model with what the code gives."""
+    """Codes the dense cache of a prefill, then runs the stock model with what the code gives.
 
-    def __init__(self, subject: Subject, rival: Rival) -> None:
+    Args:
+        subject: the model.
+        rival: the code.
+        piece: how many of the tokens that follow go through the model at once; None: all of them,
+            as they did for the reference.
+    """
+
+    def __init__(self, subject: Subject, rival: Rival, piece: int | None = None) -> None:
         self.subject = subject
         self.rival = rival
+        self.piece = piece
 
     def prefill(self, prompts: Prompts) -> Any:
         """The coded keys and values of each layer, and the length of the prompts."""
@@ -109,9 +117,9 @@ class RivalRunner:
         return k.to(layer.k.dtype), v.to(layer.v.dtype)
 
     def follow(self, cache: Any, ids: Tensor) -> Tensor:
-        """All tokens at once: they see the coded context, and each other exactly."""
+        """The tokens see the coded context, and each other exactly."""
         kv, length = cache
-        return self.subject.follow(kv, length, ids)
+        return self.subject.follow(kv, length, ids, self.piece)
 
     def sizes(self, cache: Any) -> Sizes:
         """By the rival's formula."""

@@ -63,7 +63,8 @@ def test_runs_on_albums() -> None:
         for title in ("", ", fitted beforehand", ", pre-RoPE K, fitted beforehand"):
             assert f"attentionpack {ratio}x{title}" in names
     for name in (
-        "full precision", "KIVI 2 bit", "TurboQuant 4 bit", "SnapKV 8x", "StreamingLLM 8x",
+        "full precision", "full precision, in pieces", "KIVI 2 bit", "TurboQuant 4 bit",
+        "SnapKV 8x", "StreamingLLM 8x",
         "attentionpack 8x, paper mode", "attentionpack 8x, tiers, fitted beforehand",
     ):  # fmt: skip
         assert name in names
@@ -77,6 +78,8 @@ def test_methods_of_a_run() -> None:
         chosen = main.methods_of(Run("r", (2048,), 1, 1, part, 1), None)
         assert chosen[0].name == "full precision"
         assert any(m.name == "attentionpack 8x" for m in chosen)
+        control = [m.name for m in chosen if m.name == "full precision, in pieces"]
+        assert len(control) == (part == "full")
     target = main.methods_of(Run("r", (3072,), 1, 1, "target", 1), None)
     dense, *ours = [m.name.split(" ") for m in target]
     assert dense == ["full", "precision"] and {name[0] for name in ours} == {"attentionpack"}

@@ -147,7 +147,7 @@ class AnswerSuite:
             name: asdict((share if name in KINDS else bootstrap)(torch.tensor(some)))
             for name, some in values.items()
         }
-        scores["lost"] = {k: asdict(share(torch.tensor(some), -1)) for k, some in lost.items()}
+        scores["lost"] = {k: asdict(share(torch.tensor(some), -1.0)) for k, some in lost.items()}
         kinds = references[0].asked.kinds[0]
         counts = {
             kind: "".join(str(round(share * kinds.count(kind))) for share in values[kind])

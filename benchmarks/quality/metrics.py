@@ -83,7 +83,7 @@ def bootstrap(values: Tensor, seed: int = 0) -> Figure:
     return Figure(float(values.mean()), low, high)
 
 
-def share(values: Tensor, least: float = 0) -> Figure:
+def share(values: Tensor, least: float = 0.0) -> Figure:
     """Mean of shares, one a window, with its 95 % interval: the bootstrap's if they differ.
 
     Where all are 0 or all are 1, every resample is the same, which says nothing of the next window.
@@ -100,8 +100,10 @@ def share(values: Tensor, least: float = 0) -> Figure:
     """
     figure = bootstrap(values)
     if not least <= values.min() <= values.max() <= 1:
-        raise ValueError(f"values from {values.min()} to {values.max()}: accepted is {least} to 1")
+        raise ValueError(
+            f"values from {values.min()} to {values.max()}: accepted is {least:g} to 1"
+        )
     if figure.mean not in (least, 0, 1) or values.min() < values.max():
         return figure
     width = 1 - (ALPHA / 2) ** (1 / len(values))
-    return Figure(figure.mean, max(figure.mean - width, least), min(figure.mean + width, 1))
+    return Figure(figure.mean, max(figure.mean - width, least), min(figure.mean + width, 1.0))

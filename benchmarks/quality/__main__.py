@@ -22,7 +22,7 @@ from apack_compile.options import INNER
 
 from .documents import documents, windows
 from .evaluate import NEXT
-from .jobs import Claims, jobs_that_fit, run_jobs
+from .jobs import Claims, clear, files_of, jobs_that_fit, run_jobs
 from .measure import Clock, Run, Suite, measure
 from .methods import METHODS, Method
 from .packed import sources
@@ -59,6 +59,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="start no cell that would take longer")
     parser.add_argument("--jobs", type=int, help="processes; on cuda as many as its memory holds")
     parser.add_argument("--claims", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--common", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="result file")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file has")
     parser.add_argument("--keep", action="store_true", help="keep cells that older sources made")
@@ -117,7 +118,8 @@ def main() -> int:
     run = chosen(args)
     path = args.output or FOLDER / f"{run.name}.json"
     if args.fresh:
-        path.unlink(missing_ok=True)
+        for file in files_of(path):
+            file.unlink(missing_ok=True)
     jobs = args.jobs or (jobs_that_fit(max(run.contexts)) if args.device == "cuda" else 1)
     if args.claims is None and jobs > 1:
         if args.subject == "tiny-vlm":
@@ -126,6 +128,8 @@ def main() -> int:
         complete = run_jobs(words, jobs, path, args.minutes)
     else:
         complete = one_job(args, run, path)
+        if args.claims is None:
+            clear(path)
     if args.claims is None and path.exists():
         publish(path, run.name)
     return 0 if complete else 1
@@ -150,9 +154,13 @@ def one_job(args: argparse.Namespace, run: Run, path: Path) -> bool:
     with torch.no_grad():
         setting, settings, suite = about(args, run)
     command = " ".join(["python -m benchmarks.quality", *sys.argv[1:]])
-    results = Results.resume(path, settings, environment(setting.subject.device), command)
+    here = environment(setting.subject.device)
+    files = files_of(args.common or path)
+    results = Results.resume(path, settings, here, command, files)
     if not args.keep:
         results.drop_outdated(sources())
+    if results.cells and len(files) > 1:
+        results.save()  # should there be nothing to add to what a run that was stopped has left
     with torch.no_grad():
         methods = methods_of(run, args.methods)
         return measure(run, methods, setting, results, clock, Claims(args.claims), suite)
@@ -165,9 +173,7 @@ def about_prose(args: argparse.Namespace, run: Run) -> tuple[Setting, dict[str, 
     calibration = windows(
         subject.tokenizer, "calibration", len(documents("calibration")), max(run.contexts)
     )
-    setting = Setting(
-        subject, calibration.to(subject.device), NEXT, args.inner, len(run.contexts) > 1
-    )
+    setting = Setting(subject, calibration.to(subject.device), NEXT, args.inner, run.contexts)
     settings = {
         "model": "SmolLM2-135M-Instruct, float32",
         "contexts": list(run.contexts),
@@ -183,7 +189,8 @@ def about_prose(args: argparse.Namespace, run: Run) -> tuple[Setting, dict[str, 
 
 def about_images(args: argparse.Namespace, run: Run) -> tuple[Setting, dict[str, Any], Suite]:
     """The small vision-language model on albums, and what scores its answers."""
-    from .albums import CALIBRATION, AlbumSetting, checksum
+    from ..tiny_vlm import adapter
+    from .albums import CALIBRATION, AlbumSetting
     from .answers import AnswerSuite
 
     albums = prepare(args, run)
@@ -191,12 +198,12 @@ def about_images(args: argparse.Namespace, run: Run) -> tuple[Setting, dict[str,
     following = albums.at(context).following.shape[1]
     prose = windows(albums.subject.tokenizer, "calibration", CALIBRATION, context)
     setting = AlbumSetting(
-        albums.subject, prose.to(albums.subject.device), following, args.inner, False, albums,
-        context,
+        albums.subject, prose.to(albums.subject.device), following, args.inner, run.contexts,
+        albums, context,
     )  # fmt: skip
     settings = {
         "model": f"tiny-vlm, {'bfloat16' if args.bfloat16 else 'float32'}",
-        "adapter": checksum(args.adapter),
+        "adapter": adapter.digest(args.adapter),
         "windows": run.windows,
         "calibration": CALIBRATION,
         "inner": args.inner,

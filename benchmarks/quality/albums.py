@@ -34,6 +34,12 @@ CALIBRATION = 6
 FIRST = 10_000
 """Number of the first of them."""
 
+SOURCES = tuple(
+    Path(adapter.__file__).with_name(f"{name}.py")
+    for name in ("album", "contexts", "forward", "prompt", "tiles")
+)
+"""What albums depend on besides the model and the image pack: kept ones are of these sources."""
+
 TILES = 1024
 """Images that are looked at together."""
 
@@ -92,7 +98,8 @@ class Albums:
     def at(self, length: int) -> Asked:
         """The contexts of at most ``length`` tokens, answers included."""
         if length not in self._held:
-            path = self.folder / f"albums-{self.name}-{self.count}-{length}.pt"
+            drawn = f"{self.painter.pack.checksum()[:12]}-{drawn_by()}"
+            path = self.folder / f"albums-{self.name}-{drawn}-{self.count}-{length}.pt"
             if not path.exists():
                 self._make(length, path)
             kept = torch.load(path, mmap=True)
@@ -161,6 +168,11 @@ class AlbumSetting(Setting):
         """Tokens of the longest context with what follows it."""
         return self.context
 
+    @property
+    def learnt_from(self) -> int:
+        """Tokens of the longest context, without what follows."""
+        return self.context - self.following
+
     def calibration(self, length: int) -> list[Inputs]:
         """Albums of about so many tokens, with questions and answers."""
         return self.albums.calibration(length + self.following)
@@ -170,13 +182,16 @@ def load(path: Path, device: str, dtype: torch.dtype, count: int, workers: int) 
     """Albums for a trained adapter."""
     model, tokenizer = adapter.load(path, dtype)
     subject = Subject(model.to(device), tokenizer)
-    name = f"{checksum(path)}-{str(dtype).removeprefix('torch.')}-{device}"
+    name = f"{adapter.digest(path)}-{str(dtype).removeprefix('torch.')}-{device}"
     return Albums(subject, Painter(pack.load()), name, count, workers, pack.CACHE / "albums")
 
 
-def checksum(path: Path) -> str:
-    """The first digits of a file's SHA-256."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+def drawn_by() -> str:
+    """The first digits of a SHA-256 of the sources that draw albums, ask, and look at images."""
+    made = hashlib.sha256()
+    for path in SOURCES:
+        made.update(path.read_bytes())
+    return made.hexdigest()[:12]
 
 
 def batches(asked: Asked, size: int) -> Iterator[Asked]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .albums import KINDS, Albums, Asked, batches
-from .metrics import agreement, bootstrap, kl_divergence
+from .metrics import agreement, bootstrap, kl_divergence, share
 from .runner import Runner, Setting, Sizes
 from .subject import Prompts
 
@@ -144,9 +144,10 @@ class AnswerSuite:
                 before = reference.right[kind]
                 lost[kind] += [b - s for b, s in zip(before, shares, strict=True)]
         scores: dict[str, Any] = {
-            name: asdict(bootstrap(torch.tensor(some))) for name, some in values.items()
+            name: asdict((share if name in KINDS else bootstrap)(torch.tensor(some)))
+            for name, some in values.items()
         }
-        scores["lost"] = {k: asdict(bootstrap(torch.tensor(some))) for k, some in lost.items()}
+        scores["lost"] = {k: asdict(share(torch.tensor(some), -1.0)) for k, some in lost.items()}
         kinds = references[0].asked.kinds[0]
         counts = {
             kind: "".join(str(round(share * kinds.count(kind))) for share in values[kind])

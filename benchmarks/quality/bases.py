@@ -19,7 +19,7 @@ from apack_compile.codec.fit import Evidence, fit_transform
 from apack_compile.codec.moments import Moments
 from apack_compile.codec.recipe import Recipe
 
-from .rivals.base import SINKS, Layer, between, between_exact
+from .rivals.base import RECENT, SINKS, Layer, between, between_exact
 from .runner import Sizes
 from .subject import Prompts, Subject
 
@@ -46,6 +46,12 @@ def codes(moments: Sequence[Moments], dim: int, ratio: float) -> Codes:
     return fit_transform(layers, (dim, dim), Recipe(ratio), reach=1)
 
 
+def basis_bytes(made: Codes) -> int:
+    """Bytes of what codes are read back with, the mean and the basis, as 16-bit numbers."""
+    params = [code.params for pair in made for code in pair]
+    return sum(2 * (mean.numel() + synthesis.numel()) for mean, _, synthesis, *_ in params)
+
+
 @dataclass
 class BasisRunner:
     """Codes dense caches, then runs the stock model with what is left of them.
@@ -65,21 +71,23 @@ class BasisRunner:
     masks: Mapping[int, Tensor]
 
     def prefill(self, prompts: Prompts) -> Any:
-        """Coded keys and values of each layer, and the length of the prompts."""
+        """Coded keys and values of each layer, the length of the prompts, and the bytes of the
+        bases that a sequence has of its own.
+        """
         layers = prompts.layers
         if self.text is None or self.visual is None:
-            rows = [self._coded(_row(layers, i), *self._own(_row(layers, i)), prompts.length)
-                    for i in range(len(prompts.ids))]  # fmt: skip
+            own = [self._own(_row(layers, i)) for i in range(len(prompts.ids))]
+            rows = [self._coded(_row(layers, i), some, some, prompts.length)
+                    for i, some in enumerate(own)]  # fmt: skip
             kv = [
                 tuple(torch.cat(sides) for sides in zip(*layer, strict=True))
                 for layer in zip(*rows, strict=True)
             ]
-            return kv, prompts.length
-        return self._coded(layers, self.text, self.visual, prompts.length), prompts.length
+            return kv, prompts.length, sum(map(basis_bytes, own)) / len(own)
+        return self._coded(layers, self.text, self.visual, prompts.length), prompts.length, 0
 
-    def _own(self, layers: Sequence[Layer]) -> tuple[Codes, Codes]:
-        own = codes(sums(layers), self.subject.dim, self.ratio)
-        return own, own
+    def _own(self, layers: Sequence[Layer]) -> Codes:
+        return codes(sums(layers), self.subject.dim, self.ratio)
 
     def _coded(
         self, layers: Sequence[Layer], text: Codes, visual: Codes, length: int
@@ -101,13 +109,17 @@ class BasisRunner:
 
     def follow(self, cache: Any, ids: Tensor) -> Tensor:
         """All tokens at once: they see the coded context, and each other exactly."""
-        kv, length = cache
+        kv, length, _ = cache
         return self.subject.follow(kv, length, ids)
 
     def sizes(self, cache: Any) -> Sizes:
-        """The ratio that was asked for; no bases are counted, not those of sequences either."""
+        """Codes by the ratio that was asked for; with bases of sequences, without shared ones."""
+        _, length, own = cache
         width = 2 * 2 * self.subject.layers * self.subject.heads * self.subject.dim
-        return Sizes(self.ratio, self.ratio, width / self.ratio, 0)
+        coded, exact = length - SINKS - RECENT, SINKS + RECENT
+        packed = width / self.ratio * coded + own
+        whole_ratio = width * length / (packed + width * exact)
+        return Sizes(width * coded / packed, whole_ratio, packed / coded, 0)
 
     def notes(self) -> dict[str, Any]:
         """Nothing."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import passkey
-from .metrics import Figure, agreement, bootstrap, first_difference, kl_divergence, surprise
+from .metrics import Figure, agreement, bootstrap, first_difference, kl_divergence, share, surprise
 from .runner import Runner, Sizes
 from .subject import Prompts, Subject
 
@@ -99,7 +99,11 @@ def evaluate(runner: Runner, references: Sequence[Reference]) -> tuple[Scores, S
         found["depths"] = list(reference.keys.depths)
         for name, new in found.items():
             values.setdefault(name, []).extend(new)
-    figures = {name: bootstrap(torch.tensor(values[name])) for name in values if name != "depths"}
+    figures = {
+        name: (share if name == "passkeys" else bootstrap)(torch.tensor(values[name]))
+        for name in values
+        if name != "depths"
+    }
     scores = Scores(
         kl=figures["kl"],
         top1=figures["top1"],

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from .results import alike, key_of, write
 
 OWN_BYTES = 3 << 30
 """Memory of a GPU that a process takes for itself: context, weights, logits."""
@@ -69,14 +71,29 @@ def device_of(number: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": names[number % len(names)]} if len(names) > 1 else {}
 
 
+def numbers_of(path: Path) -> list[int]:
+    """Numbers of the processes whose result files are there."""
+    names = (p.stem.removeprefix(f"{path.stem}.") for p in path.parent.glob(f"{path.stem}.*.json"))
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def files_of(path: Path) -> list[Path]:
+    """The common result file, and those of single processes that are there, the oldest first."""
+    return [path, *(part_of(path, number) for number in numbers_of(path))]
+
+
 def run_jobs(arguments: Sequence[str], count: int, path: Path, minutes: float | None) -> bool:
-    """Run the benchmark in ``count`` processes; each goes on from the common result file.
+    """Run the benchmark in ``count`` processes; each goes on from what is there.
+
+    That is the common result file, and the files of processes of an earlier run that was stopped
+    as a whole. A process knows its settings, and takes what was measured with the same ones. What
+    it has and measures goes to a file of its own: a process that has nothing new has none, and no
+    older file is written to.
 
     Args:
         arguments: of the command line, for every process.
         count: processes.
-        path: the common result file; what the processes measure is merged into it, and what those
-            of an earlier run left that was stopped.
+        path: the common result file; what the processes measure is merged into it.
         minutes: after which processes are stopped, in the middle of a cell if need be.
 
     Returns:
@@ -88,18 +105,16 @@ def run_jobs(arguments: Sequence[str], count: int, path: Path, minutes: float | 
         "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // count, 1)),
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # processes share the memory
     }
-    if left := sorted(path.parent.glob(f"{path.stem}.*.json")):
-        merge([path, *left] if path.exists() else left, path)
+    first = max(numbers_of(path), default=-1) + 1
+    parts = [part_of(path, first + number) for number in range(count)]
     with tempfile.TemporaryDirectory() as claims:
         processes = []
-        for number in range(count):
-            if path.exists():
-                shutil.copyfile(path, part_of(path, number))
-            words = [*arguments, "--claims", claims, "--output", str(part_of(path, number))]
+        for number, part in enumerate(parts):
+            words = [*arguments, "--claims", claims, "--common", str(path), "--output", str(part)]
             program = [sys.executable, "-m", "benchmarks.quality", *words]
             processes.append(subprocess.Popen(program, env={**environment, **device_of(number)}))
         codes = [_wait(process, end) for process in processes]
-    merge([part_of(path, number) for number in range(count)], path, " ".join(arguments))
+    merge(parts, path, " ".join(arguments))
     return not any(codes)
 
 
@@ -113,24 +128,41 @@ def _wait(process: subprocess.Popen[bytes], end: float | None) -> int:
         return 1
 
 
-def merge(parts: Sequence[Path], path: Path, command: str | None = None) -> None:
-    """Every cell of the part files once, in one file; the part files are gone afterwards.
+def merge(parts: Sequence[Path], path: Path, command: str) -> None:
+    """Every cell of the files of one run once, in the common file.
+
+    It is as if one process had run: each has gone on from the common file, so that what that has
+    besides is of other settings, versions or sources.
 
     Args:
-        parts: files; those with other settings than the first have nothing to add.
-        path: of the one file.
-        command: that made it; None: what the first part says.
+        parts: those that are there have the same settings and versions; others stay where they are.
+        path: of the common file; without any part it stays as it is.
+        command: that made it.
     """
-    contents = [json.loads(p.read_text(encoding="utf-8")) for p in parts if p.exists()]
-    if not contents:
+    contents = [_read(part) for part in parts if part.exists()]
+    if contents:
+        first = contents[0]
+        same = [content for content in contents if alike(content, first)]
+        cells = {key_of(cell): cell for content in same for cell in content["cells"]}
+        about = {"command": f"python -m benchmarks.quality {command}"}
+        write(path, {**first, **about, "cells": list(cells.values())})
+    clear(path)
+
+
+def clear(path: Path) -> None:
+    """Remove the files of single processes whose cells the common file has, all of them."""
+    if not path.exists():
         return
-    first = contents[0]
-    alike = [c for c in contents if c.get("settings") == first.get("settings")]
-    cells = {(c["method"], c["context"]): c for content in alike for c in content["cells"]}
-    merged = {**first, "cells": list(cells.values())}
-    if command is not None:
-        merged["command"] = f"python -m benchmarks.quality {command}"
-    path.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
-    for part in parts:
-        if part != path:
-            part.unlink(missing_ok=True)
+    common = _read(path)
+    there = {key_of(cell) for cell in common["cells"]}
+    for part in files_of(path)[1:]:
+        content = _read(part)
+        if alike(content, common) and {key_of(cell) for cell in content["cells"]} <= there:
+            part.unlink()
+        else:
+            print(f"{part} stays: it has cells or settings that {path.name} has not", flush=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .packed import PackedRunner
+from .packed import PIECE, PackedRunner
 from .rivals.base import Rival
 from .rivals.dense import Dense
 from .rivals.kivi import Kivi
@@ -44,11 +44,11 @@ class Method:
 
 def _rival(
     name: str, family: str, make: Callable[[], Rival], short: bool = True, target: bool = False,
-    images: bool = True,
+    images: bool = True, piece: int | None = None,
 ) -> Method:  # fmt: skip
     def start(setting: Setting) -> Runner:
         try:
-            return RivalRunner(setting.subject, make())
+            return RivalRunner(setting.subject, make(), piece)
         except ImportError as error:
             raise Unavailable(str(error).strip().splitlines()[0]) from error
 
@@ -162,6 +162,8 @@ def _quantized_cache(bits: int) -> Callable[[], Rival]:
 
 RIVALS: tuple[Method, ...] = (
     _rival("full precision", "full precision", Dense, target=True),
+    # What follows goes through the model as for ours: in 16 bits, that alone makes a difference.
+    _rival("full precision, in pieces", "full precision", Dense, short=False, piece=PIECE),
     _rival("KIVI 4 bit", "KIVI", lambda: Kivi(4)),
     _rival("KIVI 2 bit", "KIVI", lambda: Kivi(2)),
     _rival("TurboQuant 4 bit", "TurboQuant", lambda: TurboQuant(4)),

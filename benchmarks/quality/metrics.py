@@ -9,6 +9,9 @@ from torch import Tensor
 
 RESAMPLES = 10_000
 
+ALPHA = 0.05
+"""Intervals leave so much out, half at each end."""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -16,7 +19,7 @@ class Figure:
 
     Attributes:
         mean: over the windows.
-        low, high: ends of the 95 % bootstrap interval.
+        low, high: ends of the 95 % interval.
     """
 
     mean: float
@@ -75,5 +78,32 @@ def bootstrap(values: Tensor, seed: int = 0) -> Figure:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
     means = values[rows].mean(1)  # [RESAMPLES]
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    ends = torch.tensor([ALPHA / 2, 1 - ALPHA / 2], dtype=torch.float64)
+    low, high = means.quantile(ends).tolist()
     return Figure(float(values.mean()), low, high)
+
+
+def share(values: Tensor, least: float = 0.0) -> Figure:
+    """Mean of shares, one a window, with its 95 % interval: the bootstrap's if they differ.
+
+    Where all are 0 or all are 1, every resample is the same, which says nothing of the next window.
+    The interval is then that of Clopper and Pearson (Biometrika 26, 1934) for as many trials as
+    there are windows: from 0 to 1 - (alpha / 2)^(1/n), or the same from 1 downwards.
+
+    Args:
+        values: ``[n]``, from ``least`` to 1.
+        least: 0; or -1, if they are differences of shares. Where all of those are 0, neither sign
+            was seen, and either may be that frequent.
+
+    Raises:
+        ValueError: no values, or some that are no shares.
+    """
+    figure = bootstrap(values)
+    if not least <= values.min() <= values.max() <= 1:
+        raise ValueError(
+            f"values from {values.min()} to {values.max()}: accepted is {least:g} to 1"
+        )
+    if figure.mean not in (least, 0, 1) or values.min() < values.max():
+        return figure
+    width = 1 - (ALPHA / 2) ** (1 / len(values))
+    return Figure(figure.mean, max(figure.mean - width, least), min(figure.mean + width, 1.0))

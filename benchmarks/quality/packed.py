@@ -41,7 +41,8 @@ class PackedRunner:
         setting: the model, and prompts to fit on.
         options: of the backend.
         beforehand: codes are fitted by ``apack_compile.fit`` on all calibration prompts; else from
-            the first prefill, which is that of one calibration prompt as long as the context.
+            the first prefill, which is that of one calibration prompt: of one length for all
+            contexts of a run, so that a cell does not depend on which were measured before it.
         coded_once: whether tokens that follow stay exact.
 
     Raises:
@@ -69,10 +70,12 @@ class PackedRunner:
             raise Unavailable("apack_compile.fit is not there")
         torch._dynamo.reset()
         model = self.subject.model
-        if beforehand:
-            _check(apack_compile.fit(model, fitted_on(setting), options=self.options).reasons)
-        self.compiled = torch.compile(model, backend="attentionpack", options=self.options)
         self.fitted_for = 0
+        if beforehand:
+            prompts = fitted_on(setting)
+            _check(apack_compile.fit(model, prompts, options=self.options).reasons)
+            self.fitted_for = max(_length(prompt) for prompt in prompts)
+        self.compiled = torch.compile(model, backend="attentionpack", options=self.options)
         self.follows = 0
 
     def prefill(self, prompts: Prompts) -> DynamicCache:
@@ -82,11 +85,12 @@ class PackedRunner:
             RuntimeError: a layer came out without a code, or sensitivity was not measured.
         """
         learns = self.options.get("codec", Options.codec) == "transform"
-        if learns and not self.beforehand and self.fitted_for < prompts.length:
-            self._prefill(self.setting.calibration(prompts.length)[0])
+        if learns and not self.fitted_for:
+            prompt = self.setting.calibration(self.setting.learnt_from)[0]
+            self._prefill(prompt)
             graphs = apack_compile.report(self.subject.model).graph_reports
             _check([reason for graph in graphs for _, reason in graph.notes])
-            self.fitted_for = prompts.length
+            self.fitted_for = _length(prompt)
         cache = self._prefill(as_inputs(prompts.ids))
         for layer in cache.layers:
             for side in (layer.keys, layer.values):
@@ -138,11 +142,14 @@ class PackedRunner:
         return Sizes(part.ratio, whole_ratio, part.packed / tokens, count.bases)
 
     def notes(self) -> dict[str, Any]:
-        """Options, and how often packed attention ran: layers times pieces if always."""
+        """Options, tokens of the longest prompt that codes were fitted on (0: of none), and how
+        often packed attention ran: layers times pieces if always.
+        """
         report = apack_compile.report(self.subject.model)
         return {
             "options": self.options,
             "fitted": "beforehand" if self.beforehand else "first prefill",
+            "fitted_for": self.fitted_for,
             "packed_attention_calls": report.attends,
             "of": self.follows * self.subject.layers,
             "sources": sources(),
@@ -155,6 +162,10 @@ def fitted_on(setting: Setting) -> list[Inputs]:
     Codes reach twice as far as the prompts that they are fitted on: half the length will do.
     """
     return setting.calibration(max(FIT_TOKENS, setting.longest // 2))
+
+
+def _length(inputs: Inputs) -> int:
+    return next(iter(inputs.values())).shape[1]
 
 
 def sources() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,20 +41,31 @@ class Results:
 
     @classmethod
     def resume(
-        cls, path: Path, settings: dict[str, Any], environment: dict[str, Any], command: str
-    ) -> Results:
-        """What a file has, if it was measured with the same settings and versions.
+        cls, path: Path, settings: dict[str, Any], environment: dict[str, Any], command: str,
+        files: Sequence[Path] | None = None,
+    ) -> Results:  # fmt: skip
+        """What files have, if it was measured with the same settings and versions.
 
         On which device matters little for quality: float32 is float32.
+
+        Args:
+            path: of the file that new cells are written to.
+            settings, environment, command: of these.
+            files: where to go on from; of a cell that several have, the last one's is taken. None:
+                ``path``.
         """
         made = cls(path, settings, environment, command)
-        if path.exists():
-            old = json.loads(path.read_text(encoding="utf-8"))
-            there = old["environment"]
-            if old["settings"] == settings and all(there[n] == environment[n] for n in VERSIONS):
-                made.cells = [{"device": there["device"], **cell} for cell in old["cells"]]
+        cells: dict[tuple[str, int], dict[str, Any]] = {}
+        for file in [path] if files is None else files:
+            if not file.exists():
+                continue
+            old = json.loads(file.read_text(encoding="utf-8"))
+            if alike(old, {"settings": settings, "environment": environment}):
+                device = old["environment"]["device"]
+                cells |= {key_of(cell): {"device": device, **cell} for cell in old["cells"]}
             else:
-                print(f"{path.name} was measured with other settings or versions: made anew")
+                print(f"{file.name} was measured with other settings or versions: made anew")
+        made.cells = list(cells.values())
         return made
 
     def drop_outdated(self, sources: str) -> None:
@@ -65,11 +77,15 @@ class Results:
 
     def has(self, method: str, context: int) -> bool:
         """Whether there is such a cell."""
-        return any((c["method"], c["context"]) == (method, context) for c in self.cells)
+        return any(key_of(cell) == (method, context) for cell in self.cells)
 
     def add(self, cell: dict[str, Any]) -> None:
-        """Add a cell and write the file, whole or not at all."""
+        """Add a cell and write the file."""
         self.cells.append({**cell, "device": self.environment["device"]})
+        self.save()
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
         content = {
             "command": self.command,
             "environment": self.environment,
@@ -77,9 +93,25 @@ class Results:
             "cells": self.cells,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".tmp")
-        draft.write_text(json.dumps(rounded(content), indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, self.path)
+        write(self.path, rounded(content))
+
+
+def alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether cells of two result files may stand in one: same settings, same versions."""
+    here, there = one["environment"], other["environment"]
+    return one["settings"] == other["settings"] and all(here[n] == there[n] for n in VERSIONS)
+
+
+def key_of(cell: Mapping[str, Any]) -> tuple[str, int]:
+    """Of which there is one cell in a file: method and context."""
+    return cell["method"], cell["context"]
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a result file, whole or not at all."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
 
 
 def rounded(value: Any) -> Any:

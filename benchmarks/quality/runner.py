@@ -24,19 +24,33 @@ class Setting:
         prompts: calibration prompts, int64 ``[C, S]`` with S the longest context.
         following: the most tokens that follow a context.
         inner: option ``inner`` of the backend.
-        many_lengths: whether contexts have more than one length.
+        contexts: lengths that contexts have in this run, whichever are left to measure.
     """
 
     subject: Subject
     prompts: Tensor
     following: int
     inner: str
-    many_lengths: bool
+    contexts: tuple[int, ...]
+
+    @property
+    def many_lengths(self) -> bool:
+        """Whether contexts have more than one length."""
+        return len(self.contexts) > 1
 
     @property
     def longest(self) -> int:
         """Tokens of the longest context with what follows it."""
         return self.prompts.shape[1] + self.following
+
+    @property
+    def learnt_from(self) -> int:
+        """Tokens of the one calibration prompt that all cells "from the first prompt" learn from.
+
+        Codes reach twice as far as the longest prompt that they were fitted on. So it is as long as
+        the shortest context from which they reach the end of the longest one.
+        """
+        return min((c for c in self.contexts if 2 * c >= self.longest), default=max(self.contexts))
 
     def calibration(self, length: int) -> list[Inputs]:
         """Prompts of about so many tokens to fit on, one by one."""
@@ -78,11 +92,19 @@ class Runner(Protocol):
 
 
 class RivalRunner:
-    """Codes the dense cache of a prefill, then runs the stock model with what the code gives."""
+    """Codes the dense cache of a prefill, then runs the stock model with what the code gives.
 
-    def __init__(self, subject: Subject, rival: Rival) -> None:
+    Args:
+        subject: the model.
+        rival: the code.
+        piece: how many of the tokens that follow go through the model at once; None: all of them,
+            as they did for the reference.
+    """
+
+    def __init__(self, subject: Subject, rival: Rival, piece: int | None = None) -> None:
         self.subject = subject
         self.rival = rival
+        self.piece = piece
 
     def prefill(self, prompts: Prompts) -> Any:
         """The coded keys and values of each layer, and the length of the prompts."""
@@ -95,9 +117,9 @@ class RivalRunner:
         return k.to(layer.k.dtype), v.to(layer.v.dtype)
 
     def follow(self, cache: Any, ids: Tensor) -> Tensor:
-        """All tokens at once: they see the coded context, and each other exactly."""
+        """The tokens see the coded context, and each other exactly."""
         kv, length = cache
-        return self.subject.follow(kv, length, ids)
+        return self.subject.follow(kv, length, ids, self.piece)
 
     def sizes(self, cache: Any) -> Sizes:
         """By the rival's formula."""

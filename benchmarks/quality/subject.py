@@ -63,18 +63,25 @@ class Subject:
         ]
         return layers, out.logits[:, -1]
 
-    def follow(self, kv: Sequence[tuple[Tensor, Tensor]], start: int, ids: Tensor) -> Tensor:
+    def follow(
+        self, kv: Sequence[tuple[Tensor, Tensor]], start: int, ids: Tensor, piece: int | None = None
+    ) -> Tensor:
         """Logits ``[B, T, V]`` of tokens ``ids [B, T]`` that follow on a dense cache.
 
         Args:
             kv: keys and values of each layer, ``[B, H, S', D]``; they stay as they are.
             start: position of the first of the tokens; more than S' where tokens were dropped.
-            ids: all of them at once.
+            ids: the tokens.
+            piece: how many of them at once; None: all.
         """
-        positions = torch.arange(start, start + ids.shape[1], device=ids.device)
-        return self.model(
-            ids, past_key_values=dense_cache(kv), position_ids=positions.expand_as(ids)
-        ).logits
+        cache = dense_cache(kv)
+        positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand_as(ids)
+        size = piece or ids.shape[1]
+        logits = [
+            self.model(some, past_key_values=cache, position_ids=at).logits
+            for some, at in zip(ids.split(size, 1), positions.split(size, 1), strict=True)
+        ]
+        return torch.cat(logits, 1) if piece else logits[0]
 
     def continue_greedily(self, layers: Sequence[Layer], logits: Tensor, count: int) -> Tensor:
         """The model's own continuation ``[B, count]`` of what was prefilled."""

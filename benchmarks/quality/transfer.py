@@ -22,8 +22,9 @@ from torch import Tensor
 
 from apack_compile.options import INNER
 
+from ..tiny_vlm import adapter
 from . import bases
-from .albums import CALIBRATION, Albums, AlbumSetting, checksum, load
+from .albums import CALIBRATION, Albums, AlbumSetting, load
 from .answers import AnswerSuite
 from .bases import BasisRunner
 from .documents import windows
@@ -55,8 +56,8 @@ class SourceSetting(AlbumSetting):
     source: Source = "albums"
 
     def calibration(self, length: int) -> list[Inputs]:
-        """Albums with questions, windows of prose, or half as many of each."""
-        images = AlbumSetting.calibration(self, length)
+        """Albums with questions, windows of prose, or half as many of each: of about one length."""
+        images = self.albums.calibration(length)
         prose = Setting.calibration(self, length)
         if self.source == "both":
             half = CALIBRATION // 2
@@ -169,11 +170,11 @@ def main() -> int:
     subject = albums.subject
     prose = windows(subject.tokenizer, "calibration", CALIBRATION, args.context)
     setting = SourceSetting(
-        subject, prose.to(subject.device), NEXT, args.inner, False, albums, args.context
+        subject, prose.to(subject.device), NEXT, args.inner, (args.context,), albums, args.context
     )
     settings = {
-        "model": f"tiny-vlm, {dtype}", "adapter": checksum(args.adapter), "ratio": RATIO,
-        "context": args.context,
+        "model": f"tiny-vlm, {dtype}", "adapter": adapter.digest(args.adapter),
+        "ratio": RATIO, "context": args.context,
     }  # fmt: skip
     command = " ".join(["python -m benchmarks.quality.transfer", *sys.argv[1:]])
 

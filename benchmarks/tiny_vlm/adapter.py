@@ -54,6 +54,11 @@ def checksum(tensors: dict[str, Tensor]) -> str:
     return content.hexdigest()
 
 
+def digest(path: Path) -> str:
+    """The first digits of a file's SHA-256: which adapter results are of."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
 def publish(source: Path, path: Path = ADAPTER) -> None:
     """Copy an adapter to where :func:`load` looks for it, with its checksum.
 

@@ -31,11 +31,11 @@ def scores(content: Mapping[str, Any]) -> str:
         lines.append(f"| {cell['task']} | {cell['context']:,} | {' | '.join(columns)} |")
     missed = [gate for gate, held in content["gates"].items() if not held]
     gates = "; ".join(missed) if missed else "none"
-    about = content["environment"]
+    about, settings = content["environment"], content["settings"]
     ratio = content["perplexity over SmolLM2's"]
     return "\n".join([
-        f"Exact match of answers, greedy, {content['settings']['contexts']} contexts a cell, 95 % "
-        "intervals in brackets.", "", *lines, "",
+        f"Exact match of answers, greedy, {settings['contexts']} contexts a cell, 95 % intervals "
+        f"in brackets. The adapter's SHA-256 starts with `{settings['adapter']}`.", "", *lines, "",
         f"Perplexity of prose over SmolLM2's: {ratio:.3f}. "
         f"Of {len(content['gates'])} gates missed: {gates}.", "",
         f"`{content['command']}` on {about['device']}; torch {about['torch']}, transformers "

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ..quality.metrics import bootstrap
+from ..quality.metrics import share
 from ..quality.results import FOLDER, environment, rounded
 from ..quality.subject import smollm2
 from . import adapter, pack
@@ -110,6 +110,16 @@ def verdicts(cells: list[dict[str, Any]], ratio: float) -> dict[str, bool]:
     return made
 
 
+def settings(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
+    """What scores depend on, the adapter by its file."""
+    return {
+        "adapter": adapter.digest(args.adapter),
+        "contexts": args.contexts,
+        "dtype": str(dtype),
+        "things": args.things,
+    }
+
+
 def main() -> int:
     """Score all cells; 1 if a gate is missed."""
     args = parse(sys.argv[1:])
@@ -135,7 +145,7 @@ def main() -> int:
                 for which, some in score(model, batch, control, piece.numbers.start).items():
                     values.setdefault(which, []).extend(some)
             cell: dict[str, Any] = {"task": name, "context": length}
-            cell |= {w: asdict(bootstrap(torch.tensor(v))) for w, v in values.items()}
+            cell |= {w: asdict(share(torch.tensor(v))) for w, v in values.items()}
             cells.append(cell)
             shown = {which: round(cell[which]["mean"], 3) for which in values}
             print(name, length, shown, f"{time.monotonic() - began:.0f} s", flush=True)
@@ -147,7 +157,7 @@ def main() -> int:
     content = {
         "command": " ".join(["python -m benchmarks.tiny_vlm.evaluate", *sys.argv[1:]]),
         "environment": environment(model.device),
-        "settings": {"contexts": args.contexts, "dtype": str(dtype), "things": args.things},
+        "settings": settings(args, dtype),
         "perplexity over SmolLM2's": ratio,
         "gates": passed,
         "cells": cells,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from benchmarks.quality.table import markdown
 from benchmarks.tiny_vlm.contexts import contexts
 from benchmarks.tiny_vlm.forward import pixels
 from benchmarks.tiny_vlm.model import merge
+from benchmarks.tiny_vlm.tiles import Painter
 
 from .tiny import texts, tokenizer
 from .tiny_vlm import small
@@ -41,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Albums:
 def setting(made: Albums) -> AlbumSetting:
     following = made.at(LENGTH).following.shape[1]
     prose = texts(1, LENGTH)
-    return AlbumSetting(made.subject, prose, following, "eager", False, made, LENGTH)
+    return AlbumSetting(made.subject, prose, following, "eager", (LENGTH,), made, LENGTH)
 
 
 def suite(setting: AlbumSetting) -> AnswerSuite:
@@ -71,6 +73,28 @@ def test_albums_are_kept_and_found_again(made: Albums, monkeypatch: pytest.Monke
     other = Albums(made.subject, made.painter, "other", COUNT, 0, made.folder)
     with pytest.raises(TypeError):
         other.at(LENGTH)
+
+
+def test_albums_that_are_kept_are_of_their_pack_and_of_what_drew_them(
+    made: Albums, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Bug: after another pack was built, or drawing was changed, the old albums were measured."""
+    made.at(LENGTH)
+    monkeypatch.setattr(albums, "draw", None)  # drawing raises TypeError
+
+    def again(painter: Painter) -> Any:
+        return Albums(made.subject, painter, made.name, COUNT, 0, made.folder).at(LENGTH)
+
+    again(made.painter)
+    other = replace(made.painter.pack, icons=255 - made.painter.pack.icons)
+    with pytest.raises(TypeError):
+        again(Painter(other))
+    first, *others = albums.SOURCES
+    changed = tmp_path / first.name
+    changed.write_bytes(first.read_bytes() + b"# another")
+    monkeypatch.setattr(albums, "SOURCES", (changed, *others))
+    with pytest.raises(TypeError):
+        again(made.painter)
 
 
 def test_calibration_shows_other_albums_than_the_test(made: Albums) -> None:
@@ -112,6 +136,8 @@ def test_the_dense_cache_loses_nothing_and_a_coarse_code_does(setting: AlbumSett
     assert sizes.ratio > 3
     assert figures[16]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
     assert figures[16]["top1"]["mean"] == 1
+    for lost in figures[16]["lost"].values():  # nothing: which does not prove that there is nothing
+        assert lost["high"] == -lost["low"] == pytest.approx(1 - 0.025 ** (1 / COUNT), rel=1e-5)
     assert figures[1]["kl"]["mean"] > 1e-5
 
 
@@ -141,6 +167,7 @@ def test_our_own_runs_through_the_compiled_backend(
     cell: dict[str, Any] = results.cells[0]
     assert cell["packed_attention_calls"] == cell["of"] > 0
     assert cell["ratio"] >= 7.9
+    assert LENGTH // 2 < cell["fitted_for"] <= LENGTH
     assert 1e-7 < cell["kl"]["mean"] < 0.5
     table = markdown({"cells": [cell], "settings": {"windows": COUNT}, "command": "c",
                       "environment": results.environment})  # fmt: skip

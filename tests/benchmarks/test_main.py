@@ -1,10 +1,18 @@
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
 
 from benchmarks.quality import __main__ as main
 from benchmarks.quality.measure import Run
 from benchmarks.quality.methods import METHODS
+from benchmarks.quality.results import environment
 
 
 @pytest.mark.parametrize(
@@ -55,7 +63,8 @@ def test_runs_on_albums() -> None:
         for title in ("", ", fitted beforehand", ", pre-RoPE K, fitted beforehand"):
             assert f"attentionpack {ratio}x{title}" in names
     for name in (
-        "full precision", "KIVI 2 bit", "TurboQuant 4 bit", "SnapKV 8x", "StreamingLLM 8x",
+        "full precision", "full precision, in pieces", "KIVI 2 bit", "TurboQuant 4 bit",
+        "SnapKV 8x", "StreamingLLM 8x",
         "attentionpack 8x, paper mode", "attentionpack 8x, tiers, fitted beforehand",
     ):  # fmt: skip
         assert name in names
@@ -69,6 +78,8 @@ def test_methods_of_a_run() -> None:
         chosen = main.methods_of(Run("r", (2048,), 1, 1, part, 1), None)
         assert chosen[0].name == "full precision"
         assert any(m.name == "attentionpack 8x" for m in chosen)
+        control = [m.name for m in chosen if m.name == "full precision, in pieces"]
+        assert len(control) == (part == "full")
     target = main.methods_of(Run("r", (3072,), 1, 1, "target", 1), None)
     dense, *ours = [m.name.split(" ") for m in target]
     assert dense == ["full", "precision"] and {name[0] for name in ours} == {"attentionpack"}
@@ -100,3 +111,38 @@ def test_a_whole_name_means_one_method() -> None:
         "attentionpack 8x, pre-RoPE K, fitted beforehand",
         "attentionpack 8x, pre-RoPE K",
     ]
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    """The command line, without a model and with nothing left to measure."""
+    cpu = SimpleNamespace(subject=SimpleNamespace(device=torch.device("cpu")))
+    monkeypatch.setattr(main, "about_prose", lambda *_: (cpu, {"windows": 4}, None))
+    monkeypatch.setattr(main, "measure", lambda *_: True)
+    monkeypatch.setattr(main, "publish", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["quality", *words])
+    assert main.main() == 0
+
+
+def left(folder: Path, name: str) -> None:
+    cells: list[dict[str, Any]] = [{"method": "A", "context": 1, "sources": main.sources()}]
+    about = {"environment": environment(torch.device("cpu")), "settings": {"windows": 4}}
+    (folder / name).write_text(json.dumps({**about, "cells": cells}))
+
+
+def test_what_a_run_that_was_killed_left_is_there_with_nothing_to_add(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left(tmp_path, "q.0.json")
+    run_main(monkeypatch, "--output", str(tmp_path / "q.json"))
+    assert [p.name for p in tmp_path.iterdir()] == ["q.json"]
+    assert [c["method"] for c in json.loads((tmp_path / "q.json").read_text())["cells"]] == ["A"]
+
+
+def test_fresh_means_nothing_is_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: what an earlier run of several processes had left was merged all the same."""
+    left(tmp_path, "q.json")
+    left(tmp_path, "q.0.json")
+    run_main(monkeypatch, "--fresh", "--output", str(tmp_path / "q.json"))
+    assert not list(tmp_path.iterdir())

@@ -37,7 +37,7 @@ class Broken(Dense):
 
 @pytest.fixture(scope="module")
 def setting() -> Setting:
-    return Setting(tiny.subject(), tiny.texts(1, 300), 16, "eager", True)
+    return Setting(tiny.subject(), tiny.texts(1, 300), 16, "eager", RUN.contexts)
 
 
 @pytest.fixture(autouse=True)

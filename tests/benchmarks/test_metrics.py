@@ -10,6 +10,7 @@ from benchmarks.quality.metrics import (
     bootstrap,
     first_difference,
     kl_divergence,
+    share,
     surprise,
 )
 
@@ -65,3 +66,33 @@ def test_the_interval_is_around_the_mean_and_the_same_each_time() -> None:
 def test_no_values_are_refused() -> None:
     with pytest.raises(ValueError, match="values is empty"):
         bootstrap(torch.tensor([]))
+
+
+@pytest.mark.parametrize(("count", "width"), [(1, 0.975), (24, 0.1425), (200, 0.0183)])
+def test_shares_that_are_all_alike_have_an_interval(count: int, width: float) -> None:
+    """Bug: the interval of all or none right had no width, as if it were certain."""
+    none, all_of_them = share(torch.zeros(count)), share(torch.ones(count))
+    assert (none.mean, none.low) == (0, 0) and none.high == pytest.approx(width, abs=5e-5)
+    assert (all_of_them.mean, all_of_them.high) == (1, 1)
+    assert all_of_them.low == pytest.approx(1 - width, abs=5e-5)
+    assert (1 - none.high) ** count == pytest.approx(0.025)  # so likely is none of so many
+    same = share(torch.zeros(count), least=-1)
+    assert (same.low, same.high) == (-none.high, none.high)
+    worse = share(-torch.ones(count), least=-1)
+    assert worse.low == -1 and worse.high == pytest.approx(width - 1, abs=5e-5)
+
+
+def test_other_shares_have_the_interval_of_the_bootstrap() -> None:
+    mixed = torch.tensor([0.0, 0.5, 1.0, 1.0])
+    assert share(mixed) == bootstrap(mixed)
+    opposite = torch.tensor([-1.0, 1.0])  # their mean is 0, and yet they are not alike
+    assert share(opposite, least=-1) == bootstrap(opposite)
+    assert bootstrap(torch.ones(24)).low == 1  # of what is no share, nothing is assumed
+    half = torch.full((4,), 0.5)
+    assert share(half) == bootstrap(half)
+
+
+@pytest.mark.parametrize("values", [[-0.5, 0.5], [0.5, 1.5]])
+def test_what_is_no_share_is_refused(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="accepted is 0 to 1"):
+        share(torch.tensor(values))

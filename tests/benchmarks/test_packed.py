@@ -23,8 +23,9 @@ def subject() -> Subject:
     return tiny.subject()
 
 
-def setting(subject: Subject, tokens: int = CONTEXT, many_lengths: bool = False) -> Setting:
-    return Setting(subject, tiny.texts(1, tokens), NEXT, "eager", many_lengths)
+def setting(subject: Subject, *contexts: int) -> Setting:
+    contexts = contexts or (CONTEXT,)
+    return Setting(subject, tiny.texts(1, max(contexts)), NEXT, "eager", contexts)
 
 
 def runner(subject: Subject, coded_once: bool = True, **options: Any) -> PackedRunner:
@@ -110,8 +111,9 @@ def test_bases_of_single_sequences_are_counted(subject: Subject) -> None:
 
 
 def test_prompts_of_several_lengths_share_their_graphs(subject: Subject) -> None:
-    packed = PackedRunner(setting(subject, 2 * CONTEXT, True), {"ratio": 4}, False, True)
-    for length in (CONTEXT, 300, 2 * CONTEXT):
+    lengths = (CONTEXT, 320, 2 * CONTEXT)
+    packed = PackedRunner(setting(subject, *lengths), {"ratio": 4}, False, True)
+    for length in lengths:
         cache = packed.prefill(Prompts(subject, tiny.texts(2, length)))
         packed.follow(cache, tiny.texts(2, 32))
     graphs = apack_compile.report(subject.model).graph_reports
@@ -123,12 +125,45 @@ def test_codes_fitted_beforehand_need_no_prefill_to_learn_from(subject: Subject)
     packed.follow(packed.prefill(prompts(subject)), tiny.texts(2, 32))
     runs = [run for g in apack_compile.report(subject.model).graph_reports for run in g.runs]
     assert runs == [("encode", 1), ("decode", 2)]
-    assert packed.notes()["fitted"] == "beforehand"
+    notes = packed.notes()
+    assert (notes["fitted"], notes["fitted_for"]) == ("beforehand", CONTEXT)
+
+
+@pytest.mark.parametrize("left", [(256, 320, 512), (320, 512), (512,), (512, 256)])
+def test_what_codes_learn_from_does_not_depend_on_which_cells_are_left(
+    subject: Subject, left: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: it was a prompt as long as the first context still to measure, then longer ones."""
+    asked: list[int] = []
+
+    def calibration(self: Setting, length: int) -> list[dict[str, torch.Tensor]]:
+        asked.append(length)
+        return [{"input_ids": self.prompts[:, :length]}]
+
+    monkeypatch.setattr(Setting, "calibration", calibration)
+    packed = PackedRunner(setting(subject, 256, 320, 512), {"ratio": 4}, False, True)
+    for length in left:
+        packed.prefill(Prompts(subject, tiny.texts(2, length)))
+    assert asked == [320]  # twice that is beyond 512 + 96, twice 256 is not
+    assert packed.notes()["fitted_for"] == 320
+
+
+@pytest.mark.parametrize(
+    ("contexts", "expected"),
+    [((1024,), 1024), ((2048, 4096, 7680), 4096), ((7680, 4096), 4096), ((2048, 7680), 7680)],
+)
+def test_codes_of_one_prompt_reach_the_end_of_the_longest_context(
+    contexts: tuple[int, ...], expected: int
+) -> None:
+    prompts = torch.zeros(6, max(contexts))
+    made = Setting(None, prompts, 512, "eager", contexts)  # type: ignore[arg-type]
+    assert made.learnt_from == expected
+    assert made.many_lengths == (len(contexts) > 1)
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(2048, 2048), (3072, 2048), (7680, 4096)])
 def test_codes_reach_as_far_as_is_wanted(tokens: int, expected: int) -> None:
-    made = Setting(None, torch.zeros(6, tokens), 512, "eager", False)  # type: ignore[arg-type]
+    made = Setting(None, torch.zeros(6, tokens), 512, "eager", (tokens,))  # type: ignore[arg-type]
     assert [batch["input_ids"].shape for batch in fitted_on(made)] == [(1, expected)] * 6
     assert max(2 * expected, 4096) >= tokens + 512
 

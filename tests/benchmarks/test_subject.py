@@ -4,11 +4,13 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.packed import PIECE
 from benchmarks.quality.rivals.base import RECENT, SINKS, Layer
 from benchmarks.quality.rivals.kivi import Kivi
 from benchmarks.quality.rivals.streaming import Streaming
 from benchmarks.quality.rivals.truncated_svd import rotate
-from benchmarks.quality.runner import RivalRunner
+from benchmarks.quality.runner import RivalRunner, Setting
 from benchmarks.quality.subject import Prompts, Subject, dense_cache
 
 from . import tiny
@@ -55,6 +57,27 @@ def test_what_follows_sees_the_cache_and_leaves_it_as_it_is(subject: Subject) ->
     kv = [(layer.k, layer.v) for layer in layers]
     for _ in range(2):
         torch.testing.assert_close(subject.follow(kv, 80, ids[:, 80:]), expected)
+
+
+def test_the_control_follows_in_pieces_as_ours_does(subject: Subject) -> None:
+    """Bug: there was no row for the rounding that pieces bring in 16 bits: ours alone had it."""
+    prompts = Prompts(subject, tiny.texts(2, 80))
+    setting = Setting(subject, tiny.texts(1, 80), 40, "eager", (80,))
+    dense, pieces = (
+        next(m for m in METHODS if m.name == name).start(setting)
+        for name in ("full precision", "full precision, in pieces")
+    )
+    ids, seen = tiny.texts(2, 40), []
+    cache = pieces.prefill(prompts)
+    hook = subject.model.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].shape[1])
+    )  # fmt: skip
+    for _ in range(2):  # the cache stays as it is
+        got = pieces.follow(cache, ids)
+    hook.remove()
+    assert seen == [PIECE, PIECE, 8] * 2
+    expected = dense.follow(dense.prefill(prompts), ids)
+    torch.testing.assert_close(got, expected)
 
 
 def test_dropped_tokens_are_as_if_masked(subject: Subject) -> None:

@@ -44,4 +44,4 @@ def test_bytes() -> None:
 def test_without_its_backend_the_method_is_left_out() -> None:
     method = next(m for m in METHODS if m.name == "QuantizedCache 4 bit")
     with pytest.raises(Unavailable, match="optimum-quanto"):
-        method.start(Setting(None, torch.empty(0), 0, "", False))  # type: ignore[arg-type]
+        method.start(Setting(None, torch.empty(0), 0, "", (1,)))  # type: ignore[arg-type]

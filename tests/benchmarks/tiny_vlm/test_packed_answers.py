@@ -33,9 +33,11 @@ LEARNT_FROM = 24
 MOST_LOST = 1
 """Answers that the packed cache may lose."""
 
-MOST_KL = 0.003
-"""KL of the packed cache to the dense one per token of an answer: 0.0016 was measured, and 0.002 to
-0.010 with one bit less for the keys, 0.047 with two (learning draws at random)."""
+MOST_KL = 0.0055
+"""KL of the packed cache to the dense one per token of questions and answers. Measured with codes
+learnt from four orders of the images: 0.0029 to 0.0048, and 0.0063 to 0.0102 with one bit less for
+the keys; in the order of this test 0.0037 and 0.0091. Answers alone do not show it: the model is
+certain of them, and their KL is 3e-5 to 2e-4, and 3e-5 to 4e-4 with that bit less."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,14 @@ def album(prompter: Prompter, order: np.ndarray, count: int) -> Album:
 @dataclass(frozen=True)
 class Answers:
     right: int
-    log_probs: Tensor  # [A, V], before every token of an answer
+    log_probs: Tensor  # [T', V], before every token of questions and answers but the first
 
 
 def answers(logits: Tensor, asked: Album) -> Answers:
     hits = (logits.argmax(-1)[0, :-1] == asked.following[0, 1:]).tolist()
-    places = torch.cat([torch.arange(start - 1, end - 1) for start, end in asked.spans])
     right = sum(all(hits[start - 1 : end - 1]) for start, end in asked.spans)
-    return Answers(right, logits[0, places].float().log_softmax(-1))
+    (*_, (_, end)) = asked.spans  # padding is behind it
+    return Answers(right, logits[0, : end - 1].float().log_softmax(-1))
 
 
 def embedded(model: Any, asked: Album) -> Tensor:
@@ -145,10 +147,10 @@ def test_answers_from_a_packed_cache_are_right_and_a_coarser_code_is_noticed(
     assert kl <= MOST_KL
     coded = sum(layer.keys.store.coded for layer in cache.layers)
     assert coded == len(cache.layers) * (reader.inputs.shape[1] - 64)
-    # Two bits less for every component of the keys of every layer: the test has to see it.
+    # One bit less for every component of the keys of every layer: the test has to see it.
     for layer in cache.layers:
         _, forward, backward, *_ = layer.keys.store.ref.code.params
-        forward.div_(4)
-        backward.mul_(4)
-    answers_lost, kl = lost(dense, reader.from_codes()[0])
-    assert answers_lost > MOST_LOST or kl > MOST_KL
+        forward.div_(2)
+        backward.mul_(2)
+    _, kl = lost(dense, reader.from_codes()[0])
+    assert kl > MOST_KL

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
 
+from benchmarks.quality.results import FOLDER
 from benchmarks.quality.table import embed
-from benchmarks.tiny_vlm import card, evaluate
+from benchmarks.tiny_vlm import adapter, card, evaluate
 
 
 def test_scores_say_of_which_adapter_they_are(tmp_path: Path) -> None:
@@ -16,6 +18,13 @@ def test_scores_say_of_which_adapter_they_are(tmp_path: Path) -> None:
     about = evaluate.settings(args, torch.bfloat16)
     assert about["adapter"] == hashlib.sha256(b"trained").hexdigest()[:12]
     assert (about["contexts"], about["dtype"]) == (3, "torch.bfloat16")
+
+
+def test_the_scores_in_the_repository_are_those_of_its_adapter() -> None:
+    content = json.loads((FOLDER / "tiny-vlm.json").read_text(encoding="utf-8"))
+    assert content["settings"]["adapter"] == adapter.digest(adapter.ADAPTER)
+    images = json.loads((FOLDER / "quality-images.json").read_text(encoding="utf-8"))
+    assert images["settings"]["adapter"] == adapter.digest(adapter.ADAPTER)
 
 
 def test_the_card_has_scores_controls_and_missed_gates() -> None:

@@ -108,7 +108,8 @@ def resized(pool: Tensor, positions: Tensor, slots: int) -> tuple[Tensor, Tensor
         return pad(pool, (0, 0, 0, more)), pad(positions, (0, more), value=-1)
     used = positions >= 0  # [B, E]
     order = used.to(torch.int8).argsort(dim=1, descending=True, stable=True)  # sinks stay in front
-    order = order[:, : max(slots, int(used.sum(1).max()) + SPARE)]
+    most = int(used.sum(1).max()) if len(used) else 0  # a selection may have no rows
+    order = order[:, : max(slots, most + SPARE)]
     index = order[:, None, :, None].expand(-1, pool.shape[1], -1, pool.shape[3])
     return pool.gather(2, index), positions.gather(1, order)
 

@@ -151,3 +151,11 @@ def test_the_pool_grows_when_the_payload_does() -> None:
     assert moves.count((True, True)) == 3
     assert moves.count((False, True)) == 1  # the first: a prefill makes it without slack
     assert capacity
+
+
+def test_no_rows_of_a_crop() -> None:
+    """Bug: the largest count of slots was asked of no rows."""
+    whole = PackedKV.pack(with_tokens(200, {}), kept(KEYS), POLICY)
+    none = whole[:, :, :80].index_select(0, torch.empty(0, dtype=torch.int64))
+    assert none.shape == (0, *whole.shape[1:2], 80, whole.shape[3])
+    assert none.unpack().shape == none.shape

@@ -9,6 +9,7 @@ import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 
@@ -38,6 +39,12 @@ def values_of(gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorMode) ->
     with mode, torch.no_grad():
         recorder.run(*fakes)
     return recorder.values
+
+
+def is_mapped(value: Any) -> bool:
+    """Whether a value has a tensor inside a ``vmap``: it has no storage, and no meaning outside."""
+    leaves = pytree.tree_leaves(value)
+    return any(isinstance(x, Tensor) and is_functorch_wrapped_tensor(x) for x in leaves)
 
 
 def symbols(value: Any) -> set[sympy.Symbol]:

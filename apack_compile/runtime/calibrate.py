@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..codec import Code
 from ..codec.rotation import Turn
 from ..codec.sensitivity import Sensitivity
+from ..lower.values import is_mapped
 from ..passes.find_writes import written
 from ..passes.plan import PlannedSite
 from .replay import Replay, Split, Unmeasured, Work
@@ -143,8 +144,9 @@ class _Resumed(Replay):
 
     def resume(self, env: dict[fx.Node, Any], after: fx.Node) -> Tensor:
         """The value of the node watched, given the values of all nodes that are still needed."""
-        self.env = env
-        values = tree_leaves(list(env.values()))
+        # Bug: what a vmap leaves that is over (masks of transformers 4) has no storage.
+        self.env = {node: value for node, value in env.items() if not is_mapped(value)}
+        values = tree_leaves(list(self.env.values()))
         self.lent = {v.untyped_storage().data_ptr() for v in values if isinstance(v, Tensor)}
         nodes = iter(self.module.graph.nodes)
         for node in nodes:

@@ -244,3 +244,28 @@ def test_a_fit_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         apack_compile.fit(model, [tokens(400, seed=1)], OPTIONS, measure=False)
     assert [PROFILES.of_weight(w) for w in weights] == before
     assert first_prompt(model, input_ids=tokens(300)) == {"encode": 1}
+
+
+class MappedMask(nn.Module):
+    """Makes its mask by ``vmap``, as transformers 4 does, and computes more there than it uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = zoo.plain_decoder()
+
+    def forward(self, ids: Tensor, past: Any = None) -> Any:
+        places = torch.arange(ids.shape[1])
+
+        def row(i: Tensor) -> Tensor:
+            torch.sin(i * 1.0)
+            return torch.vmap(lambda j: j <= i)(places)
+
+        mask = torch.vmap(row)(places)[None, None].expand(len(ids), 1, -1, -1)
+        return self.decoder(ids, places.expand_as(ids), past, mask)
+
+
+def test_a_mask_made_by_vmap() -> None:
+    """Bug: what vmap leaves has no storage; no model of transformers 4.57 could be fitted."""
+    model = MappedMask().eval()
+    summary = apack_compile.fit(model, [{"ids": tokens(400)}], OPTIONS)
+    assert summary.reasons == () and len(summary.layers) == 2

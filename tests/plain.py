@@ -80,6 +80,26 @@ class SpreadDecoder(PlainDecoder):
         return self.head(x), tuple(grown)
 
 
+class MappedDecoder(nn.Module):
+    """Makes its mask by ``vmap``, as transformers 4 does, and computes more there than it uses.
+
+    ``columns [S]`` are the positions of all tokens, those of ``ids [B, T]`` the last of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = plain_decoder()
+
+    def forward(self, ids: Tensor, columns: Tensor, past: Any = None) -> tuple[Tensor, Any]:
+        def row(i: Tensor) -> Tensor:
+            torch.sin(i * 1.0)
+            return torch.vmap(lambda j: j <= i)(columns)
+
+        rows = columns[-ids.shape[1] :]
+        mask = torch.vmap(row)(rows)[None, None].expand(len(ids), 1, -1, -1)
+        return self.decoder(ids, rows.expand_as(ids), past, mask)
+
+
 def plain_decoder() -> PlainDecoder:
     torch.manual_seed(0)
     return PlainDecoder().eval()

@@ -11,6 +11,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from ..cache import PackedKV
 from ..codec import parse_layout
+from ..lower.values import symbols
 from ..passes.base import settled, value_of
 from ..passes.draft import ARGUMENTS, HANDLES, LENGTHS
 from .specialise import Dynamic
@@ -111,13 +112,8 @@ def _loose_of_example(example: Any) -> tuple[int, ...]:
     """Dimensions whose strides are symbols that no size of the tensor speaks of."""
     if not isinstance(example, Tensor) or isinstance(example, PackedKV):
         return ()
-    own = set().union(*map(_symbols, example.shape))
-    return tuple(i for i, n in enumerate(example.stride()) if not _symbols(n) <= own)
-
-
-def _symbols(number: Any) -> set[Any]:
-    number = settled(number)
-    return number.node.expr.free_symbols if isinstance(number, torch.SymInt) else set()
+    own = symbols(tuple(example.shape))
+    return tuple(i for i, step in enumerate(example.stride()) if not symbols(step) <= own)
 
 
 def lengths_of(handles: Sequence[PackedKV], appends: Sequence[int]) -> list[Any]:

@@ -24,7 +24,7 @@ from .documents import documents, windows
 from .evaluate import NEXT
 from .jobs import Claims, clear, files_of, jobs_that_fit, run_jobs
 from .measure import Clock, Run, Suite, measure
-from .methods import METHODS, Method
+from .methods import METHODS, Method, named
 from .packed import sources
 from .publish import publish
 from .results import FOLDER, Results, environment
@@ -35,6 +35,9 @@ SHORT = Run("quality", (1024,), 4, 64, "short", 4)
 FULL = Run("quality-full", (2048, 4096, LIMIT - NEXT), 24, 128, "full", 8)
 IMAGES = Run("quality-images", (4096,), 200, 0, "images", 8)
 """One length a run, all of them in one file: a code is fitted for that length."""
+
+LONGEST_ALBUM = 8000
+"""Tokens of the longest context of images: what follows has to fit as well."""
 
 ADAPTER = Path(__file__).resolve().parents[1] / "tiny_vlm" / "adapter.safetensors"
 
@@ -68,7 +71,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     most = 10_000 if albums else len(documents("test"))
     if args.windows is not None and not 1 <= args.windows <= most:
         parser.error(f"--windows {args.windows}: accepted is 1 to {most}")
-    longest = 8000 if albums else LIMIT - NEXT
+    longest = LONGEST_ALBUM if albums else LIMIT - NEXT
     shortest = 512 if albums else 256
     if args.context is not None and (args.full or not shortest <= args.context <= longest):
         accepted = f"accepted is {shortest} to {longest}, without --full"
@@ -100,16 +103,8 @@ def chosen(args: argparse.Namespace) -> Run:
 
 
 def methods_of(run: Run, words: list[str] | None) -> list[Method]:
-    """The methods of a run, or those of all runs that ``words`` name or are part of the names of.
-
-    Those of which a word is the whole name are meant by it alone.
-    """
-    if not words:
-        return [m for m in METHODS if run.part in m.runs]
-    names = {m.name for m in METHODS}
-    return [
-        m for m in METHODS if any(w == m.name or (w not in names and w in m.name) for w in words)
-    ]
+    """The methods of a run, or those of all runs that ``words`` name: see :func:`named`."""
+    return named(METHODS, words) if words else [m for m in METHODS if run.part in m.runs]
 
 
 def main() -> int:
@@ -199,7 +194,7 @@ def about_images(args: argparse.Namespace, run: Run) -> tuple[Setting, dict[str,
     prose = windows(albums.subject.tokenizer, "calibration", CALIBRATION, context)
     setting = AlbumSetting(
         albums.subject, prose.to(albums.subject.device), following, args.inner, run.contexts,
-        albums, context,
+        albums,
     )  # fmt: skip
     settings = {
         "model": f"tiny-vlm, {'bfloat16' if args.bfloat16 else 'float32'}",

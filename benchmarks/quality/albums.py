@@ -153,25 +153,24 @@ class Albums:
 
 @dataclass(frozen=True)
 class AlbumSetting(Setting):
-    """A setting whose calibration prompts are albums.
+    """A setting whose calibration prompts are albums, and whose contexts are so long with all that
+    follows.
 
     Attributes:
         albums: which draw them.
-        context: tokens of the longest context, with what follows.
     """
 
     albums: Albums
-    context: int
 
     @property
     def longest(self) -> int:
         """Tokens of the longest context with what follows it."""
-        return self.context
+        return max(self.contexts)
 
     @property
     def learnt_from(self) -> int:
         """Tokens of the longest context, without what follows."""
-        return self.context - self.following
+        return self.longest - self.following
 
     def calibration(self, length: int) -> list[Inputs]:
         """Albums of about so many tokens, with questions and answers."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -209,3 +209,14 @@ METHODS: tuple[Method, ...] = (
     ),
     *OTHERS,
 )
+
+
+def named(methods: Sequence[Method], words: Sequence[str]) -> list[Method]:
+    """Those that ``words`` are the names of, or part of them.
+
+    The one of which a word is the whole name is meant by it alone.
+    """
+    names = {m.name for m in methods}
+    return [
+        m for m in methods if any(w == m.name or (w not in names and w in m.name) for w in words)
+    ]

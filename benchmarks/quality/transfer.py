@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from .documents import windows
 from .evaluate import NEXT
 from .jobs import Claims
 from .measure import Clock, References, Run, Suite, measure
-from .methods import BEST, Method
+from .methods import BEST, Method, named
 from .packed import PackedRunner, sources
 from .publish import publish
 from .results import FOLDER, Results, environment
@@ -153,7 +153,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=2048, help="tokens")
     parser.add_argument("--windows", type=int, default=200, help="albums")
     parser.add_argument("--documents", type=int, default=24, help="windows of prose")
-    parser.add_argument("--methods", nargs="*", help="only those with one of these in their names")
+    parser.add_argument(
+        "--methods", nargs="*", help="only those of these names, or with one of these in them"
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes that draw")
     parser.add_argument("--inner", choices=INNER, default="eager")
     parser.add_argument("--minutes", type=float, help="start no cell that would take longer")
@@ -170,7 +172,7 @@ def main() -> int:
     subject = albums.subject
     prose = windows(subject.tokenizer, "calibration", CALIBRATION, args.context)
     setting = SourceSetting(
-        subject, prose.to(subject.device), NEXT, args.inner, (args.context,), albums, args.context
+        subject, prose.to(subject.device), NEXT, args.inner, (args.context,), albums
     )
     settings = {
         "model": f"tiny-vlm, {dtype}", "adapter": adapter.digest(args.adapter),
@@ -189,12 +191,10 @@ def main() -> int:
     about_albums = Run("albums", (args.context,), args.windows, 0, "", size)
     about_prose = Run("prose", (args.context,), args.documents, 64, "", min(8, args.documents))
     everywhere: tuple[Source, ...] = ("albums", "prose", "both")
-
-    def wanted(methods: Iterable[Method]) -> list[Method]:
-        return [m for m in methods if any(word in m.name for word in args.methods or [""])]
-
-    laboratory = wanted(lab(setting, args.context))
-    backend = wanted(fitted(source, options) for options in ({}, BEST) for source in everywhere)
+    laboratory = list(lab(setting, args.context))
+    backend = [fitted(source, options) for options in ({}, BEST) for source in everywhere]
+    if args.methods:
+        laboratory, backend = named(laboratory, args.methods), named(backend, args.methods)
     with torch.no_grad():
         images: Suite = AnswerSuite(setting, albums, size)
         results = opened(about_albums)

@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Albums:
 def setting(made: Albums) -> AlbumSetting:
     following = made.at(LENGTH).following.shape[1]
     prose = texts(1, LENGTH)
-    return AlbumSetting(made.subject, prose, following, "eager", (LENGTH,), made, LENGTH)
+    return AlbumSetting(made.subject, prose, following, "eager", (LENGTH,), made)
 
 
 def suite(setting: AlbumSetting) -> AnswerSuite:

@@ -17,7 +17,7 @@ from apack_compile.fitting import session
 from apack_compile.fitting.layer import PROFILES
 from apack_compile.runtime.calibrate import Trial
 
-from .. import zoo
+from .. import plain, zoo
 
 OPTIONS = {"ratio": 8, "inner": "eager"}
 
@@ -246,26 +246,8 @@ def test_a_fit_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     assert first_prompt(model, input_ids=tokens(300)) == {"encode": 1}
 
 
-class MappedMask(nn.Module):
-    """Makes its mask by ``vmap``, as transformers 4 does, and computes more there than it uses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.decoder = zoo.plain_decoder()
-
-    def forward(self, ids: Tensor, past: Any = None) -> Any:
-        places = torch.arange(ids.shape[1])
-
-        def row(i: Tensor) -> Tensor:
-            torch.sin(i * 1.0)
-            return torch.vmap(lambda j: j <= i)(places)
-
-        mask = torch.vmap(row)(places)[None, None].expand(len(ids), 1, -1, -1)
-        return self.decoder(ids, places.expand_as(ids), past, mask)
-
-
 def test_a_mask_made_by_vmap() -> None:
     """Bug: what vmap leaves has no storage; no model of transformers 4.57 could be fitted."""
-    model = MappedMask().eval()
-    summary = apack_compile.fit(model, [{"ids": tokens(400)}], OPTIONS)
+    batch = {"ids": tokens(400), "columns": torch.arange(400)}
+    summary = apack_compile.fit(plain.MappedDecoder().eval(), [batch], OPTIONS)
     assert summary.reasons == () and len(summary.layers) == 2

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -15,7 +14,7 @@ from apack_compile import PackedKV
 from apack_compile.lower import decode
 from apack_compile.lower.decode import CUDAGRAPHS, Inseparable
 
-from .. import zoo
+from .. import plain, versions, zoo
 from .fakes import eagerly, pretend
 from .test_split import CLOSE, masked
 from .test_split import decode as decode_graph
@@ -33,9 +32,7 @@ def compiled(case: zoo.Case, **options: Any) -> Any:
     return torch.compile(case.model, backend="attentionpack", options={"codec": "exact", **options})
 
 
-@pytest.mark.skipif(
-    transformers.__version__.startswith("4."), reason="masks are made by vmap: nothing is captured"
-)
+@pytest.mark.skipif(versions.BEFORE_5, reason="masks are made by vmap: nothing is captured")
 def test_captured_steps_give_the_tokens_of_eager_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two models, with other batches, lengths and caches: a recording serves its own alone."""
     cases = [zoo.llama(2, True, text=50), zoo.llama(1, text=40)]
@@ -54,32 +51,17 @@ def test_captured_steps_give_the_tokens_of_eager_mode(monkeypatch: pytest.Monkey
     assert apack_compile.report(cases[0].model).recompiles == 0
 
 
-class Mapped(torch.nn.Module):
-    """Makes the mask of each step by ``vmap``, as transformers 4 does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.decoder = zoo.plain_decoder()
-
-    def forward(self, ids: Tensor, length: Tensor, past: Any = None) -> Any:
-        columns = torch.arange(length.shape[0])
-        rows = columns[-ids.shape[1] :]
-        mask = torch.vmap(lambda i: torch.vmap(lambda j: j <= i)(columns))(rows)
-        mask = mask[None, None].expand(len(ids), 1, -1, -1)
-        return self.decoder(ids, rows.expand_as(ids), past, mask)
-
-
 def test_a_step_with_a_vmap_is_packed_and_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: no step of transformers 4.57 was compiled for a GPU, and its caches were dense."""
     torch.manual_seed(0)
-    model = Mapped().eval()
+    model = plain.MappedDecoder().eval()
     fake = pretend(monkeypatch)
     ours = torch.compile(model, backend="attentionpack", options={"codec": "exact"})
     ids = torch.randint(0, 50, (2, 40))
     past = dense = None
     for length in range(40, 45):
-        got, past = ours(ids, torch.zeros(length), past)
-        wanted, dense = model(ids, torch.zeros(length), dense)
+        got, past = ours(ids, torch.arange(length), past)
+        wanted, dense = model(ids, torch.arange(length), dense)
         torch.testing.assert_close(got, wanted)
         assert isinstance(past[0][0], PackedKV)
         ids = wanted[:, -1:].argmax(-1)

@@ -139,7 +139,8 @@ def over_codes(
         v_base = v_codes + b.to(tl.int64) * capacity * VPITCH + gv * DV
     else:
         v_base = v_codes + b.to(tl.int64) * capacity * VPITCH + gv * (V8 + V4 + V2)
-    rows_bias = (g * (H // G) * (ROWS // Q) + row // Q) * bias_h + row % Q * bias_q
+    real = tl.where(some, row, 0)  # rows that are none read the mask of one that is
+    rows_bias = (g * (H // G) * (ROWS // Q) + real // Q) * bias_h + real % Q * bias_q
     bias_row = bias + b.to(tl.int64) * bias_b
 
     nearest, farthest = 2147483647, -1

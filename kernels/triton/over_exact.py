@@ -71,7 +71,8 @@ def over_exact(
         q + (head * ROWS + r)[None, :] * DK + d[:, None],
         mask=mine[None, :] & (d < DK)[:, None], other=0.0,
     )  # [DKP, X]  # fmt: skip
-    rows_bias = (h * (ROWS // Q) + r // Q) * bias_h + r % Q * bias_q
+    real = tl.where(mine, r, 0)  # rows that are none read the mask of one that is
+    rows_bias = (h * (ROWS // Q) + real // Q) * bias_h + real % Q * bias_q
     bias_row = bias + b.to(tl.int64) * bias_b
 
     top = tl.full([X], -float("inf"), tl.float32)

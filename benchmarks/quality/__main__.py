@@ -39,6 +39,9 @@ IMAGES = Run("quality-images", (4096,), 200, 0, "images", 8)
 LONGEST_ALBUM = 8000
 """Tokens of the longest context of images: what follows has to fit as well."""
 
+HEADS = 9
+"""Query heads of SmolLM2-135M."""
+
 ADAPTER = Path(__file__).resolve().parents[1] / "tiny_vlm" / "adapter.safetensors"
 
 
@@ -115,7 +118,9 @@ def main() -> int:
     if args.fresh:
         for file in files_of(path):
             file.unlink(missing_ok=True)
-    jobs = args.jobs or (jobs_that_fit(max(run.contexts)) if args.device == "cuda" else 1)
+    rows = 0 if args.bfloat16 else HEADS * run.batch
+    fit = jobs_that_fit(max(run.contexts), rows) if args.device == "cuda" else 1
+    jobs = args.jobs or fit
     if args.claims is None and jobs > 1:
         if args.subject == "tiny-vlm":
             prepare(args, run)

@@ -24,6 +24,10 @@ TOKEN_BYTES = 2 << 20
 tokens of SmolLM2 in float32 was measured to take at most 9 GB.) Where memory is short, sensitivity
 is not measured, and the codes are others than they are elsewhere."""
 
+SCORE_BYTES = 8
+"""Scores and weights of a head for two tokens: in float32, attention with grouped heads keeps those
+of a whole prefill. (Eight windows of 7,680 tokens were seen to take 42 GB.)"""
+
 
 class Claims:
     """Which process measures what: the first that asks.
@@ -48,13 +52,14 @@ class Claims:
         return True
 
 
-def jobs_that_fit(longest: int) -> int:
+def jobs_that_fit(longest: int, rows: int = 0) -> int:
     """Processes that the GPUs have memory for, at most one for every two processors.
 
     Args:
         longest: tokens of the longest context.
+        rows: heads of all windows that are prefilled together; 0 if attention keeps no scores.
     """
-    wanted = OWN_BYTES + TOKEN_BYTES * longest
+    wanted = OWN_BYTES + TOKEN_BYTES * longest + SCORE_BYTES * rows * longest**2
     free = [torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]
     return max(min(sum(each // wanted for each in free), (os.cpu_count() or 2) // 2), 1)
 

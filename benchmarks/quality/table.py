@@ -22,11 +22,16 @@ def _pass_keys(cell: Cell) -> str:
     return f"{sum(map(int, keys))} of {len(keys)}"
 
 
+def _points(lost: float) -> str:
+    """Points more (+) or fewer than with the dense cache; never a negative nought."""
+    return f"{round(-100 * lost, 1) + 0.0:+.1f}"
+
+
 def _right(kind: str) -> Callable[[Cell], str]:
     def column(cell: Cell) -> str:
         lost = cell["lost"][kind]
-        ends = f"{-100 * lost['high']:+.1f} to {-100 * lost['low']:+.1f}"
-        return f"{cell[kind]['mean']:.1%} ({-100 * lost['mean']:+.1f}; {ends})"
+        ends = f"{_points(lost['high'])} to {_points(lost['low'])}"
+        return f"{cell[kind]['mean']:.1%} ({_points(lost['mean'])}; {ends})"
 
     return column
 

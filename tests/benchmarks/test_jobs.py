@@ -43,21 +43,28 @@ def test_what_one_process_claims_is_no_other_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("free", "cores", "longest", "count"),
+    ("free", "cores", "longest", "rows", "count"),
     [
-        ([79 << 30], 16, 7680, 4),  # 18 GiB each
-        ([79 << 30], 16, 3072, 8),  # 9 GiB each, but two processors for each of 8
-        ([79 << 30, 40 << 30], 64, 7680, 6),
-        ([1 << 30], 16, 7680, 1),
+        ([79 << 30], 16, 7680, 0, 4),  # 18 GiB each
+        ([79 << 30], 16, 3072, 0, 8),  # 9 GiB each, but two processors for each of 8
+        ([79 << 30, 40 << 30], 64, 7680, 0, 6),
+        ([1 << 30], 16, 7680, 0, 1),
+        ([79 << 30], 16, 7680, 72, 1),  # 50 GiB each
+        ([79 << 30], 64, 3072, 180, 3),  # 21.7 GiB each
     ],
 )
 def test_as_many_processes_as_memory_and_processors_allow(
-    free: list[int], cores: int, longest: int, count: int, monkeypatch: pytest.MonkeyPatch
+    free: list[int],
+    cores: int,
+    longest: int,
+    rows: int,
+    count: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: len(free))
     monkeypatch.setattr(jobs.torch.cuda, "mem_get_info", lambda i: (free[i], 80 << 30))
     monkeypatch.setattr(jobs.os, "cpu_count", lambda: cores)
-    assert jobs.jobs_that_fit(longest) == count
+    assert jobs.jobs_that_fit(longest, rows) == count
 
 
 def test_merging_keeps_every_cell_once_and_removes_the_parts(tmp_path: Path) -> None:

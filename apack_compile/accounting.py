@@ -98,10 +98,18 @@ def coded_part(stores: Iterable[SideStore]) -> CodedPart | None:
             continue
         used = int((store.side.pool_positions >= 0).sum()) - batch * store.policy.sinks
         dense += tokens * 2 * heads * dim
-        codes += tokens * store.ref.layout.token_bytes(store.dtype) + store.ref.cache_bytes
+        codes += tokens * _token_bytes(store) + store.ref.cache_bytes
         exact += used * 2 * heads * dim
         kept, rows = kept + used, rows + batch
     return CodedPart(dense, codes, exact, kept / rows) if rows else None
+
+
+def _token_bytes(store: SideStore) -> float:
+    """Bytes of the codes of a coded token, in the mean over those that are held; slack not."""
+    layout = store.ref.layout
+    rows = [store.coded] * layout.tokenwise + store.rows
+    sizes = (width * kind.itemsize for width, kind in layout.payload_fields(store.dtype))
+    return sum(n * size for n, size in zip(rows, sizes, strict=True)) / store.coded
 
 
 def _mb(count: int) -> str:

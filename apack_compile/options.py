@@ -19,10 +19,14 @@ ONLY_WITH = {
     "v_basis": ("transform",),
     "tiers": ("transform",),
     "exact_share": ("transform",),
+    "evict": ("transform",),
     "k_rank": ("svd",),
     "v_rank": ("svd",),
 }
 """Options that only some codecs have."""
+
+MOST_EVICTED = 0.9
+"""Share of the tokens of a prompt that may be dropped."""
 
 INNER = ("inductor", "aot_eager", "eager")
 
@@ -46,7 +50,7 @@ class Options:
             (rounded head by head), or ``svd`` (the paper's: a truncated SVD of each sequence;
             ``mode="paper"`` chooses it).
         ratio: bytes of a dense 16-bit token over bytes of a coded one, from 2 to 32.
-        k_code, v_basis, tiers, exact_share: see :class:`~apack_compile.codec.recipe.Recipe`.
+        k_code, v_basis, tiers, exact_share, evict: see :class:`~apack_compile.codec.recipe.Recipe`.
         k_rank, v_rank: components that ``svd`` keeps; 0: as many as ``ratio`` allows.
         sinks: first visible tokens of each sequence, kept exact for good.
         window: recent tokens that are never coded.
@@ -65,6 +69,7 @@ class Options:
     v_basis: str = "pca"
     tiers: bool = False
     exact_share: float = 0.0
+    evict: float = 0.0
     k_rank: int = 0
     v_rank: int = 0
     sinks: int = 4
@@ -88,8 +93,8 @@ class Options:
     @property
     def recipe(self) -> Recipe:
         """Which member of the family is fitted."""
-        share = float(self.exact_share)
-        return Recipe(float(self.ratio), self.k_code, self.v_basis, self.tiers, share)
+        shares = float(self.exact_share), float(self.evict)
+        return Recipe(float(self.ratio), self.k_code, self.v_basis, self.tiers, *shares)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -133,6 +138,7 @@ class Options:
         _flag(given, "profile_cache")
         _flag(given, "tiers")
         _number(given, "exact_share", float, 0, 0.05)
+        _number(given, "evict", float, 0, MOST_EVICTED)
         codec = given.get("codec", cls.codec)
         for name, codecs in ONLY_WITH.items():
             if name in given and codec not in codecs:

@@ -63,6 +63,8 @@ class Report:
         kinds: the same on text and on visual tokens alone, where both were seen.
         tiers: of the tokens that are coded in tiers in the caches that are alive, the share that
             lacks 0, 1, 2, ... bits.
+        dropped: share of the coded tokens that are dropped, in the caches that are alive that drop
+            any.
     """
 
     graph_reports: tuple[GraphReport, ...]
@@ -75,6 +77,7 @@ class Report:
     measured: tuple[tuple[str, tuple[float, float]], ...] = ()
     tiers: tuple[float, ...] = ()
     coded: CodedPart | None = None
+    dropped: float = 0.0
 
     @property
     def graphs(self) -> int:
@@ -136,6 +139,10 @@ class Report:
                     f"  coding error of {title} by kind of token, mean: text {text:.4f}, "
                     f"visual {visual:.4f}"
                 )
+        if self.dropped:
+            lines.append(
+                f"  evicted: {self.dropped:.0%} of the coded tokens, keys and values are dropped"
+            )
         if self.tiers:
             shares = [f"{share:.0%} lack {bits}" for bits, share in enumerate(self.tiers) if bits]
             lines.append(
@@ -179,15 +186,29 @@ def _tiers(stores: Iterable[SideStore]) -> tuple[float, ...]:
     """The shares of the tokens that lack 0, 1, 2, ... bits."""
     counts: list[Tensor] = []
     for store in stores:
-        planes = len(store.ref.layout.shares)
-        if planes and store.coded:
-            levels = store.side.payload[store.ref.layout.tokenwise - 1][:, : store.coded]
-            lacking = planes - levels.flatten().long()
-            counts.append(torch.bincount(lacking, minlength=len(TIERS) + 1).cpu())
+        layout = store.ref.layout
+        if layout.tier_shares and store.coded:
+            levels = _levels(store)
+            if layout.evicts:
+                levels = levels[levels > 0]
+            counts.append(torch.bincount(len(layout.shares) - levels, minlength=len(TIERS) + 1))
     if not counts:
         return ()
-    total = torch.stack(counts).sum(0)
+    total = torch.stack([count.cpu() for count in counts]).sum(0)
     return tuple((total / total.sum()).tolist())
+
+
+def _dropped(stores: Iterable[SideStore]) -> float:
+    """The share of the coded tokens that are dropped, where any may be."""
+    levels = [_levels(store) for store in stores if store.ref.layout.evicts and store.coded]
+    total = sum(each.numel() for each in levels)
+    return sum(int((each == 0).sum()) for each in levels) / total if total else 0.0
+
+
+def _levels(store: SideStore) -> Tensor:
+    """The levels of all coded tokens, one after the other."""
+    levels = store.side.payload[store.ref.layout.tokenwise - 1][:, : store.coded]
+    return levels.flatten().long()
 
 
 def _graph_lines(number: int, graph: GraphReport) -> Iterable[str]:
@@ -246,6 +267,7 @@ def report(model: nn.Module | None = None) -> Report:
         tuple(_measured(records)),
         _tiers(stores),
         coded_part(stores),
+        _dropped(stores),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..codec import parse_layout
+from ..codec import Layout, parse_layout
 from ..codec.layout import working_dtype
 from .planes import spread
 from .pool import in_reach, override, pooled_mass
@@ -97,6 +97,10 @@ def attend_biased(
 
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
+    absent = absent_tokens(keys, key_code, values, value_code)
+    if absent is not None:
+        hidden = torch.nn.functional.pad(absent, (0, ring))[:, None, None]
+        bias = torch.where(hidden, float("-inf"), bias)
     scores = torch.where(bias == float("-inf"), bias, scores + bias)
     top = scores.amax(-1, keepdim=True)
     if sinks is not None:
@@ -123,6 +127,20 @@ def attend_biased(
     ]
     out = out + value_code.mix(p_coded, payload, values.params)
     return out.to(q.dtype)
+
+
+def absent_tokens(keys: Side, key_code: Layout, values: Side, value_code: Layout) -> Tensor | None:
+    """Tokens of the payload whose key or value was dropped: ``[B, C]`` bool; None: none can be."""
+    absent = None
+    for side, code in ((keys, key_code), (values, value_code)):
+        dropped = code.absent(side.payload)
+        if dropped is None:
+            continue
+        here = torch.arange(side.capacity, device=dropped.device)
+        pooled = (side.pool_positions[:, :, None] == here).any(1)  # those are exact, and there
+        dropped = dropped & ~pooled
+        absent = dropped if absent is None else absent | dropped
+    return absent
 
 
 def live_only(tokens: Tensor, count: Tensor) -> Tensor:

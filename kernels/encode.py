@@ -62,6 +62,10 @@ def encode(
         levels = torch.ops.apack.token_levels(weight, code.shares)
     parts, judged = encode_tokens(x, params, code, first, 0, levels)
     strain = None if judged is None else judged.strain
+    if code.evicts:  # how well a dropped token would be coded does not matter
+        assert levels is not None
+        seen = seen & (levels > 0)
+        strain = None if strain is None else torch.where(seen, strain, 0.0)
     if strain is not None and code.kept:  # slots are counted by the coded tokens, and are theirs
         strain = torch.where(seen, strain, 0.0)
     pool, positions = torch.ops.apack.make_pool(

@@ -41,27 +41,41 @@ def importance(
     total = q.new_zeros(q.shape[0], k.shape[2], dtype=working_dtype(q.dtype))
     keys = k.to(q.dtype)
     for rows in last.clamp(min=0).split(PIECE):  # of fewer queries the first one counts again
-        total += _weights(q, keys, mask, causal, scale, softcap, sinks, rows).sum((1, 2))
+        some = None if mask is None else _of_rows(mask, rows)
+        picked = q.index_select(2, rows)
+        total += attention_weights(picked, keys, some, causal, scale, softcap, sinks, rows).sum(
+            (1, 2)
+        )
     return (total / (q.shape[1] * OBSERVED)).float()
 
 
-def _weights(
+def _of_rows(mask: Tensor, rows: Tensor) -> Tensor:
+    """The mask of some of the queries."""
+    return mask.index_select(-2, rows) if mask.dim() >= 2 and mask.shape[-2] != 1 else mask
+
+
+def attention_weights(
     q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float,
-    sinks: Tensor | None, rows: Tensor,
+    sinks: Tensor | None, rows: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention weights of some of the queries: ``[B, Hq, rows, S]``."""
+    """Attention weights ``[B, Hq, Q, S]`` of queries to dense keys, in the working dtype.
+
+    Args:
+        q, k, mask, causal, scale, softcap, sinks: see :func:`importance`; the mask is of these
+            queries. Rows that see nothing are 0.
+        rows: numbers of the queries, where ``causal``; None: from 0 on.
+    """
     work = working_dtype(q.dtype)
-    scores = scores_of_keys(q.index_select(2, rows), k).to(work) * scale
+    scores = scores_of_keys(q, k).to(work) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
-        if mask.dim() >= 2 and mask.shape[-2] != 1:
-            mask = mask.index_select(-2, rows)
         if mask.dtype == torch.bool:
             scores = torch.where(mask, scores, float("-inf"))
         else:
             scores = scores + mask.to(work)
     if causal:
+        rows = torch.arange(q.shape[2], device=q.device) if rows is None else rows
         seen = torch.arange(k.shape[2], device=q.device) <= rows[:, None]
         scores = torch.where(seen, scores, float("-inf"))
     if sinks is not None:

@@ -16,9 +16,16 @@ from ..codec import Layout
 from ..codec.layout import PARTS
 
 
-def quotas(layout: Layout, tokens: int) -> list[int]:
-    """Rows in each plane for so many tokens of a sequence that are coded together."""
-    return [share * tokens // PARTS for share in layout.shares]
+def quotas(layout: Layout, tokens: int, later: bool = False) -> list[int]:
+    """Rows in each plane for so many tokens of a sequence that are coded together.
+
+    Args:
+        layout: of the code.
+        tokens: of a prompt; or, ``later``, of those that come behind it.
+        later: which.
+    """
+    shares = layout.later_shares if later else layout.shares
+    return [share * tokens // PARTS for share in shares]
 
 
 def token_levels(importance: Tensor, shares: Sequence[int]) -> Tensor:
@@ -66,7 +73,11 @@ def write_rows(plane: Tensor, rows: Tensor, first: Tensor) -> None:
 
 
 def spread(payload: Sequence[Tensor], layout: Layout) -> list[Tensor]:
-    """The payload with a row for every token in every plane; those that are in none read any."""
+    """The payload with a row for every token in every plane.
+
+    Those that are in none read any, but for floating-point numbers, which are 0: a weight of 0
+    times a number that is stale must not reach the output.
+    """
     if not layout.shares:
         return list(payload)
     tokenwise, rows = payload[: layout.tokenwise], payload[layout.tokenwise :]
@@ -75,5 +86,6 @@ def spread(payload: Sequence[Tensor], layout: Layout) -> list[Tensor]:
     for plane, held in enumerate(rows, 1):
         has = levels >= plane
         index = (has.cumsum(1) - 1).clamp(0, held.shape[1] - 1)
-        whole.append(held.gather(1, index[..., None].expand(-1, -1, held.shape[2])))
+        read = held.gather(1, index[..., None].expand(-1, -1, held.shape[2]))
+        whole.append(torch.where(has[..., None], read, 0.0) if read.is_floating_point() else read)
     return whole

@@ -49,21 +49,28 @@ def rewrite_attend(draft: Draft) -> PassReport:
                     *more_of(draft, site),
                 ),
             )
-            wanted, given = value_of(site.node), value_of(site.q)
-            if wanted.dtype != given.dtype:  # written out: as the weights were cast
-                new = draft.graph.call_function(torch.ops.aten.to.dtype, (new, wanted.dtype))
-            if _lies_by_token(wanted):
-                new = _by_token(draft, new)
-            if wanted.dim() == 3:
-                new = draft.graph.call_function(torch.ops.aten.flatten.using_ints, (new, 0, 1))
-        new.meta = dict(old.meta)
-        operands = list(old.all_input_nodes)
-        old.replace_all_uses_with(new)
-        draft.replace(site.node, new)
-        draft.graph.erase_node(old)
-        for operand in operands:
-            _erase_dead(draft, operand, keep=(draft.map[site.k], draft.map[site.v]))
+        put_in_place(draft, site, new)
     return PassReport("rewrite_attend", len(sites))
+
+
+def put_in_place(draft: Draft, site: AttentionSite, new: fx.Node) -> None:
+    """Let ``new``, an attention ``[B, Hq, Q, D]`` just in front of the site's own, stand for it."""
+    old = draft.map[site.node]
+    with draft.graph.inserting_before(old):
+        wanted, given = value_of(site.node), value_of(site.q)
+        if wanted.dtype != given.dtype:  # written out: as the weights were cast
+            new = draft.graph.call_function(torch.ops.aten.to.dtype, (new, wanted.dtype))
+        if _lies_by_token(wanted):
+            new = _by_token(draft, new)
+        if wanted.dim() == 3:
+            new = draft.graph.call_function(torch.ops.aten.flatten.using_ints, (new, 0, 1))
+    new.meta = dict(old.meta)
+    operands = list(old.all_input_nodes)
+    old.replace_all_uses_with(new)
+    draft.replace(site.node, new)
+    draft.graph.erase_node(old)
+    for operand in operands:
+        _erase_dead(draft, operand, keep=(draft.map[site.k], draft.map[site.v]))
 
 
 def _lies_by_token(value: torch.Tensor) -> bool:

@@ -54,6 +54,7 @@ def rewrite_encode(
     """
     sites = draft.plan.having("encode")
     seen = _Visible(draft)
+    told: dict[fx.Node, fx.Node] = {}
     updates = encoded_updates(sites)
     for number, update in enumerate(updates):
         planned = next(s for s in sites if update in (s.cached.k, s.cached.v))
@@ -63,8 +64,11 @@ def rewrite_encode(
         last = draft.map[planned.cached.site.node]
         weights = []
         if parse_layout(layout).shares:
-            with draft.graph.inserting_before(last.next):
-                last = _importance(draft, planned)
+            site = planned.cached.site.node
+            if site not in told:  # keys and values may both ask
+                with draft.graph.inserting_before(last.next):
+                    told[site] = _importance(draft, planned)
+            last = told[site]
             weights.append(last)
         with draft.graph.inserting_after(last):
             call = draft.graph.call_function(
@@ -103,7 +107,7 @@ def _importance(draft: Draft, planned: PlannedSite) -> fx.Node:
     )  # fmt: skip
 
 
-def collect(draft: Draft, sinks: int, visual: bool = False, tiers: bool = False) -> PassReport:
+def collect(draft: Draft, sinks: int, visual: bool = False, weigh: bool = False) -> PassReport:
     """Return dense tensors, and behind all results what a fit needs to know of each site.
 
     The extra results are, for each ``encode`` site: its moments; visible tokens or None; cosines
@@ -115,7 +119,7 @@ def collect(draft: Draft, sinks: int, visual: bool = False, tiers: bool = False)
         sinks: the first tokens, which do not count.
         visual: whether the new graph takes a mask of visual tokens behind the Dynamo arguments.
             Sites of a first prefill then have a second set of moments: of visual tokens.
-        tiers: whether to tell the importance.
+        weigh: whether to tell the importance.
     """
     sites = draft.plan.having("encode")
     own = [planned.cached for planned in sites if not planned.cached.crosses]
@@ -142,7 +146,7 @@ def collect(draft: Draft, sinks: int, visual: bool = False, tiers: bool = False)
                 (draft.queries(cached.site), draft.map[cached.k.node], draft.map[cached.v.node],
                  visible, kinds, cos, sin, interleaved, sinks),
             )  # fmt: skip
-            weight = _importance(draft, planned) if tiers else None
+            weight = _importance(draft, planned) if weigh else None
         draft.extra += [moments, visible, cos, sin, interleaved, weight]
     return PassReport("collect", len(sites))
 

@@ -7,6 +7,11 @@
 
 A packed input that the graph writes to is returned as well, and takes that content over.
 
+Where tokens of the packed input were dropped, attention hides them:
+
+    o = sdpa(q, repeat_kv(keys), ...)      there = present(side_k, side_v, ...)
+                                     ->    o = attend_dense(q, keys, values, mask, there, ...)
+
 One layer's dense tensor lives as long as its own attention. Runs after ``rewrite_attend``, whose
 cats are gone unless something else reads them.
 """
@@ -15,14 +20,17 @@ from __future__ import annotations
 
 import torch
 
+from ..codec import parse_layout
 from .base import PassReport
 from .draft import BEFORE, Draft, ExtendedOutput
 from .find_updates import CacheUpdate
 from .find_writes import is_written
+from .rewrite_attend import more_of, put_in_place
 
 
 def rewrite_unpack(draft: Draft) -> PassReport:
     """Unpack wherever a packed input is still used; the runtime extends those that grow."""
+    _hide_dropped(draft)
     draft.erase_dead_sizes()
     for update in draft.plan.updates:
         if update.kind != "packed" or is_written(update.past):
@@ -52,6 +60,31 @@ def rewrite_unpack(draft: Draft) -> PassReport:
         node.replace_all_uses_with(dense)
         unpacked += 1
     return PassReport("rewrite_unpack", unpacked)
+
+
+def _hide_dropped(draft: Draft) -> None:
+    """Attention of ``unpack`` sites without the tokens that were dropped."""
+    for planned in draft.plan.having("unpack"):
+        cached, site = planned.cached, planned.cached.site
+        if cached.k.past not in draft.plan.handles or cached.v.past not in draft.plan.handles:
+            continue
+        k, v = draft.number(cached.k.past), draft.number(cached.v.past)
+        if not any(parse_layout(draft.layouts[n]).evicts for n in (k, v)):
+            continue
+        call = draft.graph.call_function
+        with draft.graph.inserting_before(draft.map[site.node]):
+            sides = (draft.side(k), draft.side(v))
+            there = call(
+                torch.ops.apack.present.default,
+                (*sides, draft.lengths(k, BEFORE), draft.length(k), draft.layouts[k],
+                 draft.layouts[v]),
+            )  # fmt: skip
+            new = call(
+                torch.ops.apack.attend_dense.default,
+                (draft.queries(site), draft.map[cached.k.node], draft.map[cached.v.node],
+                 draft.mask(site), there, site.causal, site.scale, *more_of(draft, site)),
+            )  # fmt: skip
+        put_in_place(draft, site, new)
 
 
 def _extend(draft: Draft, update: CacheUpdate) -> None:

@@ -35,8 +35,8 @@ def hand_code(layout: Layout, seed: int = 0) -> Code:
         params.append(torch.rand(layout.groups, rank, generator=generator) + 0.5)
     params.append(torch.zeros(layout.heads, layout.dim, layout.dim))
     params.append(torch.zeros(layout.groups, rank))
-    if layout.shares:
-        params.append(torch.ones(len(layout.shares) + 1))
+    if layout.tier_shares:
+        params.append(torch.ones(len(layout.tier_shares) + 1))
     if layout.positional:
         params.append(torch.rand(2, 1, generator=generator).expand(2, layout.rotary))
     return Code(layout, tuple(params))
@@ -81,13 +81,14 @@ def poison(side: list[Tensor], lengths: Tensor, layout: Layout) -> list[Tensor]:
 
 
 def fitted_ref(
-    heads: int = 2, dim: int = 8, ratio: float = 4, gain: bool = True, tiers: bool = False
-) -> CodeRef:
+    heads: int = 2, dim: int = 8, ratio: float = 4, gain: bool = True, tiers: bool = False,
+    evict: float = 0,
+) -> CodeRef:  # fmt: skip
     """A code that was fitted: for keys, or for values (``gain``: one gain a token)."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(1, heads, 200, dim, generator=generator)
     evidence = Evidence(Moments.of(x, x, x, None))
-    codes = fit_transform([evidence], (dim, dim), Recipe(ratio, tiers=tiers), 0)
+    codes = fit_transform([evidence], (dim, dim), Recipe(ratio, tiers=tiers, evict=evict), 0)
     return CodeRef(codes[0][int(gain)])
 
 

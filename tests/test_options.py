@@ -32,6 +32,7 @@ GOOD: list[dict[str, Any]] = [
     {"inductor": {"max-autotune": True}}, {"k_code": "pre-rope"}, {"v_basis": "hadamard"},
     {"codec": "int8"}, {"codec": "int4"}, {"codec": "svd", "ratio": 8},
     {"codec": "svd", "k_rank": 16, "v_rank": 32}, {"profile_cache": False},
+    {"evict": 0}, {"evict": 0.9, "tiers": True, "exact_share": 0.01},
     {"exact_share": 0}, {"ratio": 8, "exact_share": 0.05}, {"ratio": 32, "exact_share": 1 / 64},
 ]  # fmt: skip
 
@@ -62,6 +63,7 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
     ({"codec": "int8", "k_code": "pre-rope"}, "codec='int8' and k_code='pre-rope' .*'transform'"),
     ({"codec": "svd", "v_basis": "pca"}, "codec='svd' and v_basis='pca' .*'transform'"),
     ({"codec": "int8", "exact_share": 0.01}, "exact_share=0.01 .*'transform'"),
+    ({"codec": "svd", "evict": 0.3}, "evict=0.3 .*'transform'"),
     ({"ratio": 16, "exact_share": 0.05}, "exact_share=0.05 .* ratio=16: accepted .* to 0.0312 "),
     ({"k_rank": 4}, "codec='transform' and k_rank=4 .*'svd'"),
     ({"codec": "int4", "v_rank": 4}, "codec='int4' and v_rank=4 .*'svd'"),
@@ -84,11 +86,13 @@ def test_codes_depend_on_codec_and_recipe_only() -> None:
     assert key != Options.parse({"ratio": 4, "k_code": "pre-rope"}).key
     assert key != Options.parse({"ratio": 4, "v_basis": "hadamard"}).key
     assert key != Options.parse({"ratio": 4, "exact_share": 0.01}).key
+    assert key != Options.parse({"ratio": 4, "evict": 0.3}).key
 
 
 NUMBERS = {
     "ratio": ("a number from 2 to 32", [1.99, 32.1, 0, -4, float("nan"), float("inf")]),
     "exact_share": ("a number from 0 to 0.05", [-0.01, 0.06, float("nan")]),
+    "evict": ("a number from 0 to 0.9", [-0.1, 0.95, float("nan"), "0.3"]),
     "sinks": ("a whole number from 0 to 64", [-1, 65, 1.0]),
     "window": ("a whole number from 1 to 4096", [0, 4097, 64.5]),
     "block": ("a whole number from 16 to 4096", [15, 4097, 32.0]),

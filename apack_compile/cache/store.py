@@ -249,7 +249,7 @@ class SideStore:
             code = ref.code
         levels = None
         if code.layout.shares:
-            levels = torch.ops.apack.token_levels(token_sizes(x), code.layout.shares)
+            levels = torch.ops.apack.token_levels(token_sizes(x), code.layout.later_shares)
         parts, judged = encode_tokens(
             x, code.on(self.device), code.layout, positions, start, levels
         )
@@ -296,7 +296,7 @@ class SideStore:
         tokenwise = self.ref.layout.tokenwise
         for whole, part in zip(payload[:tokenwise], parts[:tokenwise], strict=True):
             whole[:, start:end] = part
-        for number, count in enumerate(quotas(self.ref.layout, end - start)):
+        for number, count in enumerate(quotas(self.ref.layout, end - start, later=True)):
             assert levels is not None
             first = counted(payload[tokenwise - 1], number + 1, start)
             rows = in_plane(parts[tokenwise + number], levels > number, count)
@@ -315,7 +315,7 @@ class SideStore:
         self.side = self.side._replace(payload=self._with_room(tokens))
 
     def _with_room(self, tokens: int) -> tuple[Tensor, ...]:
-        more = quotas(self.ref.layout, max(tokens - self.coded, 0))
+        more = quotas(self.ref.layout, max(tokens - self.coded, 0), later=True)
         planes = [rows + new for rows, new in zip(self.rows, more, strict=True)]
         wanted = [tokens] * self.ref.layout.tokenwise + planes
         return tuple(

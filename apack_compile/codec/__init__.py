@@ -1,6 +1,7 @@
 """Codes for keys and values: fit, encode, decode, absorbed attention, bytes. No graphs here."""
 
 from .code import Code, CodeRef
+from .evicting import EvictingLayout
 from .exact import ExactLayout
 from .layout import Layout, parse_layout
 from .lowrank import LowRankLayout
@@ -10,6 +11,7 @@ from .transform import TransformLayout
 __all__ = [
     "Code",
     "CodeRef",
+    "EvictingLayout",
     "ExactLayout",
     "Layout",
     "LowRankLayout",

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from .bits import CLASSES
+from .evicting import evicting
+from .layout import PARTS
 from .spectrum import RUN, Spectrum
 from .tiered import felt_error, layout_of, mean_bits
 from .transform import GAIN_DTYPE, TransformLayout
@@ -36,25 +38,28 @@ class _Table:
     Attributes:
         energy: ``[L, runs]`` float64, descending.
         groups: of heads.
-        fixed: bytes of the gains and the level of a token.
+        fixed: bytes of the gains and the level of a token, in the mean.
         bits: of a component of each class, in the mean over the tokens.
         left: what its quantiser leaves of unit variance.
     """
 
     energy: Tensor
     groups: int
-    fixed: int
+    fixed: float
     bits: tuple[float, ...]
     left: tuple[float, ...]
 
     @classmethod
-    def of(cls, spectra: Sequence[Spectrum], gain: bool, shares: Sequence[int] = ()) -> _Table:
+    def of(
+        cls, spectra: Sequence[Spectrum], gain: bool, shares: Sequence[int] = (), evicted: int = 0
+    ) -> _Table:
         variances = torch.stack([s.variances.sum(0).double().cpu() for s in spectra])  # [L, n]
         runs = variances.shape[1] // RUN
         groups = spectra[0].mean.shape[0]
         energy = variances[:, : runs * RUN].unflatten(1, (runs, RUN)).sum(2)
-        fixed = (groups * GAIN_DTYPE.itemsize if gain else 0) + bool(shares)
-        bits = tuple(mean_bits(b, shares) for b in CLASSES)
+        stay = 1 - evicted / PARTS
+        fixed = stay * (groups * GAIN_DTYPE.itemsize if gain else 0) + bool(shares or evicted)
+        bits = tuple(stay * mean_bits(b, shares) for b in CLASSES)
         return cls(energy, groups, fixed, bits, tuple(felt_error(b, shares) for b in CLASSES))
 
     def nbytes(self, counts: Counts) -> float:
@@ -90,6 +95,7 @@ def share_budget(
     budget: int,
     most: int = MOST_LAYOUTS,
     shares: Sequence[int] = (),
+    evicted: int = 0,
 ) -> list[tuple[TransformLayout, TransformLayout]]:
     """Layouts of keys and values of layers of one shape, under one budget.
 
@@ -98,6 +104,7 @@ def share_budget(
         budget: bytes of a token in all layers together, gains counted.
         most: different pairs of layouts.
         shares: of the planes of values (``tiered.py``); none: all tokens have all bits.
+        evicted: of ``PARTS`` tokens, how many are dropped: others take their bytes.
 
     Returns:
         A pair for each layer. Values carry a gain, keys do not.
@@ -105,7 +112,7 @@ def share_budget(
     Raises:
         ValueError: no code is that small.
     """
-    sides = _Table.of(keys, False), _Table.of(values, True, shares)
+    sides = _Table.of(keys, False, (), evicted), _Table.of(values, True, shares, evicted)
     low, high = -40.0, 0.0
     scale = float(sum(side.energy.sum() for side in sides)) or 1.0
     best: tuple[float, list[tuple[Counts, Counts]]] | None = None
@@ -126,7 +133,7 @@ def share_budget(
     pairs = _spend_rest(sides, best[1], budget)
 
     def layout(side: Spectrum, runs: Counts, *more: Any) -> TransformLayout:
-        return layout_of(side.shape, [RUN * n for n in runs], *more)
+        return evicting(layout_of(side.shape, [RUN * n for n in runs], *more), evicted)
 
     return [(layout(keys[0], k, False), layout(values[0], v, True, shares)) for k, v in pairs]
 

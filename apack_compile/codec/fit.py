@@ -22,8 +22,9 @@ from torch import Tensor
 from .bits import CLASSES
 from .budget import share_budget
 from .code import Code
+from .evicting import evicting
 from .kinds import balance, kind_error, rest
-from .layout import KEPT_OF
+from .layout import KEPT_OF, PARTS
 from .moments import Moments
 from .quantiser import lacking_quantiser, tailed_quantiser
 from .recipe import Recipe
@@ -71,8 +72,9 @@ def allocate(variances: Tensor, budget: float, shares: Sequence[int] = ()) -> tu
 
 
 def choose_layout(
-    spectra: Sequence[Spectrum], budget: int, gain: bool, shares: Sequence[int] = ()
-) -> TransformLayout:
+    spectra: Sequence[Spectrum], budget: int, gain: bool, shares: Sequence[int] = (),
+    evicted: int = 0,
+) -> TransformLayout:  # fmt: skip
     """One layout for layers of one shape: bits by the mean of their relative variances.
 
     One layout for all keys and one for all values keeps kernels and compile time few.
@@ -82,6 +84,7 @@ def choose_layout(
         budget: bytes for a token of one layer.
         gain: whether each token and group gets a gain, if the budget has room for it.
         shares: of planes, where there is a gain; none: all tokens have all bits.
+        evicted: of ``PARTS`` tokens, how many are dropped: others take their bytes.
 
     Raises:
         ValueError: no code is that small.
@@ -89,13 +92,15 @@ def choose_layout(
     heads, dim, groups = spectra[0].shape
     relative = [(s.variances / s.variances.sum().clamp_min(1e-30)).cpu() for s in spectra]
     variances = torch.stack(relative).mean((0, 1))
-    code_bytes = (budget - bool(shares)) / groups - (GAIN_DTYPE.itemsize if gain else 0)
+    each = (budget - bool(shares or evicted)) / groups / (1 - evicted / PARTS)
+    code_bytes = each - (GAIN_DTYPE.itemsize if gain else 0)
     if gain and code_bytes < RUN // 4:
-        code_bytes, gain, shares = budget // groups, False, ()
+        each = (budget - bool(evicted)) // groups / (1 - evicted / PARTS)
+        code_bytes, gain, shares = each, False, ()
     counts = allocate(variances, code_bytes, shares)
     if not sum(counts):
         raise ValueError(f"{heads} KV heads of {dim} have no code of {budget} bytes a token")
-    return layout_of((heads, dim, groups), counts, gain, shares)
+    return evicting(layout_of((heads, dim, groups), counts, gain, shares), evicted)
 
 
 def quantise(side: Spectrum, layout: TransformLayout, rotation: Rotation | None = None) -> Code:
@@ -121,7 +126,7 @@ def quantise(side: Spectrum, layout: TransformLayout, rotation: Rotation | None 
     ).clamp_min(1e-30)
     expected = distortion.sqrt()
     params += [side.metric / expected, step / expected]
-    if layout.shares:
+    if layout.tier_shares:
         params.append((torch.stack(levels) / distortion).clamp_min(1e-6))
     if layout.positional:
         assert rotation is not None
@@ -246,13 +251,14 @@ def fit_transform(
         side_budget(side[0].mean.numel(), recipe.ratio, recipe.kept) for side in (keys, values)
     )
     if layouts is None:
-        shares = TIERS if recipe.tiers else ()
+        shares, evicted = TIERS if recipe.tiers else (), recipe.evicted
         if layers[0].sensitivity is None:
-            k_layout = choose_layout(keys, k_budget, False)
-            layouts = [(k_layout, choose_layout(values, v_budget, True, shares))] * len(keys)
+            k_layout = choose_layout(keys, k_budget, False, (), evicted)
+            v_layout = choose_layout(values, v_budget, True, shares, evicted)
+            layouts = [(k_layout, v_layout)] * len(keys)
         else:
             budget = len(keys) * (k_budget + v_budget)
-            layouts = share_budget(keys, values, budget, shares=shares)
+            layouts = share_budget(keys, values, budget, shares=shares, evicted=evicted)
         exact = recipe.kept
         layouts = [(replace(k, exact=exact), replace(v, exact=exact)) for k, v in layouts]
         if before:

@@ -10,9 +10,9 @@ A layout that is ``positional`` wants the positions ``[B|1, T]`` of the tokens t
 the same positions whenever it reads them. A layout may have *planes*, payload tensors with rows for
 some tokens only: the last ones, one for each of its ``shares``. The one before them then holds the
 levels of the tokens: one of level l is in planes 1 to l. Layouts themselves see planes with a row
-for every token; who stores them leaves rows out and puts them back (``kernels/planes.py``). And a
+for every token; who stores them leaves rows out and puts them back (``kernels/planes.py``). A
 layout may want some of its tokens to stay exact; who stores them has slots for as many
-(``kernels/pool.py``).
+(``kernels/pool.py``). And it may drop some: who attends hides what is ``absent``.
 """
 
 from __future__ import annotations
@@ -90,6 +90,25 @@ class Layout(ABC):
     def shares(self) -> tuple[int, ...]:
         """Of ``PARTS`` tokens, how many have a row in plane 1, 2, ...; empty: no planes."""
         return ()
+
+    @property
+    def tier_shares(self) -> tuple[int, ...]:
+        """Of ``PARTS`` tokens, how many have one bit more, two, ...; empty: all have all bits."""
+        return ()
+
+    @property
+    def later_shares(self) -> tuple[int, ...]:
+        """The same of tokens that are coded behind the prompt."""
+        return self.shares
+
+    @property
+    def evicts(self) -> int:
+        """Of ``PARTS`` tokens of a prompt, how many are dropped for good."""
+        return 0
+
+    def absent(self, payload: Sequence[Tensor]) -> Tensor | None:
+        """Tokens that were dropped: ``[B, T]`` bool; None: this layout drops none."""
+        return None
 
     @property
     def tokenwise(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .layout import KEPT_OF
+from .layout import KEPT_OF, PARTS
 
 KEY_CODES = ("post-rope", "pre-rope")
 
@@ -27,6 +27,9 @@ class Recipe:
             (:class:`~apack_compile.codec.tiered.TieredLayout`).
         exact_share: share of the tokens of each sequence, layer and side that stay exact: those
             that the code holds worst for their size. Codes are so much smaller.
+        evict: share of the tokens of a prompt that are dropped for good: those that the last
+            queries attended to least (:class:`~apack_compile.codec.evicting.EvictingLayout`). Codes
+            of the others are so much larger.
     """
 
     ratio: float
@@ -34,6 +37,17 @@ class Recipe:
     v_basis: str = "pca"
     tiers: bool = False
     exact_share: float = 0.0
+    evict: float = 0.0
+
+    @property
+    def evicted(self) -> int:
+        """Of ``PARTS`` tokens of a prompt, how many are dropped."""
+        return max(round(self.evict * PARTS), int(self.evict > 0))
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it matters how much attention a token received."""
+        return self.tiers or self.evicted > 0
 
     @property
     def kept(self) -> int:

@@ -62,10 +62,15 @@ class TieredLayout(TransformLayout):
     kind: ClassVar[str] = "tiered"
 
     @property
-    def shares(self) -> tuple[int, ...]:
+    def tier_shares(self) -> tuple[int, ...]:
         """Of ``PARTS`` tokens, how many have plane 1, 2, ..."""
         every = (self.plane1, self.plane2, self.plane3, self.plane4)
         return tuple(share for share in every if share)
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """The same: each plane is a payload tensor."""
+        return self.tier_shares
 
     @property
     def planes(self) -> int:

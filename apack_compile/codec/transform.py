@@ -104,7 +104,7 @@ class TransformLayout(Layout):
     @property
     def tiers(self) -> tuple[tuple[float, int], ...]:
         """Shares of the tokens, and the bits that they lack."""
-        return tiers_of(self.shares)
+        return tiers_of(self.tier_shares)
 
     def payload_fields(self, dtype: torch.dtype) -> tuple[tuple[int, torch.dtype], ...]:
         """Code bytes of all groups, then the gains."""

@@ -200,7 +200,9 @@ def _layouts_of(
         k, v = (ref.layout for ref in profile.codes) if profile.codes else (None, None)
         if not isinstance(k, TransformLayout) or not isinstance(v, TransformLayout):
             return None
-        if k.positional != before or bool(v.shares) != recipe.tiers or k.kept != recipe.kept:
+        if k.positional != before or bool(v.tier_shares) != recipe.tiers:
+            return None
+        if (k.kept, k.evicts) != (recipe.kept, recipe.evicted):
             return None
         layouts.append((k, v))
     return layouts

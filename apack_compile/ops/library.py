@@ -28,6 +28,8 @@ from ..compat import full_precision
 from ..kernels.append import append_ as _append_
 from ..kernels.attend import attend as _attend
 from ..kernels.attend import attend_biased as _attend_biased
+from ..kernels.attend_dense import attend_dense as _attend_dense
+from ..kernels.attend_dense import present as _present
 from ..kernels.encode import capacity_for
 from ..kernels.encode import encode as _plain_encode
 from ..kernels.importance import importance as _importance
@@ -262,6 +264,18 @@ _define(
     "Tensor? sinks=None) -> Tensor",
     _importance,
     lambda q, k, *rest: q.new_empty(q.shape[0], k.shape[2], dtype=torch.float32),
+)
+_define(
+    "present(Tensor[] k, Tensor[] v, Tensor lengths, SymInt length, str k_layout, str v_layout) "
+    "-> Tensor",
+    _present,
+    lambda k, v, lengths, length, *rest: k[0].new_empty(k[0].shape[0], length, dtype=torch.bool),
+    _present,
+)
+_define_composite(
+    "attend_dense(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor there, bool causal, "
+    "float scale, float softcap=0.0, Tensor? sinks=None) -> Tensor",
+    _attend_dense,
 )
 _define_composite("append_(Tensor(a!) ring, Tensor new, Tensor lengths) -> ()", _append_)
 _define_composite("visible(Tensor mask, SymInt batch, SymInt length) -> Tensor", _visible)

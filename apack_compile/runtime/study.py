@@ -109,7 +109,7 @@ class Studies:
         try:
             draft = Draft(self.gm, self.plan, layouts)
             rewrite_unpack(draft)
-            collect(draft, self.options.sinks, bool(images), self.options.tiers)
+            collect(draft, self.options.sinks, bool(images), self.options.recipe.weighs)
             gm, interface = draft.finish()
         except Exception as error:
             raise Unprepared(first_line(error)) from error

@@ -110,6 +110,7 @@ TIERED = (8, 12, 16)
 IMAGES = (8, 4, 6, 12, 16, 2)
 BEST = {"k_code": "pre-rope"}
 KEPT = {"exact_share": 0.01}
+THINNED = {"evict": 0.3}
 
 VARIANTS = (
     Variant("", {"short": (4, 8), "target": TARGETS, "full": FULL, "images": IMAGES}),
@@ -135,6 +136,14 @@ VARIANTS = (
         {"target": (8, 6), "full": (8,), "images": (8,)}, {**BEST, **KEPT}, beforehand=True,
     ),
     Variant(", 1 % exact", {"target": (8, 6), "full": (8,), "images": (8,)}, KEPT),
+    Variant(
+        ", 30 % evicted, fitted beforehand", {"target": (8,), "images": (8,)}, THINNED,
+        beforehand=True,
+    ),
+    Variant(
+        ", 30 % evicted, pre-RoPE K, fitted beforehand", {"target": (8,), "images": (8,)},
+        {**BEST, **THINNED}, beforehand=True,
+    ),
     Variant(", paper mode", {"full": (8,), "images": (8, 4)}, {"codec": "svd"}),
 )  # fmt: skip
 

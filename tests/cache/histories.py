@@ -106,7 +106,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(pair=pairs, queries=st.integers(1, 3))
     def attend(self, pair: Pair, queries: int) -> None:
-        """Packed attention gives what attention to the dense tensor gives."""
+        """Packed attention gives what attention to the dense tensor gives; dropped ones hidden."""
         store, dense = store_of(pair), pair.packed.unpack()  # type: ignore[attr-defined]
         layout, length = store.ref.layout, dense.shape[2]
         if not dense.isfinite().all() or getattr(layout, "positional", False):
@@ -120,8 +120,17 @@ class Histories(RuleBasedStateMachine):
         got = torch.ops.apack.attend(
             q, None, side, side, lengths, 0.2, layout.spec, layout.spec
         )  # fmt: skip
+        seen = torch.ones(len(dense), length, dtype=torch.bool)
+        if layout.evicts:
+            seen[:, :coded] = store.side.payload[0][:, :coded, 0] > 0
+            for row, positions in enumerate(store.side.pool_positions.tolist()):
+                seen[row, [p for p in positions if 0 <= p < length]] = True
+        there = torch.ops.apack.present(side, side, lengths, length, layout.spec, layout.spec)
+        assert torch.equal(there, seen)
         every = dense.repeat_interleave(2, 1)
-        want = torch.nn.functional.scaled_dot_product_attention(q, every, every, scale=0.2)
+        want = torch.nn.functional.scaled_dot_product_attention(
+            q, every, every, seen[:, None, None], scale=0.2
+        )
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(dense.abs().max()))
 
     @rule(target=pairs, pair=pairs)

@@ -42,6 +42,7 @@ def kept(ref: CodeRef) -> CodeRef:
 
 KEYS, VALUES = fitted_ref(gain=False), fitted_ref(ratio=2)
 TIERED = fitted_ref(ratio=2, tiers=True)
+THINNED = fitted_ref(gain=False, evict=0.4)
 SETUPS: dict[str, tuple[CodeRef, Policy]] = {
     "keys": (KEYS, POLICY),
     "values": (VALUES, POLICY),
@@ -49,6 +50,9 @@ SETUPS: dict[str, tuple[CodeRef, Policy]] = {
     "values, no sinks": (VALUES, replace(POLICY, sinks=0)),
     "values in tiers": (TIERED, POLICY),
     "keys, some exact": (kept(KEYS), POLICY),
+    "keys, some dropped": (THINNED, POLICY),
+    "keys before their rotation, some dropped, some exact": (kept(turned(THINNED)), POLICY),
+    "values in tiers, some dropped": (fitted_ref(ratio=2, tiers=True, evict=0.3), POLICY),
     "values in tiers, some exact, no sinks": (kept(TIERED), replace(POLICY, sinks=0)),
 }
 

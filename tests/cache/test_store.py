@@ -19,6 +19,8 @@ REFS = {
     "plain": fitted_ref(gain=False),
     "gain": fitted_ref(ratio=2),
     "tiers": fitted_ref(ratio=2, tiers=True),
+    "evicting": fitted_ref(gain=False, evict=0.3),
+    "evicting tiers": fitted_ref(ratio=2, tiers=True, evict=0.5),
 }
 
 every_code = pytest.mark.parametrize("kind", REFS)

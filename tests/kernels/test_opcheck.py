@@ -10,6 +10,7 @@ from torch.library import opcheck
 
 from apack_compile.cache import Policy
 from apack_compile.codec import Code, ExactLayout, TransformLayout
+from apack_compile.codec.evicting import evicting
 from apack_compile.codec.layout import KEPT_OF
 from apack_compile.codec.tiered import layout_of
 
@@ -22,6 +23,7 @@ CODES = {
     "gain": hand_code(TransformLayout(2, 4, 2, 0, 4, 0, 1)),
     "some exact": hand_code(TransformLayout(2, 4, 1, 2, 2, 4, 1, exact=KEPT_OF // 4)),
     "tiers": hand_code(layout_of((2, 4, 1), (0, 8, 0), True, (24, 16))),
+    "evicting": hand_code(evicting(layout_of((2, 4, 1), (0, 8, 0), False), 12)),
 }
 # Not test_autograd_registration: gradients are not supported.
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -77,6 +79,14 @@ def test_unpack(kind: str) -> None:
     code = CODES[kind]
     side, lengths = encoded(torch.randn(2, 2, 10, 4), code, POLICY)
     check(torch.ops.apack.unpack, side, lengths, 9, code.layout.spec)
+
+
+@every_code
+def test_present(kind: str) -> None:
+    code = CODES[kind]
+    side, lengths = encoded(torch.randn(2, 2, 10, 4), code, POLICY)
+    spec = code.layout.spec
+    check(torch.ops.apack.present, side, side, lengths, 9, spec, spec)
 
 
 @pytest.mark.parametrize("masked", [False, True])

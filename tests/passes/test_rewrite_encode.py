@@ -102,7 +102,7 @@ def test_codes_in_tiers_are_encoded_by_importance() -> None:
 def test_a_fit_of_codes_in_tiers_is_told_the_importance_of_tokens() -> None:
     captured = capture(prefill, tokens(50, 4), tokens(50), tokens(50), left_padded())
     draft = captured.draft()
-    collect(draft, sinks=2, tiers=True)
+    collect(draft, sinks=2, weigh=True)
     gm, interface = draft.finish()
     _, (*_, weight) = run(captured, Rewritten(gm, interface, [], []))
     assert weight.shape == (2, 50)
@@ -120,7 +120,7 @@ def test_queries_joined_with_sequences_tell_the_same_moments() -> None:
 
     args = tokens(50, 2), tokens(50), tokens(50), 0.5
     draft = capture(joined, *args).draft()
-    assert collect(draft, sinks=2, tiers=True).matched == 1
+    assert collect(draft, sinks=2, weigh=True).matched == 1
     draft.finish()[0].graph.lint()
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from benchmarks.quality.rivals.base import Size
 from benchmarks.quality.rivals.kivi import GROUP, Kivi, by_channel, by_token, quantise
 
+from ...helpers import few
 from .cases import assert_exact_outside, layer
 
 
@@ -17,6 +18,7 @@ def test_numbers_lie_on_equally_spaced_levels_between_the_extremes() -> None:
 
 
 @given(st.integers(1, 8), st.integers(2, 40), st.floats(0.01, 100))
+@few
 def test_the_error_is_at_most_half_a_step(bits: int, count: int, spread: float) -> None:
     x = spread * torch.randn(3, count, dtype=torch.float64)
     step = (x.amax(1) - x.amin(1)) / (2**bits - 1)

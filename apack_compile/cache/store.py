@@ -58,6 +58,7 @@ class SideStore:
         side: the physical tensors; ``side.params`` is empty, parameters belong to the code.
         coded: tokens in the payload that count.
         length: tokens held in all.
+        prompt: how many of them were packed together when the store was made.
         tally: error, size and number of the tokens coded, in what the fit expected
             (``kernels.encode.tally``).
         rows: of each plane, the most that are in use.
@@ -70,6 +71,7 @@ class SideStore:
         self.side = side
         self.coded = coded
         self.length = length
+        self.prompt = length
         self.name = ""
         self.tally = torch.zeros(3)
         self.rows = quotas(ref.layout, coded)
@@ -172,6 +174,7 @@ class SideStore:
             with writing(self.tensors(), self.device):
                 taken.masked_fill_(taken >= length, -1)
         self.length = length
+        self.prompt = min(self.prompt, length)
 
     def _copy(self, length: int) -> SideStore:
         capacity = self._round_up(min(self.coded, length))
@@ -349,6 +352,7 @@ class SideStore:
         """A store with the same tokens in other tensors."""
         heir = SideStore(self.ref, self.policy, side, self.coded, self.length)
         heir.factored, heir.tally = self.factored, self.tally.clone()
+        heir.prompt = self.prompt
         heir.rows = list(self.rows)
         self.introduce(heir)
         return heir

@@ -16,10 +16,11 @@ def side_of(store: SideStore) -> PackedSide:
 
 
 def predicted_bytes(stores: Iterable[SideStore]) -> int:
-    """Bytes that the stores would take had prefill packed all of their tokens."""
+    """Bytes that the stores should take, as long as they are."""
     total = 0.0
     for store in stores:
-        total += sum(bytes_of(side_of(store), store.side.ring.shape[0], max(store.length, 1)))
+        batch, prompt = store.side.ring.shape[0], max(store.prompt, 1)  # a crop may leave nothing
+        total += sum(bytes_of(side_of(store), batch, prompt, max(store.length - prompt, 0)))
     return round(total)
 
 

@@ -5,7 +5,7 @@ A side is its payload, pool, positions, ring, and for some codes a basis of each
 needed at a time, and the expressions are the mean over what it may be just then:
 
     coded(S, T)    =  c + block max(0, ceil((S + T - c - ring) / block)),  c = max(S - window, 0)
-    rows(first, n) =  first while n <= first, then n (1 + 1 / (2 SLACK)) + chunk / 4
+    rows(first, n) =  first while n <= first, then n in whole chunks + n / (2 SLACK)
 
 ``first`` are the rows that prefill makes, in whole chunks: S of a payload tensor with a row for
 every token, its share of c of a plane. The pool grows when the payload does.
@@ -85,7 +85,7 @@ def _in_chunks(rows: Expr, chunk: int, least: int) -> Expr:
 
 def _held(first: Expr, wanted: Expr, chunk: int) -> Expr:
     """Rows of a payload tensor that was made with ``first`` and has to hold ``wanted``."""
-    grown = wanted * (1 + sympy.Rational(1, 2 * SLACK)) + sympy.Rational(chunk, 4)
+    grown = _in_chunks(wanted, chunk, 1) + wanted / sympy.Integer(2 * SLACK)
     return sympy.Piecewise((first, wanted <= first), (grown, True))
 
 

@@ -31,8 +31,9 @@ def prefill(model: Any, text: int = 400, batch: int = 1, **options: Any) -> Any:
     [
         {}, {"window": 80, "block": 16, "sinks": 1}, {"tiers": True, "ratio": 4},
         {"exact_share": 0.02},
+        {"tiers": True, "exact_share": 0.02, "k_code": "pre-rope", "window": 32, "ratio": 6},
     ],
-    ids=["default", "policy", "tiers", "exact_share"],
+    ids=["default", "policy", "tiers", "exact_share", "all together"],
 )  # fmt: skip
 def test_a_prediction_is_the_cache_that_the_next_prompt_makes(changes: Any) -> None:
     model = zoo.llama().model

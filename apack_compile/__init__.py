@@ -13,6 +13,7 @@ from . import hooks  # noqa: E402
 from .accounting import CacheBytes, cache_bytes  # noqa: E402
 from .backend import attentionpack  # noqa: E402
 from .cache import PackedKV  # noqa: E402
+from .cost.predict import predict  # noqa: E402
 from .fitting.api import fit  # noqa: E402
 from .fitting.carry import ProfileInfo, load_profile, save_profile  # noqa: E402
 from .fitting.file import ProfileError  # noqa: E402
@@ -37,6 +38,7 @@ __all__ = [
     "cache_bytes",
     "fit",
     "load_profile",
+    "predict",
     "report",
     "save_profile",
 ]

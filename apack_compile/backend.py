@@ -76,6 +76,7 @@ def attentionpack(
         return StockGraph(gm, example_inputs, stock, record)
     record.options = parsed
     record.names = tuple(s.cached.site.node.name for s in plan.sites)
+    record.q_heads = {s.cached.site.node.name: s.cached.site.heads for s in plan.sites}
     return PackedGraph(gm, plan, parsed, keyed(config), record)
 
 

@@ -12,6 +12,7 @@ from .accounting import CodedPart, coded_part
 from .cache import SideStore
 from .codec.code import Code, total_bytes
 from .codec.tiered import TIERS
+from .cost.live import predicted_bytes, predicted_step
 from .fitting.layer import LayerProfile
 from .passes.base import PassReport, Skip
 from .runtime.stats import REGISTRY, GraphRecord
@@ -65,6 +66,9 @@ class Report:
             lacks 0, 1, 2, ... bits.
         dropped: share of the coded tokens that are dropped, in the caches that are alive that drop
             any.
+        predicted_bytes: what the cost model says of ``packed_bytes`` (docs/cost-model.md).
+        predicted_step: seconds of packed attention in one step that reads all caches that are
+            alive, as the cost model says; None: it does not know the device or the kernels.
     """
 
     graph_reports: tuple[GraphReport, ...]
@@ -78,6 +82,8 @@ class Report:
     tiers: tuple[float, ...] = ()
     coded: CodedPart | None = None
     dropped: float = 0.0
+    predicted_bytes: int = 0
+    predicted_step: float | None = None
 
     @property
     def graphs(self) -> int:
@@ -112,6 +118,10 @@ class Report:
                 f"{self.packed_bytes / 1e6:.2f} MB packed "
                 f"({self.dense_bytes / self.packed_bytes:.2f}x); bases, per model: "
                 f"{self.basis_bytes / 1e6:.2f} MB"
+            )
+            lines.append(
+                f"  cost model: {self.predicted_bytes / 1e6:.2f} MB predicted, "
+                f"{self.packed_bytes / 1e6:.2f} MB held" + _step(self.predicted_step)
             )
         if self.coded is not None:
             lines.append(f"  their coded part: {self.coded}")
@@ -152,6 +162,12 @@ class Report:
         for number, graph in enumerate(self.graph_reports):
             lines.extend(_graph_lines(number, graph))
         return "\n".join(lines)
+
+
+def _step(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"; packed attention of all of them, one step: {1e3 * seconds:.3f} ms predicted"
 
 
 DRIFT = 4.0
@@ -268,7 +284,16 @@ def report(model: nn.Module | None = None) -> Report:
         _tiers(stores),
         coded_part(stores),
         _dropped(stores),
+        predicted_bytes(stores),
+        _predicted_step(records),
     )
+
+
+def _predicted_step(records: Iterable[GraphRecord]) -> float | None:
+    """Seconds of packed attention of all caches that are alive; None: unknown for one of them."""
+    steps = [predicted_step(r.stores, r.q_heads) for r in records if r.stores]
+    known = [step for step in steps if step is not None]
+    return sum(known) if known and len(known) == len(steps) else None
 
 
 def _codes(records: Iterable[GraphRecord]) -> list[tuple[str, Code]]:

@@ -25,9 +25,11 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from apack_compile.cache import Policy
 from apack_compile.codec import Code, TransformLayout
 from apack_compile.codec.quantiser import tailed_quantiser
 from apack_compile.codec.spectrum import head_groups
+from apack_compile.cost import PackedSide, device_named, seconds_of
 from apack_compile.kernels.triton.launch import attend_packed
 from apack_compile.kernels.triton.plan import Config
 
@@ -210,6 +212,16 @@ def packed_times(
     }
 
 
+def predicted_ms(case: Case, mixed: bool, device: str) -> float | None:
+    """What the cost model says; None: it does not know the device."""
+    known = device_named(device)
+    if known is None:
+        return None
+    policy = Policy(sinks=4, extra=4, window=RING - 32, block=32)
+    k, v = (PackedSide(layout, policy, DTYPE) for layout in layouts(case, mixed))
+    return 1e3 * seconds_of(k, v, case.q_heads, known, case.batch, case.tokens)
+
+
 def compile_ahead(job: tuple[str, bool, Config | None]) -> None:
     """Compile the kernels of one case in a process of its own; Triton keeps them on disk."""
     torch.set_num_threads(1)
@@ -246,8 +258,13 @@ def main() -> None:
             ours = row[kind] = packed_times(case, kind == "mixed", bandwidth)
             ours["speedup"] = round(best / ours["ms"], 2)
             ours["speedup_over_cat"] = round(dense["cat + best"] / ours["ms"], 2)
+            predicted = predicted_ms(case, kind == "mixed", report["device"])
+            said = ""
+            if predicted is not None:
+                ours["predicted_ms"] = predicted
+                said = f", predicted {1e3 * predicted:6.1f} us"
             print(
-                f"{name:16} {kind:6} {1e3 * ours['ms']:7.1f} us (floor "
+                f"{name:16} {kind:6} {1e3 * ours['ms']:7.1f} us{said} (floor "
                 f"{1e3 * ours['floor_ms']:6.1f}), dense {1e3 * best:7.1f}: {ours['speedup']:5.2f}x,"
                 f" with cat {ours['speedup_over_cat']:5.2f}x; kernel"
                 f" {100 * ours['kernel_share_of_copy']:3.0f}% of copy, {ours['kernels_us']}",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,3 +59,41 @@ def test_the_ratio_of_the_coded_part_stands_beside_that_of_the_whole_cache() -> 
     text = str(report)
     assert "their coded part: 1.60x of 16-bit numbers, gains counted; 0.0 tokens" in text
     assert f"({report.dense_bytes / report.packed_bytes:.2f}x)" in text
+
+
+def test_predicted_bytes_stand_beside_those_held() -> None:
+    record = REGISTRY.new()
+    text = str(apack_compile.report())
+    assert "cost model" not in text, "no cache is alive"
+    made = store(record, "attention.k", 0, 0, 0)
+    held = made.nbytes
+    report = apack_compile.report()
+    assert (report.predicted_bytes, report.packed_bytes) == (held, held)
+    line = f"  cost model: {held / 1e6:.2f} MB predicted, {held / 1e6:.2f} MB held"
+    assert line in str(report).splitlines()
+    grown = SideStore.encode(torch.randn(4, 2, 900, 8), fixed_ref("int8", 2, 8), Policy())
+    grown.known_to(record.stores)
+    for token in torch.randn(4, 2, 300, 8).split(1, 2):
+        grown.reserve(1)
+        grown.extend(token)
+    report = apack_compile.report()
+    assert report.packed_bytes == held + grown.nbytes != report.predicted_bytes
+    assert abs(report.predicted_bytes / report.packed_bytes - 1) < 0.05
+
+
+def test_a_predicted_time_is_shown_where_there_is_one() -> None:
+    report = replace(apack_compile.report(), packed_bytes=12_410_000, predicted_bytes=12_300_000)
+    assert report.predicted_step is None
+    line = "  cost model: 12.30 MB predicted, 12.41 MB held"
+    assert line in str(report).splitlines()
+    timed = replace(report, predicted_step=1.2346e-3)
+    more = "; packed attention of all of them, one step: 1.235 ms predicted"
+    assert line + more in str(timed).splitlines()
+
+
+def test_caches_on_a_cpu_have_no_predicted_time() -> None:
+    record = REGISTRY.new()
+    record.q_heads = {"attention": 4}
+    alive = [store(record, f"attention.{side}", 0, 0, 0) for side in "kv"]
+    assert apack_compile.report().predicted_step is None
+    del alive

@@ -57,7 +57,7 @@ class SideStore:
         policy: what stays exact.
         side: the physical tensors; ``side.params`` is empty, parameters belong to the code.
         coded: tokens in the payload that count.
-        length: tokens held in all.
+        length, prompt: tokens held in all, and how many of them were packed together at first.
         tally: error, size and number of the tokens coded, in what the fit expected
             (``kernels.encode.tally``).
         rows: of each plane, the most that are in use.
@@ -69,7 +69,7 @@ class SideStore:
         self.policy = policy
         self.side = side
         self.coded = coded
-        self.length = length
+        self.length = self.prompt = length
         self.name = ""
         self.tally = torch.zeros(3)
         self.rows = quotas(ref.layout, coded)
@@ -171,7 +171,7 @@ class SideStore:
             taken = self.side.pool_positions[:, self.policy.sinks :]  # sinks are reserved for good
             with writing(self.tensors(), self.device):
                 taken.masked_fill_(taken >= length, -1)
-        self.length = length
+        self.length, self.prompt = length, min(self.prompt, length)
 
     def _copy(self, length: int) -> SideStore:
         capacity = self._round_up(min(self.coded, length))
@@ -348,7 +348,7 @@ class SideStore:
     def _heir(self, side: Side) -> SideStore:
         """A store with the same tokens in other tensors."""
         heir = SideStore(self.ref, self.policy, side, self.coded, self.length)
-        heir.factored, heir.tally = self.factored, self.tally.clone()
+        heir.factored, heir.prompt, heir.tally = self.factored, self.prompt, self.tally.clone()
         heir.rows = list(self.rows)
         self.introduce(heir)
         return heir

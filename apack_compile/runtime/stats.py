@@ -26,6 +26,7 @@ class GraphRecord:
         passes: the last report of each pass.
         skipped: sites left alone, and why.
         names: of the layers that are packed here, in order.
+        q_heads: query heads of each, by name.
         compiles: Inductor compilations.
         regions: those of packed attention and encoding among the operators, apart from the graph.
         runs: graph runs by what was run: ``stock``, ``fit``, ``encode``, ``decode``.
@@ -44,6 +45,7 @@ class GraphRecord:
     passes: dict[str, PassReport] = field(default_factory=dict)
     skipped: tuple[Skip, ...] = ()
     names: tuple[str, ...] = ()
+    q_heads: dict[str, int] = field(default_factory=dict)
     compiles: int = 0
     regions: int = 0
     runs: dict[str, int] = field(default_factory=dict)
@@ -63,6 +65,7 @@ class GraphRecord:
         """Take over what does not depend on whose graph it is."""
         self.reason, self.passes, self.skipped = other.reason, dict(other.passes), other.skipped
         self.names, self.options = other.names, other.options
+        self.q_heads = other.q_heads
 
     def ran(self, what: str) -> None:
         """Count a run."""

@@ -16,7 +16,19 @@ from ..side import Side
 from .attend import attend_kernel
 from .fold import fold_kernel
 from .merge import expand_kernel, sum_kernel
-from .plan import EXACT_ROWS, LEAST_ROWS, MOST_SPLITS, Config, Plan, make_plan, supported
+from .plan import (
+    EXACT_ROWS,
+    LEAST_ROWS,
+    MOST_CELLS,
+    MOST_SPLITS,
+    Config,
+    Plan,
+    default_config,
+    make_plan,
+    merge_programs,
+    merge_slots,
+    supported,
+)
 
 LOG2_E = 1.4426950408889634
 
@@ -25,7 +37,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 INTERPRETED = not isinstance(attend_kernel, JITFunction)
 """Whether Triton interprets the kernels (TRITON_INTERPRET=1), on whatever device."""
 
-MOST_CELLS = 1 << 16 if INTERPRETED else 4096
+CELLS = 1 << 16 if INTERPRETED else MOST_CELLS
 """Numbers that a program of ``sum_kernel`` holds at a time; the interpreter pays by program."""
 
 
@@ -43,15 +55,6 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@cache
-def default_config(k_layout: str, v_layout: str) -> Config:
-    """The configuration used without autotuning: the best of those measured on an H100."""
-    layouts = parse_layout(k_layout), parse_layout(v_layout)
-    if any(getattr(layout, "r4", 0) + getattr(layout, "r2", 0) for layout in layouts):
-        return Config(stages=2)
-    return Config()
-
-
 def count_splits(
     batch: int, capacity: int, plan: Plan, config: Config, device: torch.device
 ) -> int:
@@ -62,12 +65,6 @@ def count_splits(
     room = rest // programs
     tiles = (capacity + config.tokens - 1) // config.tokens
     return torch.sym_max(torch.sym_min(torch.sym_min(room, tiles), MOST_SPLITS), 1)
-
-
-def merge_slots(plan: Plan, config: Config, device: torch.device) -> int:
-    """A power of two that holds the most splits there can be, for any batch, and one more."""
-    most = min(multiprocessors(device) * config.fill // (plan.groups * plan.blocks), MOST_SPLITS)
-    return 1 << max(most, 1).bit_length()
 
 
 def _kernel(kernel: Any) -> Any:
@@ -142,9 +139,8 @@ def attend_packed(
     )  # fmt: skip
     sums = empty(batch, plan.groups, plan.attend["VW"], plan.rows)
     masses = empty(batch, plan.groups, 4, plan.rows)
-    slots = merge_slots(plan, config, q.device)
-    cells = MOST_CELLS // max(slots, 64)
-    chunks = -(-plan.attend["VW"] * plan.rows // cells)
+    slots = merge_slots(plan, config, multiprocessors(q.device))
+    chunks, cells = merge_programs(plan, slots, CELLS)
     _kernel(sum_kernel)[(batch * plan.groups * chunks,)](
         part, stats, sums, masses, splits, lengths if sinks is None else sinks.contiguous(),
         **plan.sums, SINKS=int(sinks is not None), SLOTS=slots, CELLS=cells, CHUNKS=chunks,

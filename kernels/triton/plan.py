@@ -38,6 +38,9 @@ COLUMNS = 32
 MOST_SPLITS = 127
 """The merge holds this many splits, and one more, at a time."""
 
+MOST_CELLS = 4096
+"""Numbers that a program of ``sum_kernel`` holds at a time."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -64,6 +67,15 @@ class Config:
     share: float = 0.75
     last: bool = False
     registers: int = 0
+
+
+@cache
+def default_config(k_layout: str, v_layout: str) -> Config:
+    """The configuration used without autotuning: the best of those measured on an H100."""
+    layouts = parse_layout(k_layout), parse_layout(v_layout)
+    if any(getattr(layout, "r4", 0) + getattr(layout, "r2", 0) for layout in layouts):
+        return Config(stages=2)
+    return Config()
 
 
 def _power(n: int, least: int) -> int:
@@ -166,3 +178,21 @@ def make_plan(
     }  # fmt: skip
     exact_programs = heads * common["XBLOCKS"]
     return Plan(fold, attend, sums, expand, groups, blocks, blocks * m, exact_programs, rows)
+
+
+def merge_slots(plan: Plan, config: Config, processors: int) -> int:
+    """A power of two that holds the most splits there can be, for any batch, and one more.
+
+    Args:
+        plan: of the layer.
+        config: how the work is cut.
+        processors: multiprocessors of the device.
+    """
+    most = min(processors * config.fill // (plan.groups * plan.blocks), MOST_SPLITS)
+    return 1 << max(most, 1).bit_length()
+
+
+def merge_programs(plan: Plan, slots: int, cells: int = MOST_CELLS) -> tuple[int, int]:
+    """Programs of ``sum_kernel`` for one group of one sequence, and the cells of each."""
+    cells //= max(slots, 64)
+    return -(-plan.attend["VW"] * plan.rows // cells), cells

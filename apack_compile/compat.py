@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 
 OLDEST, FIRST_UNTESTED = (2, 11), (2, 14)
 
+FLOAT = "apack_float"
+"""In the meta of an input: whether it is a Python float, as a tensor of one number."""
+
 CHECKS = "assert_indirect_indexing"
 """Inductor's setting: generated code checks indices into tensors."""
 
@@ -131,3 +134,11 @@ def _without_checks_if_need_be(
             raise
     log.info("Inductor's C++ code does not build: compiled once more without checks of indices")
     return _compile_fx(spare, inputs, {**config, CHECKS: False})
+
+
+def is_python_float(placeholder: fx.Node) -> bool:
+    """Whether an input of a Dynamo graph is a Python float that Dynamo made a tensor of."""
+    value = placeholder.meta.get("example_value")
+    if not isinstance(value, torch.Tensor) or value.dim() or value.dtype != torch.float64:
+        return False
+    return "tensor_dict" not in placeholder.meta  # Dynamo notes one of each real tensor

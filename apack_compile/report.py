@@ -216,9 +216,18 @@ def _tiers(stores: Iterable[SideStore]) -> tuple[float, ...]:
 
 def _dropped(stores: Iterable[SideStore]) -> float:
     """The share of the coded tokens that are dropped, where any may be."""
-    levels = [_levels(store) for store in stores if store.ref.layout.evicts and store.coded]
-    total = sum(each.numel() for each in levels)
-    return sum(int((each == 0).sum()) for each in levels) / total if total else 0.0
+    gone = total = 0
+    for store in stores:
+        if not store.ref.layout.evicts or not store.coded:
+            continue
+        positions = store.side.pool_positions  # [B, E]
+        here = torch.arange(store.coded, device=positions.device)
+        first = positions[:, :1] if store.policy.sinks else 0  # what is before is padding
+        pooled = (positions[:, :, None] == here).any(1)  # [B, T]
+        real = (here >= first).expand(pooled.shape)
+        gone += int((real & ~pooled & (_levels(store).view(pooled.shape) == 0)).sum())
+        total += int(real.sum())
+    return gone / total if total else 0.0
 
 
 def _levels(store: SideStore) -> Tensor:

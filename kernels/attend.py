@@ -130,17 +130,24 @@ def attend_biased(
 
 
 def absent_tokens(keys: Side, key_code: Layout, values: Side, value_code: Layout) -> Tensor | None:
-    """Tokens of the payload whose key or value was dropped: ``[B, C]`` bool; None: none can be."""
-    absent = None
+    """Tokens of the payload whose key or value was dropped: ``[B, C]`` bool; None: none can be.
+
+    A token of which one side is in the pool as it is no number is seen, whatever became of the
+    other: the output then is none either, as it would be with the dense cache.
+    """
+    absent = broken = None
     for side, code in ((keys, key_code), (values, value_code)):
         dropped = code.absent(side.payload)
         if dropped is None:
             continue
         here = torch.arange(side.capacity, device=dropped.device)
-        pooled = (side.pool_positions[:, :, None] == here).any(1)  # those are exact, and there
-        dropped = dropped & ~pooled
+        held = side.pool_positions[:, :, None] == here  # [B, E, C]: those are exact, and there
+        dropped = dropped & ~held.any(1)
+        wrong = ~side.pool.isfinite().all(-1).all(1)  # [B, E]
+        wrong = (held & wrong[:, :, None]).any(1)
         absent = dropped if absent is None else absent | dropped
-    return absent
+        broken = wrong if broken is None else broken | wrong
+    return None if absent is None or broken is None else absent & ~broken
 
 
 def live_only(tokens: Tensor, count: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..codec import Layout, parse_layout
 from ..codec.layout import Judged
 from .planes import in_plane, quotas
+from .pool import reserve_sinks
 from .positions import positions_of
 
 
@@ -59,6 +60,9 @@ def encode(
     levels = None
     if code.shares:
         weight = torch.where(seen, token_sizes(x) if importance is None else importance, -1.0)
+        if code.evicts and sinks:  # they are in the pool, and want no row
+            reserved = reserve_sinks(visible, x, sinks, 0)  # [B, sinks]
+            weight = torch.where((reserved[:, :, None] == here).any(1), -1.0, weight)
         levels = torch.ops.apack.token_levels(weight, code.shares)
     parts, judged = encode_tokens(x, params, code, first, 0, levels)
     strain = None if judged is None else judged.strain

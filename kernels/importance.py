@@ -3,7 +3,7 @@ r"""How much attention tokens receive: ``apack::importance``.
 SDPA never shows its probabilities, so those of the last queries of a prefill are computed once
 more (an observation window: SnapKV, arXiv 2404.14469; AttentionPack, arXiv 2603.23914, 3.3):
 
-    I_s  =  1 / (Hq W)  sum_h sum_t  p_h,t,s        t: the last W queries
+    I_s  =  1 / (Hq W)  sum_h sum_t  p_h,t,s        t: the last W queries, or all if there are fewer
 """
 
 from __future__ import annotations
@@ -35,18 +35,20 @@ def importance(
         softcap, sinks: see :func:`~apack_compile.kernels.attend.attend`.
 
     Queries that see nothing give nothing (padding), and bring the mean down for the whole sequence
-    alike: what counts is the order of tokens.
+    alike: what counts is the order of tokens. Where a score is not a number, no order is known, and
+    all tokens of the sequence have the same importance.
     """
     last = torch.arange(OBSERVED, device=q.device) - OBSERVED + q.shape[2]
     total = q.new_zeros(q.shape[0], k.shape[2], dtype=working_dtype(q.dtype))
     keys = k.to(q.dtype)
-    for rows in last.clamp(min=0).split(PIECE):  # of fewer queries the first one counts again
+    for numbers in last.split(PIECE):
+        rows = numbers.clamp(min=0)  # of fewer queries the first one is read again, for nothing
         some = None if mask is None else _of_rows(mask, rows)
         picked = q.index_select(2, rows)
-        total += attention_weights(picked, keys, some, causal, scale, softcap, sinks, rows).sum(
-            (1, 2)
-        )
-    return (total / (q.shape[1] * OBSERVED)).float()
+        weights = attention_weights(picked, keys, some, causal, scale, softcap, sinks, rows)
+        total += torch.where((numbers >= 0)[:, None], weights, 0.0).sum((1, 2))
+    queries = torch.sym_min(q.shape[2], OBSERVED)
+    return (total / (q.shape[1] * queries)).float().nan_to_num(nan=1.0)
 
 
 def _of_rows(mask: Tensor, rows: Tensor) -> Tensor:
@@ -66,7 +68,8 @@ def attention_weights(
         rows: numbers of the queries, where ``causal``; None: from 0 on.
     """
     work = working_dtype(q.dtype)
-    scores = scores_of_keys(q, k).to(work) * scale
+    # Scaled before the product: unscaled scores may be more than float16 holds.
+    scores = scores_of_keys((q.to(work) * scale).to(q.dtype), k).to(work)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:

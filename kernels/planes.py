@@ -8,6 +8,7 @@ that come next take their rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,12 @@ def quotas(layout: Layout, tokens: int, later: bool = False) -> list[int]:
         later: which.
     """
     shares = layout.later_shares if later else layout.shares
-    return [share * tokens // PARTS for share in shares]
+    return [rows_of(share, tokens) for share in shares]
+
+
+def rows_of(share: int, tokens: int | Tensor) -> Any:
+    """Of so many tokens, those that a share of ``PARTS`` stands for: rounded up."""
+    return (share * tokens + PARTS - 1) // PARTS
 
 
 def token_levels(importance: Tensor, shares: Sequence[int]) -> Tensor:
@@ -41,7 +47,7 @@ def token_levels(importance: Tensor, shares: Sequence[int]) -> Tensor:
     tokens = (importance >= 0).sum(1, keepdim=True)
     levels = torch.zeros_like(rank)
     for share in shares:
-        levels = levels + (rank < share * tokens // PARTS)
+        levels = levels + (rank < rows_of(share, tokens))
     return levels.to(torch.uint8)
 
 

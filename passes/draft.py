@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from ..codec import parse_layout
+from ..compat import FLOAT, is_python_float
 from .base import output_of, value_of
 from .factors import write_factors
 from .find_attention import AttentionSite
@@ -29,6 +30,7 @@ from .plan import Plan
 from .site_masks import SiteMasks
 
 ARGUMENTS, LENGTHS, HANDLES = 0, 1, 2
+
 BEFORE, AFTER, GROWN, STILL = 0, 1, 2, 3
 
 
@@ -133,6 +135,8 @@ class Draft:
         self._results: Any = self.graph.graph_copy(gm.graph, self.map)
         arguments = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self._slots = {self.map[n]: (ARGUMENTS, i) for i, n in enumerate(arguments)}
+        for argument in arguments:
+            self.map[argument].meta[FLOAT] = is_python_float(argument)
         self._by_slot: dict[tuple[int, int], fx.Node] = {}
         self._handles = tuple(arguments.index(h) for h in plan.handles)
         self.appends = [0] * len(plan.handles)

@@ -3,13 +3,16 @@
 Storage tensors are not seen by Dynamo, so Dynamo's guards say nothing about their shapes. Each
 compilation therefore gets a shape environment of its own; the conditions that tracing put on its
 symbols become a guard that is checked before every run. Dimensions that Dynamo has as symbols,
-payload capacities and batch sizes behind symbolic batches are symbols; all else is fixed.
+payload capacities and batch sizes behind symbolic batches are symbols; all else is fixed. So are
+Python floats that Dynamo does not take for constants (``dynamic=True``: a scale, an epsilon), which
+come as tensors of one number: AOTAutograd would read out of them numbers that nothing is known of.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +26,8 @@ from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
     StatelessSymbolicContext,
 )
+
+from ..compat import FLOAT
 
 Dynamic = tuple[DimDynamic, ...] | None
 """What is symbolic in an argument: one entry a dimension; one entry for an int; None: nothing."""
@@ -59,6 +64,7 @@ class Specialised:
             for j, size in enumerate(fake.shape if isinstance(fake, Tensor) else (fake,))
             if dims[j] is not DimDynamic.STATIC and not isinstance(size, torch.SymInt)
         ]
+        gm, self._floats = _fix_floats(gm, args)
         _drop_example_values(gm)
         with tracing(TracingContext(mode)):
             self._call = compiler(gm, fakes)
@@ -72,6 +78,8 @@ class Specialised:
             arg = args[i]
             if (arg.shape[j] if isinstance(arg, Tensor) else arg) != size:
                 return False
+        if any(float(args[i]) != value for i, value in self._floats):
+            return False
         if self._guard is None:
             return True
         names = {f"t{n}": args[i] for n, i in self._guarded}
@@ -100,6 +108,40 @@ def _fake(
         symbol = env.create_unspecified_symbol(arg, source, dims[0])
         return env.create_symintnode(symbol, hint=arg, source=source)
     return arg
+
+
+def _fix_floats(
+    gm: fx.GraphModule, args: Sequence[Any]
+) -> tuple[fx.GraphModule, list[tuple[int, float]]]:
+    """Put the values of Python floats in place of reading them out of their tensors.
+
+    Returns:
+        A copy with the values, or ``gm`` if there are none; which arguments they are, and what.
+    """
+    if not any(node.meta.get(FLOAT) for node in gm.graph.find_nodes(op="placeholder")):
+        return gm, []
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))  # type: ignore[arg-type]
+    gm = fx.GraphModule(gm, graph)
+    fixed = []
+    for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        if not node.meta.get(FLOAT):
+            continue
+        reads = [user for user in node.users if user.target == "item"]
+        if not reads:
+            continue
+        value = float(args[i])
+        for read in reads:
+            for user in list(read.users):
+                user.args = fx.map_arg(user.args, partial(_instead, read, value))
+                user.kwargs = fx.map_arg(user.kwargs, partial(_instead, read, value))
+            gm.graph.erase_node(read)
+        fixed.append((i, value))
+    return gm, fixed
+
+
+def _instead(old: fx.Node, new: float, node: fx.Node) -> fx.Node | float:
+    return new if node is old else node
 
 
 def _drop_example_values(gm: fx.GraphModule) -> None:

@@ -25,6 +25,7 @@ from benchmarks.tiny_vlm.forward import pixels
 from benchmarks.tiny_vlm.model import merge
 from benchmarks.tiny_vlm.tiles import Painter
 
+from .. import versions
 from .tiny import texts, tokenizer
 from .tiny_vlm import small
 
@@ -51,6 +52,7 @@ def suite(setting: AlbumSetting) -> AnswerSuite:
 
 
 @torch.no_grad()
+@pytest.mark.skipif(versions.BEFORE_5, reason="the benchmarks want transformers 5")
 def test_embeddings_are_what_the_model_makes_of_pixels(made: Albums) -> None:
     asked = made.at(LENGTH)
     batch = contexts(small.painter(), small.prompter(), "all", LENGTH, range(COUNT))

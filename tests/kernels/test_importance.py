@@ -22,7 +22,7 @@ def by_definition(
     """The mean of the softmax of the last queries, one row at a time, in float64."""
     batch, heads, queries, _ = q.shape
     length, groups = k.shape[2], heads // k.shape[1]
-    last = [max(queries - OBSERVED + i, 0) for i in range(OBSERVED)]
+    last = range(max(queries - OBSERVED, 0), queries)
     out = torch.zeros(batch, length, dtype=torch.float64)
     for b in range(batch):
         for h in range(heads):
@@ -40,7 +40,7 @@ def by_definition(
                 if sinks is not None:
                     s = torch.cat([s, sinks[h].double().view(1)])
                 out[b] += s.softmax(0)[:length]
-    return out / heads / OBSERVED
+    return out / heads / len(last)
 
 
 @given(
@@ -83,3 +83,18 @@ def test_tokens_that_nobody_may_see_have_none(dtype: torch.dtype) -> None:
     got = torch.ops.apack.importance(q, k, mask, False, 0.3)
     assert not got[0, :6].any()
     assert got[0, 6:].sum() > 0.1
+
+
+def test_large_scores_in_half_precision_are_numbers() -> None:
+    """Bug: q k overflowed before it was scaled, and no token had any importance."""
+    q, k = (torch.full((1, 2, 70, 8), 150.0, dtype=torch.float16) for _ in range(2))
+    k[:, :, 3] = 151
+    got = torch.ops.apack.importance(q, k, None, False, 8**-0.5)
+    assert got.isfinite().all() and int(got.argmax()) == 3
+
+
+def test_where_a_score_is_no_number_no_token_comes_before_another() -> None:
+    q, k = torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    k[0, 0, 4, 2] = math.nan
+    got = torch.ops.apack.importance(q, k, None, False, 0.3)
+    assert (got[0] == 1).all() and got[1].isfinite().all() and (got[1] < 1).all()

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apack_compile.cache import PackedKV
 from apack_compile.passes.draft import ExtendedOutput, PlainOutput
 
-from .capture import capture, check, grown, ours, packed, tokens
+from ..helpers import fitted_ref
+from .capture import CLOSE, POLICY, capture, check, grown, ours, packed, rewrite, run, tokens
 
 sdpa = F.scaled_dot_product_attention
 
@@ -51,3 +54,67 @@ def test_a_packed_input_that_is_not_used_leaves_no_trace() -> None:
 
     new = check(capture(fn, packed(30), tokens(2)), [PlainOutput])
     assert ours(new) == {}
+
+
+def thinned(count: int, values: bool) -> PackedKV:
+    """A packed cache of which two tokens in five were dropped."""
+    return PackedKV.pack(tokens(count), fitted_ref(gain=values, evict=0.4), POLICY)
+
+
+def gone(handle: PackedKV) -> Tensor:
+    """``[B, S]`` bool."""
+    store = handle.store
+    assert store is not None
+    found = torch.zeros(handle.shape[0], store.length, dtype=torch.bool)
+    found[:, : store.coded] = store.side.payload[0][:, : store.coded, 0] == 0
+    for row, positions in enumerate(store.side.pool_positions.tolist()):
+        found[row, [p for p in positions if p >= 0]] = False
+    return found
+
+
+def visible(new: int, length: int) -> Tensor:
+    return torch.ones(new, length, dtype=torch.bool).tril(length - new)[None, None]
+
+
+MASKS = {
+    "none": None, "bool": visible(20, 70),
+    "float": torch.randn(2, 1, 20, 70).masked_fill(~visible(20, 70), float("-inf")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("written_out", [False, True])
+@pytest.mark.parametrize("kind", MASKS)
+def test_tokens_that_were_dropped_are_hidden_from_dense_attention(
+    kind: str, written_out: bool
+) -> None:
+    mask = MASKS[kind]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if not written_out:
+            return sdpa(q, k, v, mask, scale=0.4)
+        scores = q @ k.transpose(-1, -2) * 0.4
+        if mask is not None:
+            scores = (
+                scores.masked_fill(~mask, float("-inf"))
+                if mask.dtype == torch.bool
+                else scores + mask
+            )
+        return scores.softmax(-1) @ v
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> Any:
+        keys, values = grown(pk, pv, k, v)
+        return attention(q, keys, values, mask), keys, values
+
+    pk, pv = thinned(50, False), thinned(50, True)
+    q, k, v = tokens(20), tokens(20), tokens(20)
+    captured = capture(fn, q, k, v, pk, pv)
+    new = rewrite(captured)
+    assert ours(new) == {"apack::unpack": 2, "apack::present": 1, "apack::attend_dense": 1}
+    seen = F.pad(~(gone(pk) | gone(pv)), (0, 20), value=True)[:, None, None]
+    assert not seen.all()
+    whole = seen.expand(2, 1, 20, 70) if mask is None else mask
+    hiding = whole & seen if whole.dtype == torch.bool else whole.masked_fill(~seen, float("-inf"))
+    keys, values = torch.cat([pk.unpack(), k], 2), torch.cat([pv.unpack(), v], 2)
+    results, _ = run(captured, new)
+    torch.testing.assert_close(results[0], sdpa(q, keys, values, hiding, scale=0.4), **CLOSE)
+    assert torch.equal(results[1], keys) and torch.equal(results[2], values)

@@ -91,17 +91,32 @@ def test_mode_is_inductors_mode(mode: str, monkeypatch: pytest.MonkeyPatch) -> N
         assert all(config[name] == wanted[name] for config in configs)
 
 
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 @pytest.mark.parametrize("family", [zoo.llama, zoo.llava], ids=lambda family: family.__name__)
 def test_with_dynamic_shapes_from_the_start_caches_are_packed(
-    family: Callable[[], zoo.Case],
+    family: Callable[[], zoo.Case], inner: str
 ) -> None:
-    """Bug: the scale of attention is a symbol then, and no site was packed."""
+    """Bugs: the scale of attention is a symbol then, and no site was packed; it is read out of a
+    tensor, and no graph was compiled."""
     case = family()
     expected = generate(case.model, case)
-    compiled = torch.compile(case.model, backend="attentionpack", dynamic=True, options=OPTIONS)
+    options = {**OPTIONS, "inner": inner}
+    compiled = torch.compile(case.model, backend="attentionpack", dynamic=True, options=options)
     assert torch.equal(generate(compiled, case), expected)
     report = apack_compile.report(case.model)
     assert (report.attends, report.recompiles) == (2 * (STEPS - 1), 0)
+
+
+@torch.no_grad()
+def test_a_float_that_changes_is_not_taken_for_what_it_was() -> None:
+    case = zoo.llama(num_hidden_layers=1)
+    options = {**OPTIONS, "inner": "aot_eager"}
+    compiled = torch.compile(case.model, backend="attentionpack", dynamic=True, options=options)
+    for epsilon in (1e-6, 0.5, 1e-6):
+        case.model.model.norm.variance_epsilon = epsilon
+        wanted = case.model(**case.inputs).logits
+        torch.testing.assert_close(compiled(**case.inputs).logits, wanted, rtol=1e-4, atol=1e-5)
+    assert apack_compile.report(case.model).recompiles == 1
 
 
 def test_generate_on_the_compiled_object_runs_no_forward_eagerly() -> None:

@@ -76,8 +76,8 @@ def test_the_least_attended_tokens_of_a_prompt_are_dropped(k_code: str, tiers: b
         assert not gone[:, :4].any() and not gone[:, coded:].any()
         assert float(mass[gone[0]].max()) <= float(mass[:coded].median()) + 1e-6
     report = apack_compile.report(case.model)
-    assert report.dropped == pytest.approx(0.5, abs=0.01)
-    assert "evicted: 50% of the coded tokens" in str(report)
+    assert report.dropped == pytest.approx(int(gone.sum()) / coded)
+    assert f"evicted: {report.dropped:.0%} of the coded tokens" in str(report)
 
 
 @pytest.mark.parametrize("new", [1, 5, 30])
@@ -166,9 +166,9 @@ def test_their_memory_is_free() -> None:
     assert sizes[1] <= 1.02 * sizes[0]
 
 
-@pytest.mark.parametrize("more", [{}, {"num_beams": 2}])
 @torch.no_grad()
-def test_generation_and_crop_with_dropped_tokens(more: dict[str, int]) -> None:
+def test_generation_and_crop_with_dropped_tokens() -> None:
+    """Greedy tokens are those of single steps on the same cache."""
     case = zoo.llama(text=120, num_hidden_layers=2)
     ours = compiled(case, evict=0.4)
     prefilled(ours, case.inputs)
@@ -177,5 +177,58 @@ def test_generation_and_crop_with_dropped_tokens(more: dict[str, int]) -> None:
     first = ours(torch.tensor([[5]]), past_key_values=cache).logits
     cache.crop(length)
     assert torch.equal(ours(torch.tensor([[5]]), past_key_values=cache).logits, first)
-    told = ours.generate(**case.inputs, max_new_tokens=6, do_sample=False, **more)
-    assert told.shape == (1, length + 6)
+    told = ours.generate(**case.inputs, max_new_tokens=6, do_sample=False)
+    cache = transformers.DynamicCache()
+    token = ours(**case.inputs, past_key_values=cache).logits[:, -1:].argmax(-1)
+    single = [token]
+    for _ in range(5):
+        token = ours(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        single.append(token)
+    assert torch.equal(told[:, length:], torch.cat(single, 1))
+    assert dropped(cache.layers[1]).any()
+
+
+@pytest.mark.parametrize("side", ["k_proj", "v_proj"])
+@torch.no_grad()
+def test_a_token_that_is_no_number_spoils_the_output_as_ever(side: str) -> None:
+    """Bug: the value of a NaN key was dropped, and the key hidden with it."""
+    case = zoo.llama(text=120, num_hidden_layers=1)
+    ours = compiled(case, evict=0.4)
+    prefilled(ours, case.inputs)
+    projection = getattr(case.model.model.layers[0].self_attn, side)
+
+    def spoil(module: Any, args: Any, output: Tensor) -> Tensor:
+        output[:, 100:101, 3] = float("nan")
+        return output
+
+    hook = projection.register_forward_hook(spoil)
+    torch._dynamo.reset()
+    ours = compiled(case, evict=0.4)
+    prefilled(ours, zoo.llama(text=100, num_hidden_layers=1).inputs)  # finite: it is fitted on
+    cache = prefilled(ours, case.inputs)
+    hook.remove()
+    assert ours(torch.tensor([[5]]), past_key_values=cache).logits.isnan().any()
+
+
+@torch.no_grad()
+def test_padding_and_sinks_are_not_reported_as_dropped() -> None:
+    case = zoo.llama(text=200, num_hidden_layers=1)
+    ours = compiled(case, evict=0.25)
+    prefilled(ours, case.inputs)
+    ids = case.inputs["input_ids"].repeat(2, 1)
+    valid = torch.ones_like(ids)
+    valid[1, :150] = 0
+    cache = prefilled(ours, {"input_ids": ids, "attention_mask": valid})
+    assert apack_compile.report(case.model).dropped == pytest.approx(0.25, abs=0.03)
+    assert dropped(cache.layers[0])[1, :150].all()
+
+
+@torch.no_grad()
+def test_a_short_prompt_keeps_more_than_its_sinks() -> None:
+    case = zoo.llama(text=200, num_hidden_layers=1)
+    ours = compiled(case, evict=0.9)
+    prefilled(ours, case.inputs)
+    ids = case.inputs["input_ids"][:, :30]
+    cache = prefilled(ours, {"input_ids": ids})
+    left = ~dropped(cache.layers[0])[0, 4 : 30 - WINDOW]
+    assert left.any() and not left.all()

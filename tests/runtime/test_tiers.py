@@ -78,7 +78,7 @@ def test_tokens_are_tiered_by_the_attention_that_they_receive() -> None:
     for _ in range(2):  # packed by the runtime behind the fit, then by the graph
         levels = levels_of(prefilled(ours, case.inputs))[0]
         for plane, share in enumerate(TIERS, 1):
-            assert int((levels >= plane).sum()) == share * len(levels) // 32
+            assert int((levels >= plane).sum()) == -(-share * len(levels) // 32)
         stock = zoo.llama(text=200, num_hidden_layers=1, attn_implementation="eager").model
         hook = stock.model.layers[0].self_attn.register_forward_hook(watch, with_kwargs=True)
         stock(**case.inputs)
@@ -89,7 +89,7 @@ def test_tokens_are_tiered_by_the_attention_that_they_receive() -> None:
             assert higher.min() >= lower.max() - 1e-6
     cache = prefilled(ours, case.inputs)
     report = apack_compile.report(case.model)
-    assert "values in tiers: 6% of the coded tokens have all bits" in str(report)
+    assert "values in tiers: 7% of the coded tokens have all bits" in str(report)
     del cache
     assert sum(report.tiers) == pytest.approx(1)
     assert report.tiers[0] == pytest.approx(2 / 32, abs=0.01)

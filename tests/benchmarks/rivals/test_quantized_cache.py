@@ -8,6 +8,7 @@ from benchmarks.quality.methods import METHODS
 from benchmarks.quality.rivals.base import Size
 from benchmarks.quality.runner import Setting, Unavailable
 
+from ... import versions
 from .cases import assert_exact_outside, layer
 
 needs_quanto = pytest.mark.skipif(
@@ -41,6 +42,7 @@ def test_bytes() -> None:
 
 
 @pytest.mark.skipif(is_optimum_quanto_available(), reason="optimum-quanto is installed")
+@pytest.mark.skipif(versions.BEFORE_5, reason="the benchmarks want transformers 5")
 def test_without_its_backend_the_method_is_left_out() -> None:
     method = next(m for m in METHODS if m.name == "QuantizedCache 4 bit")
     with pytest.raises(Unavailable, match="optimum-quanto"):

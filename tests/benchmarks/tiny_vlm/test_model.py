@@ -17,6 +17,7 @@ from benchmarks.tiny_vlm.schedule import Budget
 from benchmarks.tiny_vlm.scoring import exact, follow, forget, prefill
 from benchmarks.tiny_vlm.trainer import Trainer
 
+from ... import versions
 from ..tiny import tokenizer
 from . import small
 
@@ -27,6 +28,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
+@pytest.mark.skipif(versions.BEFORE_5, reason="the benchmarks want transformers 5")
 def test_the_parts_make_the_forward_pass_of_transformers() -> None:
     model = small.model()
     ids, tiles, places = inputs()

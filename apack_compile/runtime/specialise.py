@@ -121,7 +121,7 @@ def _fix_floats(
     if not any(node.meta.get(FLOAT) for node in gm.graph.find_nodes(op="placeholder")):
         return gm, []
     graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))  # type: ignore[arg-type]
+    graph.output(graph.graph_copy(gm.graph, {}))
     gm = fx.GraphModule(gm, graph)
     fixed = []
     for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):

@@ -14,6 +14,7 @@ from .codec.code import Code, total_bytes
 from .codec.tiered import TIERS
 from .cost.live import predicted_bytes, predicted_step
 from .fitting.layer import LayerProfile
+from .kernels.pool import pooled_tokens
 from .passes.base import PassReport, Skip
 from .runtime.stats import REGISTRY, GraphRecord
 
@@ -215,7 +216,10 @@ def _tiers(stores: Iterable[SideStore]) -> tuple[float, ...]:
 
 
 def _dropped(stores: Iterable[SideStore]) -> float:
-    """The share of the coded tokens that are dropped, where any may be."""
+    """The share of the coded tokens that are dropped, where any may be.
+
+    Without sinks nothing says where padding ends, and it counts as dropped.
+    """
     gone = total = 0
     for store in stores:
         if not store.ref.layout.evicts or not store.coded:
@@ -223,7 +227,7 @@ def _dropped(stores: Iterable[SideStore]) -> float:
         positions = store.side.pool_positions  # [B, E]
         here = torch.arange(store.coded, device=positions.device)
         first = positions[:, :1] if store.policy.sinks else 0  # what is before is padding
-        pooled = (positions[:, :, None] == here).any(1)  # [B, T]
+        pooled = pooled_tokens(positions, 0, store.coded)  # [B, T]
         real = (here >= first).expand(pooled.shape)
         gone += int((real & ~pooled & (_levels(store).view(pooled.shape) == 0)).sum())
         total += int(real.sum())

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..codec import Layout, parse_layout
 from ..codec.layout import working_dtype
 from .planes import spread
-from .pool import in_reach, override, pooled_mass
+from .pool import in_reach, override, pooled_mass, pooled_tokens
 from .positions import positions_of
 from .side import Side
 
@@ -140,11 +140,10 @@ def absent_tokens(keys: Side, key_code: Layout, values: Side, value_code: Layout
         dropped = code.absent(side.payload)
         if dropped is None:
             continue
-        here = torch.arange(side.capacity, device=dropped.device)
-        held = side.pool_positions[:, :, None] == here  # [B, E, C]: those are exact, and there
-        dropped = dropped & ~held.any(1)
+        positions = side.pool_positions
+        dropped = dropped & ~pooled_tokens(positions, 0, side.capacity)
         wrong = ~side.pool.isfinite().all(-1).all(1)  # [B, E]
-        wrong = (held & wrong[:, :, None]).any(1)
+        wrong = pooled_tokens(positions, 0, side.capacity, wrong)
         absent = dropped if absent is None else absent | dropped
         broken = wrong if broken is None else broken | wrong
     return None if absent is None or broken is None else absent & ~broken

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..codec import Layout, parse_layout
 from ..codec.layout import Judged
 from .planes import in_plane, quotas
-from .pool import reserve_sinks
+from .pool import pooled_tokens, reserve_sinks
 from .positions import positions_of
 
 
@@ -62,7 +62,7 @@ def encode(
         weight = torch.where(seen, token_sizes(x) if importance is None else importance, -1.0)
         if code.evicts and sinks:  # they are in the pool, and want no row
             reserved = reserve_sinks(visible, x, sinks, 0)  # [B, sinks]
-            weight = torch.where((reserved[:, :, None] == here).any(1), -1.0, weight)
+            weight = torch.where(pooled_tokens(reserved, 0, length), -1.0, weight)
         levels = torch.ops.apack.token_levels(weight, code.shares)
     parts, judged = encode_tokens(x, params, code, first, 0, levels)
     strain = None if judged is None else judged.strain
@@ -138,8 +138,6 @@ def tally(judged: Judged | None, seen: Tensor, pool_positions: Tensor, start: in
     if judged is None:
         return torch.zeros(3, device=pool_positions.device)
     error, size, _ = judged
-    here = start + torch.arange(error.shape[1], device=error.device)
-    pooled = (pool_positions[:, :, None] == here).any(1)  # [B, T]
-    counted = seen & ~pooled
+    counted = seen & ~pooled_tokens(pool_positions, start, error.shape[1])
     sums = [torch.where(counted, t, 0.0).sum() for t in (error, size)]
     return torch.stack([*sums, counted.sum().to(error.dtype)]).float()

@@ -138,6 +138,21 @@ def override(dense: Tensor, positions: Tensor, values: Tensor, dim: int) -> Tens
     return dense.scatter(dim, index.view(shape).expand_as(values), written)
 
 
+def pooled_tokens(positions: Tensor, start: int, count: int, which: Tensor | None = None) -> Tensor:
+    """Of the tokens ``start .. start + count``, those in a slot: ``[B, count]`` bool.
+
+    Args:
+        positions: of the slots ``[B, E]``, -1 for a free one.
+        start, count: tokens wanted.
+        which: ``[B, E]`` bool: slots that count; None: all.
+    """
+    place = positions - start
+    held = (positions >= 0) & in_reach(place, count)
+    place = torch.where(held if which is None else held & which, place, count)
+    found = torch.zeros(len(positions), count + 1, dtype=torch.bool, device=positions.device)
+    return found.scatter(1, place, torch.ones_like(place, dtype=torch.bool))[:, :count]
+
+
 def in_reach(positions: Tensor, length: int | Tensor) -> Tensor:
     """Which slots are in use and lie within ``length`` tokens: ``[B, E]`` bool."""
     return (positions >= 0) & (positions < length)

@@ -39,12 +39,15 @@ from .arguments import Dynamics
 from .boundary import Boundary
 from .owners import Owners
 from .paper import paper_code, paper_sites
-from .specialise import Specialised
+from .specialise import Specialised, python_floats
 from .stats import GraphRecord
 from .stock import on_dense, written_inputs
 from .study import Studies, Study, Unprepared
 
 log = logging.getLogger(__name__)
+
+MOST_FLOATS = 8
+"""Values of Python floats that a graph is compiled for."""
 
 CROSS_ATTENTION = "cross-attention"
 """Why the sensitivity of a layer is not measured: decode does not add to what it reads."""
@@ -58,6 +61,7 @@ class Lowered:
         self.interface = interface
         self.layouts = layouts
         self.artifacts: list[Specialised] = []
+        self.floats: set[tuple[tuple[int, str], ...]] = set()
 
     def artifact_for(self, inputs: list[Any]) -> Specialised | None:
         """One that holds for the shapes of these inputs."""
@@ -336,6 +340,12 @@ class PackedGraph:
             for slot, value in zip(lowered.interface.slots, inputs, strict=True)
         ]
         loose = [self._dynamics.loose(slot) for slot in lowered.interface.slots]
+        lowered.floats.add(python_floats(lowered.gm, inputs))
+        if len(lowered.floats) > MOST_FLOATS:
+            raise RuntimeError(
+                f"a float of the model has had {len(lowered.floats)} values, "
+                f"each of which is compiled anew; at most {MOST_FLOATS} are"
+            )
         gm = fx.GraphModule(lowered.gm, lowered.gm.graph)
         artifact = Specialised(gm, inputs, dynamic, self.compiler, loose)
         lowered.artifacts.append(artifact)

@@ -64,7 +64,8 @@ class Specialised:
             for j, size in enumerate(fake.shape if isinstance(fake, Tensor) else (fake,))
             if dims[j] is not DimDynamic.STATIC and not isinstance(size, torch.SymInt)
         ]
-        gm, self._floats = _fix_floats(gm, args)
+        self._floats = python_floats(gm, args)
+        gm = _with_floats(gm, self._floats)
         _drop_example_values(gm)
         with tracing(TracingContext(mode)):
             self._call = compiler(gm, fakes)
@@ -78,7 +79,7 @@ class Specialised:
             arg = args[i]
             if (arg.shape[j] if isinstance(arg, Tensor) else arg) != size:
                 return False
-        if any(float(args[i]) != value for i, value in self._floats):
+        if any(float(args[i]).hex() != value for i, value in self._floats):
             return False
         if self._guard is None:
             return True
@@ -110,34 +111,32 @@ def _fake(
     return arg
 
 
-def _fix_floats(
-    gm: fx.GraphModule, args: Sequence[Any]
-) -> tuple[fx.GraphModule, list[tuple[int, float]]]:
-    """Put the values of Python floats in place of reading them out of their tensors.
+def python_floats(gm: fx.GraphModule, args: Sequence[Any]) -> tuple[tuple[int, str], ...]:
+    """Which arguments are Python floats that the graph reads, and their values, in hexadecimals."""
+    inputs = enumerate(gm.graph.find_nodes(op="placeholder"))
+    return tuple((i, float(args[i]).hex()) for i, n in inputs if n.meta.get(FLOAT) and _reads(n))
 
-    Returns:
-        A copy with the values, or ``gm`` if there are none; which arguments they are, and what.
-    """
-    if not any(node.meta.get(FLOAT) for node in gm.graph.find_nodes(op="placeholder")):
-        return gm, []
+
+def _reads(node: fx.Node) -> list[fx.Node]:
+    return [user for user in node.users if user.target == "item"]
+
+
+def _with_floats(gm: fx.GraphModule, floats: Sequence[tuple[int, str]]) -> fx.GraphModule:
+    """The same graph with the values of Python floats in place of reading them out of tensors."""
+    if not floats:
+        return gm
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     gm = fx.GraphModule(gm, graph)
-    fixed = []
-    for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        if not node.meta.get(FLOAT):
-            continue
-        reads = [user for user in node.users if user.target == "item"]
-        if not reads:
-            continue
-        value = float(args[i])
-        for read in reads:
+    inputs = gm.graph.find_nodes(op="placeholder")
+    for i, value in floats:
+        for read in _reads(inputs[i]):
+            instead = partial(_instead, read, float.fromhex(value))
             for user in list(read.users):
-                user.args = fx.map_arg(user.args, partial(_instead, read, value))
-                user.kwargs = fx.map_arg(user.kwargs, partial(_instead, read, value))
+                user.args = fx.map_arg(user.args, instead)
+                user.kwargs = fx.map_arg(user.kwargs, instead)
             gm.graph.erase_node(read)
-        fixed.append((i, value))
-    return gm, fixed
+    return gm
 
 
 def _instead(old: fx.Node, new: float, node: fx.Node) -> fx.Node | float:

@@ -12,6 +12,7 @@ from apack_compile.kernels.pool import (
     in_reach,
     override,
     pooled_mass,
+    pooled_tokens,
     reserve_sinks,
     resized,
 )
@@ -212,3 +213,18 @@ def test_pooled_mass_counts_each_used_slot_once(first: list[int], second: list[i
     rest = override(p, positions, torch.zeros_like(mass), 3)
     # float32 sums of 7 numbers
     torch.testing.assert_close(mass.sum(-1) + rest.sum(-1), p.sum(-1), rtol=1e-6, atol=1e-6)
+
+
+@given(
+    positions=st.lists(st.tuples(*[st.integers(-1, 30)] * 3), min_size=1, max_size=3),
+    start=st.integers(0, 9), count=st.integers(1, 25), some=st.booleans(),
+)  # fmt: skip
+@few
+def test_tokens_in_a_slot_are_found_without_comparing_all(
+    positions: list[tuple[int, ...]], start: int, count: int, some: bool
+) -> None:
+    slots = torch.tensor(positions)
+    which = torch.rand(slots.shape) < 0.5 if some else torch.ones_like(slots, dtype=torch.bool)
+    here = start + torch.arange(count)
+    wanted = ((slots[:, :, None] == here) & which[:, :, None]).any(1)
+    assert torch.equal(pooled_tokens(slots, start, count, which if some else None), wanted)

@@ -119,6 +119,20 @@ def test_a_float_that_changes_is_not_taken_for_what_it_was() -> None:
     assert apack_compile.report(case.model).recompiles == 1
 
 
+@torch.no_grad()
+def test_a_float_that_changes_at_every_call_is_not_compiled_for_ever() -> None:
+    case = zoo.llama(num_hidden_layers=1)
+    options = {**OPTIONS, "inner": "aot_eager"}
+    compiled = torch.compile(case.model, backend="attentionpack", dynamic=True, options=options)
+    for number in range(10):
+        case.model.model.norm.variance_epsilon = 0.1 * number + 0.01
+        wanted = case.model(**case.inputs).logits
+        torch.testing.assert_close(compiled(**case.inputs).logits, wanted, rtol=1e-4, atol=1e-5)
+    report = apack_compile.report(case.model)
+    assert report.graph_reports[0].compiles == 8
+    assert "a float of the model has had 9 values" in report.graph_reports[0].reason
+
+
 def test_generate_on_the_compiled_object_runs_no_forward_eagerly() -> None:
     """Bug of stock torch: OptimizedModule.generate runs the original model, 0 graphs."""
     case = zoo.llama()

@@ -205,7 +205,7 @@ def _tiers(stores: Iterable[SideStore]) -> tuple[float, ...]:
     for store in stores:
         layout = store.ref.layout
         if layout.tier_shares and store.coded:
-            levels = _levels(store)
+            levels = store.side.payload[layout.tokenwise - 1][:, : store.coded].flatten().long()
             if layout.evicts:
                 levels = levels[levels > 0]
             counts.append(torch.bincount(len(layout.shares) - levels, minlength=len(TIERS) + 1))
@@ -222,22 +222,17 @@ def _dropped(stores: Iterable[SideStore]) -> float:
     """
     gone = total = 0
     for store in stores:
-        if not store.ref.layout.evicts or not store.coded:
+        absent = store.ref.layout.absent(store.side.payload)  # [B, C]
+        if absent is None or not store.coded:
             continue
         positions = store.side.pool_positions  # [B, E]
         here = torch.arange(store.coded, device=positions.device)
         first = positions[:, :1] if store.policy.sinks else 0  # what is before is padding
         pooled = pooled_tokens(positions, 0, store.coded)  # [B, T]
         real = (here >= first).expand(pooled.shape)
-        gone += int((real & ~pooled & (_levels(store).view(pooled.shape) == 0)).sum())
+        gone += int((real & ~pooled & absent[:, : store.coded]).sum())
         total += int(real.sum())
     return gone / total if total else 0.0
-
-
-def _levels(store: SideStore) -> Tensor:
-    """The levels of all coded tokens, one after the other."""
-    levels = store.side.payload[store.ref.layout.tokenwise - 1][:, : store.coded]
-    return levels.flatten().long()
 
 
 def _graph_lines(number: int, graph: GraphReport) -> Iterable[str]:

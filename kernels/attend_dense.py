@@ -15,6 +15,7 @@ from ..codec import parse_layout
 from .attend import absent_tokens
 from .importance import attention_weights
 from .side import Side
+from .visible import hiding
 
 
 def present(
@@ -57,17 +58,12 @@ def attend_dense(
     if causal:
         rows = torch.arange(q.shape[2], device=q.device)
         seen = seen & (torch.arange(length, device=q.device) <= rows[:, None])
-    if mask is None:
-        mask = seen
-    elif mask.dtype == torch.bool:
-        mask = mask & seen
-    else:
-        mask = torch.where(seen, mask, float("-inf"))
+    mask = hiding(mask, seen)
     k, v = k.to(q.dtype), v.to(q.dtype)
     if not softcap and sinks is None:
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-    p = attention_weights(q, k, mask, False, scale, softcap, sinks).to(q.dtype)
+    p = attention_weights(q, k, mask, scale, softcap, sinks).to(q.dtype)
     grouped = p.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, H, Hq/H * Q, S]
     return (grouped @ v).unflatten(2, (-1, q.shape[2])).flatten(1, 2)

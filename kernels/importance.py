@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..codec.layout import scores_of_keys, working_dtype
+from .visible import hiding
 
 OBSERVED = 64
 """Queries W: at S = 4,096 one part in 64 of the scores of a prefill (one in 32 if it is causal)."""
@@ -44,8 +45,10 @@ def importance(
     for numbers in last.split(PIECE):
         rows = numbers.clamp(min=0)  # of fewer queries the first one is read again, for nothing
         some = None if mask is None else _of_rows(mask, rows)
-        picked = q.index_select(2, rows)
-        weights = attention_weights(picked, keys, some, causal, scale, softcap, sinks, rows)
+        if causal:
+            seen = torch.arange(k.shape[2], device=q.device) <= rows[:, None]
+            some = hiding(some, seen)
+        weights = attention_weights(q.index_select(2, rows), keys, some, scale, softcap, sinks)
         total += torch.where((numbers >= 0)[:, None], weights, 0.0).sum((1, 2))
     queries = torch.sym_min(q.shape[2], OBSERVED)
     return (total / (q.shape[1] * queries)).float().nan_to_num(nan=1.0)
@@ -57,15 +60,13 @@ def _of_rows(mask: Tensor, rows: Tensor) -> Tensor:
 
 
 def attention_weights(
-    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float,
-    sinks: Tensor | None, rows: Tensor | None = None,
+    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None
 ) -> Tensor:  # fmt: skip
     """Attention weights ``[B, Hq, Q, S]`` of queries to dense keys, in the working dtype.
 
     Args:
-        q, k, mask, causal, scale, softcap, sinks: see :func:`importance`; the mask is of these
-            queries. Rows that see nothing are 0.
-        rows: numbers of the queries, where ``causal``; None: from 0 on.
+        q, k, mask, scale, softcap, sinks: see :func:`importance`; the mask is of these queries.
+            Rows that see nothing are 0.
     """
     work = working_dtype(q.dtype)
     # Scaled before the product: unscaled scores may be more than float16 holds.
@@ -77,10 +78,6 @@ def attention_weights(
             scores = torch.where(mask, scores, float("-inf"))
         else:
             scores = scores + mask.to(work)
-    if causal:
-        rows = torch.arange(q.shape[2], device=q.device) if rows is None else rows
-        seen = torch.arange(k.shape[2], device=q.device) <= rows[:, None]
-        scores = torch.where(seen, scores, float("-inf"))
     if sinks is not None:
         sink = sinks.to(work).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sink], -1)

@@ -6,6 +6,15 @@ import torch
 from torch import Tensor
 
 
+def hiding(mask: Tensor | None, seen: Tensor) -> Tensor:
+    """A mask, bool or float or None, that also hides what is not ``seen`` (bool)."""
+    if mask is None:
+        return seen
+    if mask.dtype == torch.bool:
+        return mask & seen
+    return torch.where(seen, mask, float("-inf"))
+
+
 def visible(mask: Tensor, batch: int, length: int) -> Tensor:
     """``[batch, length]`` bool: False where ``mask`` hides the token from every query.
 

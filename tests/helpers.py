@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from apack_compile import ops  # noqa: F401  (registers the operators)
-from apack_compile.cache import Policy
+from apack_compile.cache import Policy, SideStore
 from apack_compile.codec import Code, CodeRef, ExactLayout, Layout, TransformLayout
 from apack_compile.codec.fit import Evidence, fit_transform
 from apack_compile.codec.moments import Moments
@@ -78,6 +78,16 @@ def poison(side: list[Tensor], lengths: Tensor, layout: Layout) -> list[Tensor]:
     unused = (positions < 0) | (positions >= coded)
     pool.masked_fill_(unused[:, None, :, None], float("nan"))
     return side
+
+
+def dropped_tokens(store: SideStore) -> Tensor:
+    """``[B, S]`` bool: the tokens of a side that are gone for good, counted one by one."""
+    gone = torch.zeros(store.side.ring.shape[0], store.length, dtype=torch.bool)
+    if store.ref.layout.evicts:
+        gone[:, : store.coded] = store.side.payload[0][:, : store.coded, 0] == 0
+        for row, positions in enumerate(store.side.pool_positions.tolist()):
+            gone[row, [p for p in positions if 0 <= p < store.length]] = False
+    return gone
 
 
 def fitted_ref(

@@ -30,22 +30,16 @@ from .transform import TransformLayout
 
 
 @dataclass(frozen=True)
-class EvictingLayout(TransformLayout):
-    """A code, in tiers or not, for the tokens that stay.
+class EvictingLayout(TieredLayout):
+    """A code, in tiers or not (no planes), for the tokens that stay: shares of planes are of those.
 
     Attributes:
-        plane1 .. plane4: of ``PARTS`` tokens that stay, how many are in this plane; see
-            :class:`TieredLayout`. All 0: not in tiers.
         evicted: of ``PARTS`` tokens of a prompt, how many are dropped.
 
     Payload: levels; then that of the code inside, its own levels left out. Params: those of the
     code inside.
     """
 
-    plane1: int = 0
-    plane2: int = 0
-    plane3: int = 0
-    plane4: int = 0
     evicted: int = 0
 
     kind: ClassVar[str] = "evicting"
@@ -59,11 +53,6 @@ class EvictingLayout(TransformLayout):
     def evicts(self) -> int:
         """Of ``PARTS`` tokens of a prompt, how many are dropped."""
         return self.evicted
-
-    @property
-    def tier_shares(self) -> tuple[int, ...]:
-        """Of the code inside."""
-        return self.inner.tier_shares
 
     @property
     def param_count(self) -> int:

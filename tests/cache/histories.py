@@ -15,6 +15,8 @@ from torch import Tensor
 from apack_compile import ops  # noqa: F401  (registers the operators)
 from apack_compile.cache import PackedKV, SideStore
 
+from ..helpers import dropped_tokens
+
 pairs = Bundle("pairs")
 
 AnyPair = TypeVar("AnyPair", bound="Pair")
@@ -120,11 +122,7 @@ class Histories(RuleBasedStateMachine):
         got = torch.ops.apack.attend(
             q, None, side, side, lengths, 0.2, layout.spec, layout.spec
         )  # fmt: skip
-        seen = torch.ones(len(dense), length, dtype=torch.bool)
-        if layout.evicts:
-            seen[:, :coded] = store.side.payload[0][:, :coded, 0] > 0
-            for row, positions in enumerate(store.side.pool_positions.tolist()):
-                seen[row, [p for p in positions if 0 <= p < length]] = True
+        seen = ~dropped_tokens(store)[:, :length]
         there = torch.ops.apack.present(side, side, lengths, length, layout.spec, layout.spec)
         assert torch.equal(there, seen)
         every = dense.repeat_interleave(2, 1)

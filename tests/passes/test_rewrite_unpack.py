@@ -10,7 +10,7 @@ from torch import Tensor
 from apack_compile.cache import PackedKV
 from apack_compile.passes.draft import ExtendedOutput, PlainOutput
 
-from ..helpers import fitted_ref
+from ..helpers import dropped_tokens, fitted_ref
 from .capture import CLOSE, POLICY, capture, check, grown, ours, packed, rewrite, run, tokens
 
 sdpa = F.scaled_dot_product_attention
@@ -61,17 +61,6 @@ def thinned(count: int, values: bool) -> PackedKV:
     return PackedKV.pack(tokens(count), fitted_ref(gain=values, evict=0.4), POLICY)
 
 
-def gone(handle: PackedKV) -> Tensor:
-    """``[B, S]`` bool."""
-    store = handle.store
-    assert store is not None
-    found = torch.zeros(handle.shape[0], store.length, dtype=torch.bool)
-    found[:, : store.coded] = store.side.payload[0][:, : store.coded, 0] == 0
-    for row, positions in enumerate(store.side.pool_positions.tolist()):
-        found[row, [p for p in positions if p >= 0]] = False
-    return found
-
-
 def visible(new: int, length: int) -> Tensor:
     return torch.ones(new, length, dtype=torch.bool).tril(length - new)[None, None]
 
@@ -106,11 +95,14 @@ def test_tokens_that_were_dropped_are_hidden_from_dense_attention(
         return attention(q, keys, values, mask), keys, values
 
     pk, pv = thinned(50, False), thinned(50, True)
+    assert pk.store is not None and pv.store is not None
     q, k, v = tokens(20), tokens(20), tokens(20)
     captured = capture(fn, q, k, v, pk, pv)
     new = rewrite(captured)
     assert ours(new) == {"apack::unpack": 2, "apack::present": 1, "apack::attend_dense": 1}
-    seen = F.pad(~(gone(pk) | gone(pv)), (0, 20), value=True)[:, None, None]
+    seen = F.pad(~(dropped_tokens(pk.store) | dropped_tokens(pv.store)), (0, 20), value=True)[
+        :, None, None
+    ]
     assert not seen.all()
     whole = seen.expand(2, 1, 20, 70) if mask is None else mask
     hiding = whole & seen if whole.dtype == torch.bool else whole.masked_fill(~seen, float("-inf"))

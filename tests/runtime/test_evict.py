@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from apack_compile import PackedKV
 from apack_compile.accounting import cache_bytes
 
 from .. import zoo
+from ..helpers import dropped_tokens
 
 WINDOW = 8
 FITTED = {"ratio": 4, "fit_tokens": 64, "window": WINDOW, "block": 32, "profile_cache": False}
@@ -34,14 +36,15 @@ def dropped(layer: Any) -> Tensor:
     """``[B, S]`` bool: the tokens of a layer that are gone."""
     keys, values = layer.keys, layer.values
     assert isinstance(keys, PackedKV) and isinstance(values, PackedKV)
-    found = []
-    for store in (keys.store, values.store):
-        gone = torch.zeros(keys.shape[0], store.length, dtype=torch.bool)
-        gone[:, : store.coded] = store.side.payload[0][:, : store.coded, 0] == 0
-        for row, positions in enumerate(store.side.pool_positions.tolist()):
-            gone[row, [p for p in positions if p >= 0]] = False
-        found.append(gone)
-    return found[0] | found[1]
+    assert keys.store is not None and values.store is not None
+    return dropped_tokens(keys.store) | dropped_tokens(values.store)
+
+
+def packed_by_a_graph(case: Any, inner: str = "eager", **options: Any) -> tuple[Any, Any]:
+    """The compiled model, whose codes the prompt itself has given, and the prompt's cache."""
+    ours = compiled(case, inner, **options)
+    prefilled(ours, case.inputs)
+    return ours, prefilled(ours, case.inputs)
 
 
 def hidden(case: Any, layers: list[Tensor], new: int) -> Tensor:
@@ -86,9 +89,7 @@ def test_the_least_attended_tokens_of_a_prompt_are_dropped(k_code: str, tiers: b
 def test_attention_does_not_see_them_and_positions_stay(new: int, inner: str) -> None:
     """Against the stock model with the same dense cache and a mask: also over 16 new tokens."""
     case = zoo.llama(text=200, num_hidden_layers=1)
-    ours = compiled(case, inner, evict=0.4)
-    prefilled(ours, case.inputs)
-    cache = prefilled(ours, case.inputs)
+    ours, cache = packed_by_a_graph(case, inner, evict=0.4)
     dense = transformers.DynamicCache()
     for number, layer in enumerate(cache.layers):
         dense.update(layer.keys.unpack(), layer.values.unpack(), number)
@@ -97,20 +98,13 @@ def test_attention_does_not_see_them_and_positions_stay(new: int, inner: str) ->
     assert length == case.inputs["input_ids"].shape[1] and not mask.all()
     ids = torch.randint(0, 100, (1, new), generator=torch.Generator().manual_seed(3))
     places = torch.arange(length, length + new)[None]
+    seen = case.model(ids, past_key_values=copy.deepcopy(dense), position_ids=places).logits
     want = case.model(ids, past_key_values=dense, attention_mask=mask, position_ids=places).logits
-    seen = case.model(ids, past_key_values=_copied(dense, length), position_ids=places).logits
     got = ours(ids, past_key_values=cache).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert (seen - want).abs().max() > 10 * (got - want).abs().max()
     assert all(isinstance(layer.keys, PackedKV) for layer in cache.layers)
     assert cache.get_seq_length() == length + new
-
-
-def _copied(cache: Any, length: int) -> Any:
-    made = transformers.DynamicCache()
-    for number, layer in enumerate(cache.layers):
-        made.update(layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone(), number)
-    return made
 
 
 @torch.no_grad()
@@ -133,9 +127,7 @@ def test_a_row_drops_what_it_drops_alone() -> None:
 @torch.no_grad()
 def test_tokens_that_come_later_all_stay() -> None:
     case = zoo.llama(text=100, num_hidden_layers=1)
-    ours = compiled(case, evict=0.5)
-    prefilled(ours, case.inputs)
-    cache = prefilled(ours, case.inputs)
+    ours, cache = packed_by_a_graph(case, evict=0.5)
     before = dropped(cache.layers[0])
     coded = before.shape[1] - WINDOW
     for _ in range(80):
@@ -152,9 +144,7 @@ def test_their_memory_is_free() -> None:
     sizes, ratios = [], []
     for evict in (0.0, 0.5):
         torch._dynamo.reset()
-        ours = compiled(case, evict=evict, ratio=8)
-        prefilled(ours, case.inputs)
-        cache = prefilled(ours, case.inputs)
+        _, cache = packed_by_a_graph(case, evict=evict, ratio=8)
         (layer,) = cache.layers
         stores = layer.keys.store, layer.values.store
         coded = sum(s.ref.layout.token_bytes(torch.float16) for s in stores)
@@ -170,9 +160,7 @@ def test_their_memory_is_free() -> None:
 def test_generation_and_crop_with_dropped_tokens() -> None:
     """Greedy tokens are those of single steps on the same cache."""
     case = zoo.llama(text=120, num_hidden_layers=2)
-    ours = compiled(case, evict=0.4)
-    prefilled(ours, case.inputs)
-    cache = prefilled(ours, case.inputs)
+    ours, cache = packed_by_a_graph(case, evict=0.4)
     length = cache.get_seq_length()
     first = ours(torch.tensor([[5]]), past_key_values=cache).logits
     cache.crop(length)

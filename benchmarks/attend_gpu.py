@@ -81,10 +81,12 @@ def random_code(layout: TransformLayout, device: str) -> Code:
         [torch.full((count,), tailed_quantiser(bits)[0]) for bits, count in layout.runs]
     ).to(device)
     each = steps.expand(groups, rank).contiguous()
-    params = [torch.zeros(groups, n, device=device), basis / steps, basis.mT * steps[:, None]]
-    params += [each] * (layout.gain > 0)
-    params += [torch.eye(layout.dim, device=device).repeat(layout.heads, 1, 1), each]
-    return Code(layout, tuple(p.contiguous() for p in params))
+    metric = torch.eye(layout.dim, device=device).repeat(layout.heads, 1, 1)
+    params = layout.params_of(
+        torch.zeros(groups, n, device=device), basis / steps, basis.mT * steps[:, None],
+        metric, each, each if layout.gain else None,
+    )  # fmt: skip
+    return Code(layout, tuple(params))
 
 
 def side(layout: TransformLayout, case: Case) -> list[Tensor]:

@@ -106,7 +106,8 @@ def _decode_transform(
     layout: TransformLayout, token: Sequence[Tensor], params: Sequence[Tensor]
 ) -> Tensor:
     """One token's payload (``[width]`` each) to its heads side by side, ``[H * D]``."""
-    mean, _, synthesis = (p.double() for p in params[:3])
+    mean, _, synthesis, units = (p.double() for p in params[:4])
+    synthesis = synthesis * units[1].unsqueeze(-1)
     data = token[0].tolist()
     width = len(data) // layout.groups
     parts = []

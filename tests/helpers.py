@@ -30,11 +30,11 @@ def hand_code(layout: Layout, seed: int = 0) -> Code:
     generator = torch.Generator().manual_seed(seed)
     n, rank = layout.heads // layout.groups * layout.dim, layout.rank
     shapes = [(layout.groups, n), (layout.groups, n, rank), (layout.groups, rank, n)]
-    params = [torch.randn(shape, generator=generator) for shape in shapes]
-    if layout.gain:
-        params.append(torch.rand(layout.groups, rank, generator=generator) + 0.5)
-    params.append(torch.zeros(layout.heads, layout.dim, layout.dim))
-    params.append(torch.zeros(layout.groups, rank))
+    mean, analysis, synthesis = (torch.randn(shape, generator=generator) for shape in shapes)
+    whiten = torch.rand(layout.groups, rank, generator=generator) + 0.5 if layout.gain else None
+    metric = torch.zeros(layout.heads, layout.dim, layout.dim)
+    scales = torch.zeros(layout.groups, rank)
+    params = layout.params_of(mean, analysis, synthesis, metric, scales, whiten)
     if layout.tier_shares:
         params.append(torch.ones(len(layout.tier_shares) + 1))
     if layout.positional:

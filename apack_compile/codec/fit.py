@@ -112,27 +112,28 @@ def quantise(side: Spectrum, layout: TransformLayout, rotation: Rotation | None 
     deviation = side.variances[:, :rank].sqrt()
     deviation = deviation.clamp_min(deviation.amax(-1, keepdim=True) * 1e-5 + 1e-20)
     step = deviation * steps  # [G, R]
-    params = [
-        side.mean,
-        side.forward[..., :rank] / step[:, None],
-        side.backward[:, :rank] * step[:, :, None],
-    ]
-    if layout.gain:
-        params.append(steps.expand(layout.groups, rank))
     levels = [_distortion(side, layout, lacking) for _, lacking in layout.tiers]
     distortion = sum(
         (share * left for (share, _), left in zip(layout.tiers, levels, strict=True)),
         side.variances.new_zeros(()),
     ).clamp_min(1e-30)
     expected = distortion.sqrt()
-    params += [side.metric / expected, step / expected]
+    params = layout.params_of(
+        side.mean,
+        side.forward[..., :rank] / step[:, None],
+        side.backward[:, :rank] * step[:, :, None],
+        side.metric / expected,
+        step / expected,
+        steps.expand(layout.groups, rank) if layout.gain else None,
+        side.deviation,
+    )
     if layout.tier_shares:
-        params.append((torch.stack(levels) / distortion).clamp_min(1e-6))
+        params.append((torch.stack(levels) / distortion).clamp_min(1e-6).float())
     if layout.positional:
         assert rotation is not None
-        params.append(rotation.waves)
+        params.append(rotation.waves.float().contiguous())
     error = float(distortion / side.variances.sum().clamp_min(1e-30))
-    return Code(layout, tuple(p.float().contiguous() for p in params), error)
+    return Code(layout, tuple(params), error)
 
 
 def _distortion(side: Spectrum, layout: TransformLayout, lacking: int) -> Tensor:

@@ -13,6 +13,9 @@ from .transform import TransformLayout
 BITS = {"int8": 8, "int4": 4}
 """Bits of a number. Every token and head has a 16-bit gain: its largest magnitude."""
 
+TYPICAL = 256.0
+"""Numbers of any layer will do: from 1e-3 to 1e6 they are what they are."""
+
 FIXED = ("exact", *BITS)
 
 
@@ -30,7 +33,8 @@ def fixed_code(name: str, heads: int, dim: int) -> Code:
     # The largest magnitude is half a step beyond the centre of the outermost level.
     nothing = torch.zeros(heads, dim, dim), torch.zeros(heads, dim)  # expected: no strain
     whiten = torch.full((heads, dim), 2.0 ** (1 - bits))
-    return Code(layout, (torch.zeros(heads, dim), plain, plain, whiten, *nothing))
+    params = layout.params_of(torch.zeros(heads, dim), plain, plain, *nothing, whiten, TYPICAL)
+    return Code(layout, tuple(params))
 
 
 @cache

@@ -49,6 +49,7 @@ class Spectrum:
         forward: ``[G, n, n]`` float32, from centred tokens to components (columns).
         backward: ``[G, n, n]`` float32, from components (rows) to tokens.
         metric: ``[H, D, D]`` float64, the root of the weight.
+        deviation: the largest standard deviation of a channel.
     """
 
     dim: int
@@ -57,6 +58,7 @@ class Spectrum:
     forward: Tensor
     backward: Tensor
     metric: Tensor
+    deviation: Tensor
 
     @property
     def heads(self) -> int:
@@ -91,6 +93,7 @@ def spectrum(
     groups, n, _ = gram.shape
     mean = (total / count).view(groups, n)
     cov = gram / count - mean[:, :, None] * mean[:, None, :]  # [G, n, n]
+    deviation = cov.diagonal(dim1=-2, dim2=-1).amax().clamp_min(0).sqrt()
     if rotated:
         size = torch.ones(heads, dtype=cov.dtype, device=cov.device)
         if weight is not None:
@@ -103,7 +106,7 @@ def spectrum(
         backward = forward.mT / size[:, None, None].square()
         metric = torch.eye(dim, dtype=cov.dtype, device=cov.device) * size[:, None, None]
         variances = variances.gather(1, order)
-        return Spectrum(dim, mean, variances, forward.float(), backward.float(), metric)
+        return Spectrum(dim, mean, variances, forward.float(), backward.float(), metric, deviation)
     if weight is None:
         metric = torch.eye(dim, dtype=cov.dtype, device=cov.device).expand(heads, dim, dim)
         root = inverse = torch.eye(n, dtype=cov.dtype, device=cov.device).expand(groups, n, n)
@@ -117,7 +120,7 @@ def spectrum(
     variances, basis = torch.linalg.eigh(root @ cov @ root)
     variances, basis = variances.flip(-1).clamp_min(0), basis.flip(-1)  # descending
     forward, backward = (root @ basis).float(), (basis.mT @ inverse).float()
-    return Spectrum(dim, mean, variances, forward, backward, metric)
+    return Spectrum(dim, mean, variances, forward, backward, metric, deviation)
 
 
 @cache

@@ -6,7 +6,8 @@ For each group of KV heads, with the group's heads side by side in one vector x 
     u = clamp(floor(y / t) + 2^(b-1), 0, 2^b - 1)              b = 8, 4 or 2 bits by component
     x ~ mean + t (u + 1/2 - 2^(b-1)) synthesis                 t: per-token gain, or 1
 
-Weighting, scales and rank are all inside ``analysis`` and ``synthesis`` (see ``fit.py``).
+Weighting, scales and rank are all inside ``analysis`` and ``synthesis`` (see ``fit.py``), which are
+stored as float16 matrices with float32 units (``half.py``).
 
 Attention never rebuilds x. With q' = synthesis q and the constant c_r = 1/2 - 2^(b_r - 1),
 
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 
 from .bits import CLASSES, pack, unpack
+from .half import HALF, MOST, halved, power_of_two
 from .layout import Judged, Layout, scores_of_keys, tiers_of, working_dtype
 from .rotation import rotate
 
@@ -42,6 +44,10 @@ LEAST_GAIN = 1e-5
 
 MOST_GAIN = 6e4
 """No token has more."""
+
+SPAN = 16.0
+"""What a typical number becomes before products: float16 has 12 powers of two above it and, for
+the lower half of a number, as many below."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,16 @@ class TransformLayout(Layout):
         exact: of ``KEPT_OF`` tokens, how many stay exact: those whose error, in the metric of the
             code, is greatest over their own size. What is unusual in a context is looked up by it.
 
-    Params: ``mean [G, n]``, ``analysis [G, n, R]``, ``synthesis [G, R, n]``, with a gain also
-    ``whiten [G, R]``, then ``metric [H, D, D]`` and ``scales [G, R]``: sizes are those of
-    ``metric (x - mean)``, whose components in the basis are ``scales y``; with ``rotary`` also
-    ``waves [2, rotary]`` (``rotation.py``).
+    Params (:meth:`params_of`): ``mean [G, n]``, ``analysis [G, n, R]`` and ``synthesis [G, R, n]``
+    in float16, their ``units [2, G, R]``, with a gain also ``whiten [G, R]``, then ``metric
+    [H, D, D]`` in float16, ``scales [G, R]`` and ``spans [2]``; with ``rotary`` also ``waves
+    [2, rotary]`` (``rotation.py``). Tokens are multiplied by the first span (a power of two) before
+    products, which brings them into the range of float16:
+
+        y = (spans_0 (x - mean)) analysis units_0
+
+    and what is multiplied by ``synthesis`` is multiplied by units_1 as well. Sizes are those of
+    ``spans_0 (x - mean) metric spans_1``, whose components in the basis are ``scales y``.
     """
 
     groups: int
@@ -82,8 +94,33 @@ class TransformLayout(Layout):
 
     @property
     def param_count(self) -> int:
-        """Mean, analysis, synthesis, metric, scales, and what gain and rotation need."""
-        return 5 + (self.gain > 0) + self.positional
+        """Mean, bases, their units, metric, scales, spans, and what gain and rotation need."""
+        return 7 + (self.gain > 0) + self.positional
+
+    def params_of(
+        self, mean: Tensor, analysis: Tensor, synthesis: Tensor, metric: Tensor, scales: Tensor,
+        whiten: Tensor | None = None, typical: Tensor | float = 1.0,
+    ) -> list[Tensor]:  # fmt: skip
+        """The parameters that codes with and without tiers have, before ``waves``.
+
+        Args:
+            mean: ``[G, n]``; analysis: ``[G, n, R]``; synthesis: ``[G, R, n]``.
+            metric: ``[H, D, D]``: sizes are those of ``(x - mean) metric``.
+            scales: ``[G, R]``: of the components in that metric.
+            whiten: ``[G, R]``, with a gain.
+            typical: size of a large number of ``x - mean``. Numbers 4,096 times as large count as
+                that.
+        """
+        span = SPAN / power_of_two(torch.as_tensor(typical, dtype=torch.float32).to(mean.device))
+        into, into_units = halved(analysis / span, 1)
+        out, out_units = halved(synthesis, 2)
+        weights, weight_unit = halved(metric / span, (0, 1, 2))
+        units = torch.stack([into_units, out_units])  # [2, G, R]
+        spans = torch.stack([span.reshape(()), weight_unit.reshape(())])
+        middle = [] if whiten is None else [whiten]
+        params = [mean, into, out, units, *middle, weights, scales, spans]
+        kept = (p if p.dtype == HALF else p.float() for p in params)
+        return [p.contiguous() for p in kept]
 
     @property
     def positional(self) -> bool:
@@ -160,10 +197,10 @@ class TransformLayout(Layout):
         """What is not in the stored components is size minus theirs: nothing is decoded."""
         centred, y = self._components(x, params, positions)
         payload, back = self._packed(y, params, levels)
-        metric, scales = (p.to(y.dtype) for p in params[3 + (self.gain > 0) :][:2])
+        metric, scales, spans = (p.to(y.dtype) for p in params[4 + (self.gain > 0) :][:3])
         scales = scales[:, None]
         per_head = centred.unflatten(-1, (-1, self.dim)).transpose(2, 3).flatten(1, 2)
-        size = (per_head @ metric).square().sum((1, 3))  # [B, T]
+        size = (per_head @ metric * spans[1]).square().sum((1, 3))  # [B, T]
         stored = (y * scales).square().sum((1, 3))
         wrong = ((y - back) * scales).square().sum((1, 3))
         error = (size - stored).clamp_min(0) + wrong
@@ -178,15 +215,16 @@ class TransformLayout(Layout):
     def _components(
         self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Tokens about the mean ``[B, G, T, n]`` and their components ``[B, G, T, R]``."""
+        """Tokens about the mean, times the span ``[B, G, T, n]``; components ``[B, G, T, R]``."""
         x = self._turned(x.to(working_dtype(x.dtype)), params, positions, -1)
-        mean, analysis = params[0].to(x.dtype), params[1].to(x.dtype)
-        centred = self._grouped(x) - mean[:, None]
-        return centred, centred @ analysis
+        mean, analysis, units = (params[i].to(x.dtype) for i in (0, 1, 3))
+        span = params[6 + (self.gain > 0)][0].to(x.dtype)
+        centred = ((self._grouped(x) - mean[:, None]) * span).clamp(-MOST, MOST)
+        return centred, centred @ analysis * units[0][:, None]
 
     def _rounded_gains(self, y: Tensor, params: Sequence[Tensor]) -> Tensor:
         """The gain of each token and group as it is stored: ``[B, G, T]``."""
-        white = y * params[3].to(y.dtype)[:, None]
+        white = y * params[4].to(y.dtype)[:, None]
         size = white.square().mean(-1).sqrt() if self.gain == 1 else white.abs().amax(-1)
         return size.clamp(LEAST_GAIN, MOST_GAIN).to(GAIN_DTYPE)
 
@@ -219,7 +257,7 @@ class TransformLayout(Layout):
     ) -> Tensor:  # fmt: skip
         """Codes times synthesis, the gain, the mean, the rotation."""
         work = working_dtype(dtype)
-        mean, synthesis = params[0].to(work), params[2].to(work)
+        mean, synthesis = params[0].to(work), self._synthesis(params, work)
         codes = self._codes(payload, work)
         x = (codes + self._centres(codes)) @ synthesis
         if self.gain:
@@ -229,11 +267,16 @@ class TransformLayout(Layout):
         x = x.unflatten(-1, (per_group, self.dim)).transpose(2, 3).flatten(1, 2)
         return self._turned(x, params, positions, 1).to(dtype)
 
+    def _synthesis(self, params: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """With its units: ``[G, R, n]``."""
+        return params[2].to(dtype) * params[3][1].to(dtype)[..., None]
+
     def _per_head(self, params: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Mean ``[H, 1, D]`` and synthesis ``[H, R, D]`` by KV head."""
         per_group = self.heads // self.groups
         mean = params[0].to(dtype).reshape(self.heads, 1, self.dim)
-        synthesis = params[2].to(dtype).unflatten(-1, (per_group, self.dim)).transpose(1, 2)
+        synthesis = self._synthesis(params, dtype).unflatten(-1, (per_group, self.dim))
+        synthesis = synthesis.transpose(1, 2)
         return mean, synthesis.reshape(self.heads, self.rank, self.dim)
 
     def scores(

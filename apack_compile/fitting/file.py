@@ -30,7 +30,7 @@ from ..codec import Code, Layout, parse_layout
 from ..codec.rotation import Rotation
 from .fingerprint import fingerprint
 
-FORMAT, VERSION = "attentionpack profile", 1
+FORMAT, VERSION = "attentionpack profile", 2
 
 
 class ProfileError(ValueError):

@@ -1,5 +1,8 @@
 """Tokens into codes: project, find the gain, round, pack, and judge, in one launch.
 
+Bases are float16 (``codec/half.py``). A token in float32 is the sum of two float16 numbers, to 22
+bits, so that two float16 products give what one in float32 would.
+
 The maths is that of ``TransformLayout.encode_and_judge``. Byte i of a run of b-bit codes holds
 ``8 / b`` components that lie a run's bytes apart, so each of them has an accumulator of its own
 and bytes are put together in registers.
@@ -17,7 +20,7 @@ def _weights(base, rows, inside, START: tl.constexpr, WIDTH: tl.constexpr, PAD: 
     """Columns ``START .. START + WIDTH`` of some rows of ``analysis``, 0 behind them."""
     c = tl.arange(0, PAD)
     where = base + rows[:, None] * RANK + START + c[None, :]
-    return tl.load(where, mask=inside[:, None] & (c < WIDTH)[None, :], other=0.0).to(tl.float32)
+    return tl.load(where, mask=inside[:, None] & (c < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
@@ -25,6 +28,12 @@ def _columns(base, START: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr):
     """The same part of a row of numbers, one for each component."""
     c = tl.arange(0, PAD)
     return tl.load(base + START + c, mask=c < WIDTH, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _project(high, low, w, acc):
+    """``acc + (high + low) w`` of float16 operands, in float32."""
+    return tl.dot(low, w, tl.dot(high, w, acc))
 
 
 @triton.jit
@@ -59,7 +68,7 @@ def _store(base, tokens, live, packed, START: tl.constexpr, WIDTH: tl.constexpr,
 
 @triton.jit(do_not_specialize=["tokens", "capacity", "batch"])
 def encode_kernel(
-    x, mean, analysis, whiten, metric, scales, codes, gains, judged,
+    x, mean, analysis, units, whiten, metric, scales, spans, codes, gains, judged,
     x_b, x_h, x_t, begin, tokens, capacity, batch,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, RANK: tl.constexpr,
     R8: tl.constexpr, R4: tl.constexpr, R2: tl.constexpr,
@@ -97,6 +106,7 @@ def encode_kernel(
     size = tl.full([TILE], 0.0, tl.float32)
     broken = tl.full([TILE], 0, tl.int32)
     e = tl.arange(0, DP)
+    span = tl.load(spans)
     for j in tl.range(0, HEADS):
         h = g * HEADS + j
         z = tl.full([TILE, DP], 0.0, tl.float32)
@@ -108,32 +118,48 @@ def encode_kernel(
             finite = tl.abs(t) < float("inf")
             broken += tl.sum((finite == 0).to(tl.int32), 1)
             mu = tl.load(mean + h * D + d, mask=inside, other=0.0).to(tl.float32)
-            t = tl.where(finite, t, 0.0) - mu[None, :]
+            t = (tl.where(finite, t, 0.0) - mu[None, :]) * span
+            t = tl.minimum(tl.maximum(t, -65504.0), 65504.0)
+            high = t.to(tl.float16)
+            low = (t - high.to(tl.float32)).to(tl.float16)
             rows = j * D + d
             base = analysis + g * (HEADS * D * RANK)
             if R8:
                 w = _weights(base, rows, inside, 0, R8, P8, RANK)
-                y8 = tl.dot(t, w, y8, input_precision="tf32x3")
+                y8 = _project(high, low, w, y8)
             if R4:
                 w = _weights(base, rows, inside, at4, W4, P4, RANK)
-                y4_0 = tl.dot(t, w, y4_0, input_precision="tf32x3")
+                y4_0 = _project(high, low, w, y4_0)
                 w = _weights(base, rows, inside, at4 + W4, W4, P4, RANK)
-                y4_1 = tl.dot(t, w, y4_1, input_precision="tf32x3")
+                y4_1 = _project(high, low, w, y4_1)
             if R2:
                 w = _weights(base, rows, inside, at2, W2, P2, RANK)
-                y2_0 = tl.dot(t, w, y2_0, input_precision="tf32x3")
+                y2_0 = _project(high, low, w, y2_0)
                 w = _weights(base, rows, inside, at2 + W2, W2, P2, RANK)
-                y2_1 = tl.dot(t, w, y2_1, input_precision="tf32x3")
+                y2_1 = _project(high, low, w, y2_1)
                 w = _weights(base, rows, inside, at2 + 2 * W2, W2, P2, RANK)
-                y2_2 = tl.dot(t, w, y2_2, input_precision="tf32x3")
+                y2_2 = _project(high, low, w, y2_2)
                 w = _weights(base, rows, inside, at2 + 3 * W2, W2, P2, RANK)
-                y2_3 = tl.dot(t, w, y2_3, input_precision="tf32x3")
+                y2_3 = _project(high, low, w, y2_3)
             w = tl.load(
                 metric + h * (D * D) + d[:, None] * D + e[None, :],
                 mask=inside[:, None] & (e < D)[None, :], other=0.0,
-            ).to(tl.float32)  # fmt: skip
-            z = tl.dot(t, w, z, input_precision="tf32x3")
+            )  # fmt: skip
+            z = _project(high, low, w, z)
         size += tl.sum(z * z, 1)
+    weight = tl.load(spans + 1)
+    size *= weight * weight
+    unit = units + g * RANK
+    if R8:
+        y8 *= _columns(unit, 0, R8, P8)
+    if R4:
+        y4_0 *= _columns(unit, at4, W4, P4)
+        y4_1 *= _columns(unit, at4 + W4, W4, P4)
+    if R2:
+        y2_0 *= _columns(unit, at2, W2, P2)
+        y2_1 *= _columns(unit, at2 + W2, W2, P2)
+        y2_2 *= _columns(unit, at2 + 2 * W2, W2, P2)
+        y2_3 *= _columns(unit, at2 + 3 * W2, W2, P2)
 
     gain = tl.full([TILE], 1.0, tl.float32)
     if GAIN:

@@ -10,7 +10,7 @@ from .codes import OFFSET, OFFSET_8, component
 
 @triton.jit
 def fold_kernel(
-    q, mean, synthesis, q16, shift, centre, table, scale2, batch,
+    q, mean, synthesis, units, q16, shift, centre, table, scale2, batch,
     H: tl.constexpr, ROWS: tl.constexpr, G: tl.constexpr, STRIDE: tl.constexpr, KG: tl.constexpr,
     DK: tl.constexpr, DKP: tl.constexpr, KW: tl.constexpr,
     K8: tl.constexpr, K4: tl.constexpr, K2: tl.constexpr,
@@ -37,13 +37,14 @@ def fold_kernel(
     number = chunk * CHUNK + tl.arange(0, CHUNK)
     held = number < KW
     w = component(number, K8, K4, K2)
+    unit = tl.load(units + (KG + h // (H // KG)) * KW + w, mask=held, other=0.0)
     n: tl.constexpr = H // KG * DK  # channels of a group of the code
     own = h % (H // KG) * DK
     first = (h // (H // KG)).to(tl.int64) * KW * n + own
     basis = tl.load(
         synthesis + first + w[None, :] * n + d[:, None],
         mask=held[None, :] & (d < DK)[:, None], other=0.0,
-    )  # [DKP, CHUNK]  # fmt: skip
+    ).to(tl.float32) * unit[None, :]  # [DKP, CHUNK]  # fmt: skip
     x = tl.load(
         q + ((b * H + h) * ROWS + r)[:, None] * DK + d[None, :],
         mask=some[:, None] & (d < DK)[None, :], other=0.0,

@@ -116,7 +116,7 @@ def attend_packed(
         shift = empty(batch, plan.groups, plan.rows)
         centre = empty(batch, plan.groups, plan.fold["CHUNKS"], plan.rows)
         _kernel(fold_kernel)[(head_blocks * plan.fold["CHUNKS"],)](
-            q, keys.params[0], keys.params[2], q16, shift, centre, table, factor, batch,
+            q, keys.params[0], *keys.params[2:4], q16, shift, centre, table, factor, batch,
             **plan.fold, STEPS=LEAST_ROWS, num_warps=4,
         )  # fmt: skip
     elif values.params:
@@ -147,9 +147,11 @@ def attend_packed(
         num_warps=4,
     )  # fmt: skip
     out = empty(batch, q_heads, queries, value.dim, dtype=q.dtype)
-    mean, synthesis = (values.params[0], values.params[2]) if values.params else (part, part)
+    mean, synthesis, units = part, part, part
+    if values.params:
+        mean, _, synthesis, units = values.params[:4]
     _kernel(expand_kernel)[(head_blocks * plan.expand["PARTS"],)](
-        sums, masses, exact, mean, synthesis, out, batch, **plan.expand, num_warps=4
+        sums, masses, exact, mean, synthesis, units, out, batch, **plan.expand, num_warps=4
     )
     return out
 

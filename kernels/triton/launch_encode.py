@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,28 @@ def _columns(layout: TransformLayout) -> tuple[int, int, int]:
     """Padded bytes of each run; 0 where there is none."""
     widths = (layout.r8, layout.r4 // 2, layout.r2 // 4)
     return tuple(_pad(w) if w else 0 for w in widths)  # type: ignore[return-value]
+
+
+class Cut(NamedTuple):
+    """How the work of ``encode_kernel`` is cut.
+
+    Attributes:
+        tile: tokens of a program.
+        channels: that one product takes.
+        warps: of a program.
+        stages: products whose operands are in flight.
+    """
+
+    tile: int
+    channels: int
+    warps: int
+    stages: int
+
+
+def cut_for(tokens: int, columns: int, dim: int) -> Cut:
+    """How to cut the work, by tokens of a sequence, padded accumulators of each, and head_dim."""
+    tile = 16 if tokens < LONG or columns > 512 else 32
+    return Cut(tile, min(CHANNELS, dim), 8 if tile * columns > 8192 else 4, 2)
 
 
 def takes(x: Tensor, layout: object) -> bool:
@@ -138,18 +161,18 @@ def _launched(
     groups, padded = layout.groups, _pad(dim)
     p8, p4, p2 = _columns(layout)
     params = [p.contiguous() for p in params]
-    mean, analysis = params[:2]
-    metric, scales = params[3 + (layout.gain > 0) :][:2]
+    mean, analysis, _, units = params[:4]
+    metric, scales, spans = params[4 + (layout.gain > 0) :][:3]
     judged = torch.empty(4, batch, groups, tokens, device=x.device)
     columns = p8 + 2 * p4 + 4 * p2 + padded
-    tile = 16 if tokens < LONG or columns > 512 else 32
-    encode_kernel[(batch * groups * -(-tokens // tile),)](
-        x, mean, analysis, params[3] if layout.gain else mean, metric, scales,
+    cut = cut_for(tokens, columns, padded)
+    encode_kernel[(batch * groups * -(-tokens // cut.tile),)](
+        x, mean, analysis, units, params[4] if layout.gain else mean, metric, scales, spans,
         payload[0], payload[-1], judged, *x.stride()[:3], begin, tokens, payload[0].shape[1], batch,
         H=heads, D=dim, DP=padded, G=groups, RANK=layout.rank,
         R8=layout.r8, R4=layout.r4, R2=layout.r2, P8=p8, P4=p4, P2=p2, GAIN=layout.gain,
-        LEAST=LEAST_GAIN, MOST=MOST_GAIN, TILE=tile, K=min(CHANNELS, padded),
-        num_warps=8 if tile * columns > 8192 else 4, num_stages=2,
+        LEAST=LEAST_GAIN, MOST=MOST_GAIN, TILE=cut.tile, K=cut.channels,
+        num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     tallies = torch.empty(batch, 3, device=x.device)
     slots = positions.shape[1]

@@ -69,7 +69,7 @@ def sum_kernel(
 
 @triton.jit
 def expand_kernel(
-    sums, masses, exact, mean, synthesis, out, batch,
+    sums, masses, exact, mean, synthesis, units, out, batch,
     H: tl.constexpr, ROWS: tl.constexpr, G: tl.constexpr, STRIDE: tl.constexpr, VG: tl.constexpr,
     VX: tl.constexpr, DV: tl.constexpr, VW: tl.constexpr,
     V8: tl.constexpr, V4: tl.constexpr, V2: tl.constexpr,
@@ -109,13 +109,14 @@ def expand_kernel(
             basis = tl.load(
                 first + w[:, None] * n + d[None, :],
                 mask=held[:, None] & (d < DV)[None, :], other=0.0,
-            )  # [CHUNK, COLUMNS]  # fmt: skip
+            ).to(tl.float32)  # [CHUNK, COLUMNS]  # fmt: skip
+            unit = tl.load(units + (VG + h // (H // VG)) * VW + w, mask=held, other=0.0)
             x = tl.load(
                 cells[:, None] + number[None, :] * STRIDE,
                 mask=some[:, None] & held[None, :], other=0.0,
             )  # [X, CHUNK]  # fmt: skip
             too_much = tl.where(number < V8, OFFSET_8, OFFSET)
-            x -= gained[:, None] * too_much[None, :]
+            x = (x - gained[:, None] * too_much[None, :]) * unit[None, :]
             acc = tl.dot(x, basis, acc, input_precision="tf32x3")
         mu = tl.load(mean + h // (H // VG) * n + own + d, mask=d < DV, other=0.0)
         acc += coded_mass[:, None] * mu[None, :]

@@ -16,7 +16,9 @@ def side(scale: float, decay: float, heads: int = 2, dim: int = 32, groups: int 
     variances = scale * torch.exp(-decay * torch.arange(n, dtype=torch.float64))
     eye = torch.eye(n, dtype=torch.float64).expand(groups, n, n)
     metric = torch.eye(dim, dtype=torch.float64).expand(heads, dim, dim)
-    return Spectrum(dim, torch.zeros(groups, n), variances.expand(groups, n), eye, eye, metric)
+    return Spectrum(
+        dim, torch.zeros(groups, n), variances.expand(groups, n), eye, eye, metric, torch.ones(())
+    )
 
 
 def nbytes(pairs: list[tuple[TransformLayout, TransformLayout]]) -> int:

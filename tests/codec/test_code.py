@@ -17,8 +17,8 @@ LAYOUT = TransformLayout(2, 4, 1, 2, 2, 4, 1)
 
 def test_bytes_of_a_code_are_those_of_its_parameters() -> None:
     code = hand_code(LAYOUT)
-    # mean, analysis and synthesis, whiten, metric, scales
-    assert code.nbytes == 4 * (8 + 2 * 8 * 8 + 8 + 2 * 4 * 4 + 8)
+    # analysis, synthesis and metric; mean, units, whiten, scales, spans
+    assert code.nbytes == 2 * (2 * 8 * 8 + 2 * 4 * 4) + 4 * (8 + 2 * 8 + 8 + 8 + 2)
     assert Code(ExactLayout(2, 4)).nbytes == 0
 
 

@@ -138,7 +138,10 @@ def test_coded_bytes_times_ratio_are_at_most_the_dense_bytes(
         assert code.layout.token_bytes(torch.float16) * ratio <= dense
         assert side_budget(heads * dim, ratio) == math.floor(dense / ratio)
         assert [tuple(p.shape) for p in code.params[:1]] == [(1, heads * dim)]
-        assert all(p.dtype == torch.float32 and p.is_contiguous() for p in code.params)
+        kinds = [p.dtype for p in code.params]
+        assert kinds[:4] == [torch.float32, torch.float16, torch.float16, torch.float32]
+        assert set(kinds) == {torch.float16, torch.float32}
+        assert all(p.is_contiguous() for p in code.params)
 
 
 def test_bytes_of_codes_in_groups_are_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +225,7 @@ def test_a_layers_scale_does_not_sway_the_layout_of_all() -> None:
 def test_values_have_a_gain_and_keys_have_none() -> None:
     k, v = fit(gaussian(2, 64, 300), gaussian(2, 64, 300), 4)
     assert (k.layout.gain, v.layout.gain) == (0, 1)
-    assert (k.layout.param_count, v.layout.param_count) == (5, 6)
+    assert (k.layout.param_count, v.layout.param_count) == (7, 8)
 
 
 def test_a_gain_is_given_up_where_its_bytes_are_all_there_are() -> None:

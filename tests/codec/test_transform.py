@@ -10,6 +10,7 @@ from torch import Tensor
 
 from apack_compile.codec import TransformLayout
 from apack_compile.codec.rotation import rotate
+from apack_compile.codec.spectrum import spreading_rotation
 from apack_compile.codec.transform import GAIN_DTYPE, LEAST_GAIN
 from apack_compile.kernels.reference import decode_reference
 
@@ -123,9 +124,8 @@ def test_absorbed_scores_and_mix_are_those_of_the_decoded_tokens(
 def identity(runs: tuple[int, int, int], gain: int = 0) -> tuple[TransformLayout, list[Tensor]]:
     """One head whose components are its channels, in steps of 1."""
     n = sum(runs)
-    params = [torch.zeros(1, n), torch.eye(n)[None], torch.eye(n)[None]]
-    params += [torch.ones(1, n)] * gain
-    return TransformLayout(1, n, 1, *runs, gain), [*params, torch.eye(n)[None], torch.ones(1, n)]
+    layout, one, every = TransformLayout(1, n, 1, *runs, gain), torch.ones(1, n), torch.eye(n)[None]
+    return layout, layout.params_of(0 * one, every, every, every, one, one if gain else None)
 
 
 def test_components_are_rounded_to_the_middle_of_their_step() -> None:
@@ -167,7 +167,9 @@ def test_each_group_of_a_joint_code_is_the_code_of_its_heads_alone() -> None:
     x = torch.randn(2, 4, 5, 3)
     whole = layout.decode(layout.encode(x, code.params), code.params, x.dtype)
     for group in range(2):
-        params = [p[group : group + 1] for p in code.params]
+        mean, analysis, synthesis, units, *rest = code.params
+        params = [p[group : group + 1] for p in (mean, analysis, synthesis)]
+        params += [units[:, group : group + 1], *rest]
         part = x[:, 2 * group : 2 * group + 2]
         mine = alone.decode(alone.encode(part, params), params, x.dtype)
         # float32 rounding of another matrix product
@@ -203,21 +205,22 @@ def test_empty_runs_are_not_stored() -> None:
 @pytest.mark.parametrize("gain", [0, 1])
 @pytest.mark.parametrize("pre_rope", [False, True])
 def test_errors_are_judged_in_the_metric(gain: int, pre_rope: bool) -> None:
-    """With a basis that is orthonormal in the metric, as fits make them."""
+    """With a basis that is orthonormal in the metric, as fits make them, and that float16 holds."""
     heads, dim, rank = 2, 8, 12
     generator = torch.Generator().manual_seed(gain)
-    root = torch.randn(heads, dim, dim, generator=generator, dtype=torch.float64)
-    root = root @ root.mT + torch.eye(dim)
+    sizes = 2.0 ** torch.randint(-3, 4, (heads, dim), generator=generator).double()
+    root = torch.diag_embed(sizes)
     wide = torch.block_diag(*root)
-    basis, _ = torch.linalg.qr(torch.randn(16, 16, generator=generator, dtype=torch.float64))
+    basis = spreading_rotation(16)
     steps = torch.rand(1, rank, generator=generator, dtype=torch.float64) + 0.1
     mean = torch.randn(1, 16, generator=generator, dtype=torch.float64)
     layout = TransformLayout(heads, dim, 1, 4, 4, 4, gain, dim * pre_rope)
-    params = [
+    params = layout.params_of(
         mean, (wide @ basis)[None, :, :rank] / steps[:, None],
         (basis.mT @ wide.inverse())[None, :rank] * steps[..., None],
-        *[torch.ones(1, rank)] * gain, root, steps, *[torch.full((2, dim), 0.3)] * pre_rope,
-    ]  # fmt: skip
+        root, steps, torch.ones(1, rank) if gain else None,
+    )  # fmt: skip
+    params += [torch.full((2, dim), 0.3)] * pre_rope
     x = torch.randn(2, heads, 5, dim, generator=generator, dtype=torch.float64)
     positions = torch.arange(5)[None]
     payload, judged = layout.encode_and_judge(x, params, positions)
@@ -226,6 +229,7 @@ def test_errors_are_judged_in_the_metric(gain: int, pre_rope: bool) -> None:
     if pre_rope:
         x, back = (rotate(t, positions, -params[-1], False) for t in (x, back))
     for found, d in zip(judged[:2], (x - back, x - mean.view(heads, 1, dim)), strict=True):
-        torch.testing.assert_close(found, (d @ root).square().sum((1, 3)))
+        wanted = (d @ root).square().sum((1, 3))
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)  # units are float32
     for mine, theirs in zip(payload, layout.encode(x, params, positions), strict=True):
         assert torch.equal(mine, theirs) or pre_rope

@@ -150,11 +150,11 @@ def test_an_edited_header_is_found(path: Path) -> None:
         read_profile(path)
 
 
-@pytest.mark.parametrize("version", ["0", "2", ""])
+@pytest.mark.parametrize("version", ["1", "3", ""])
 def test_another_version_is_named(path: Path, version: str) -> None:
     write_profile(saved(), path)
     with_metadata(path, version=version)
-    with pytest.raises(ProfileError, match=f"it has version {version} of the format; this is 1"):
+    with pytest.raises(ProfileError, match=f"it has version {version} of the format; this is 2"):
         read_profile(path)
 
 

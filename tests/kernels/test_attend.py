@@ -25,8 +25,9 @@ def code_of(kind: str, heads: int, dim: int, groups: int = 1) -> Code:
     if kind == "exact":
         return Code(ExactLayout(heads, dim))
     code = hand_code(TransformLayout(heads, dim, groups, 2, 4, 4, int(kind == "gain")))
-    mean, analysis, synthesis, *whiten = code.params
-    return Code(code.layout, (mean, analysis, synthesis * 0.1, *whiten))
+    mean, analysis, synthesis, units, *rest = code.params
+    smaller = torch.tensor([1.0, 0.1])[:, None, None]
+    return Code(code.layout, (mean, analysis, synthesis, units * smaller, *rest))
 
 
 def attend(

@@ -37,9 +37,10 @@ def code_of(layout: Layout, seed: int = 0) -> Code:
     code = hand_code(layout, seed)
     if isinstance(layout, ExactLayout):
         return code
-    mean, analysis, synthesis, *whiten = code.params
+    mean, analysis, synthesis, units, *rest = code.params
     size = (analysis.shape[1] * layout.rank) ** 0.5
-    return Code(layout, (mean, analysis / size * 20, synthesis / size, *whiten))
+    factors = torch.tensor([20.0, 1.0])[:, None, None] / size
+    return Code(layout, (mean, analysis, synthesis, units * factors, *rest))
 
 
 def case(

@@ -33,13 +33,13 @@ NAN = float("nan")
 def judging_code(layout: TransformLayout) -> Code:
     """A code whose sizes and errors are numbers of the size that fitted codes give."""
     code = hand_code(layout)
-    mean, analysis, synthesis, *rest = code.params
-    *whiten, metric, scales = rest
+    mean, analysis, synthesis, units, *whiten, metric, scales, spans = code.params
     generator = torch.Generator().manual_seed(5)
-    metric = torch.randn(metric.shape, generator=generator) / layout.dim
+    metric = (torch.randn(metric.shape, generator=generator) / layout.dim).half()
     scales = torch.rand(scales.shape, generator=generator) / 8
-    analysis = analysis * (20 / analysis.shape[1] ** 0.5)
-    return Code(layout, (mean, analysis, synthesis, *whiten, metric, scales))
+    units = units * torch.tensor([20 / analysis.shape[1] ** 0.5, 1.0])[:, None, None]
+    spans = torch.stack([spans[0], 1 / spans[0]])
+    return Code(layout, (mean, analysis, synthesis, units, *whiten, metric, scales, spans))
 
 
 def on_device(tensors: list[Tensor]) -> list[Tensor]:

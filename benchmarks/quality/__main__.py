@@ -3,6 +3,8 @@
 python -m benchmarks.quality                                              minutes on two cores
 python -m benchmarks.quality --context 3072 --windows 5                   our codes, for the targets
 python -m benchmarks.quality --full --device cuda --minutes 8             everything; again: go on
+python -m benchmarks.quality --paper --device cuda --minutes 8            the paper's settings
+python -m benchmarks.quality --questions --device cuda --minutes 8        several about one context
 
 With --subject tiny-vlm: the small vision-language model of benchmarks/tiny_vlm, on albums of
 images, of 4,096 tokens or of --context; with --bfloat16 on a GPU, as above.
@@ -20,21 +22,29 @@ import torch
 
 from apack_compile.options import INNER
 
+from .asking import QuestionSuite
 from .documents import documents, windows
 from .evaluate import NEXT
 from .jobs import Claims, clear, files_of, jobs_that_fit, run_jobs
 from .measure import Clock, Run, Suite, measure
-from .methods import METHODS, Method, named
+from .method import Method
+from .methods import METHODS, named
 from .packed import sources
 from .publish import publish
+from .questions import FOLLOWING
 from .results import FOLDER, Results, environment
 from .runner import Setting
 from .subject import LIMIT, Subject
 
 SHORT = Run("quality", (1024,), 4, 64, "short", 4)
 FULL = Run("quality-full", (2048, 4096, LIMIT - NEXT), 24, 128, "full", 8)
+PAPER = Run("quality-paper", (2048,), 24, 64, "paper", 8)
+QUESTIONS = Run("quality-questions", (2048,), 48, 0, "questions", 8)
 IMAGES = Run("quality-images", (4096,), 200, 0, "images", 8)
 """One length a run, all of them in one file: a code is fitted for that length."""
+
+NAMED = {"full": FULL, "paper": PAPER, "questions": QUESTIONS}
+"""Runs by the option that asks for them."""
 
 LONGEST_ALBUM = 8000
 """Tokens of the longest context of images: what follows has to fit as well."""
@@ -55,7 +65,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--bfloat16", action="store_true", help="tiny-vlm's weights; else float32")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw albums")
     parser.add_argument("--full", action="store_true", help="2k, 4k, 8k; 24 windows; all methods")
-    parser.add_argument("--context", type=int, help="tokens; prose: our codes only, one file each")
+    parser.add_argument("--paper", action="store_true", help="the paper's settings, and others")
+    parser.add_argument("--questions", action="store_true", help="several about one context")
+    parser.add_argument(
+        "--context",
+        type=int,
+        help="tokens; prose: our codes only, one file each; with --paper and --questions: those",
+    )
     parser.add_argument("--windows", type=int, help="test windows, one a document; or albums")
     parser.add_argument(
         "--methods", nargs="*", help="only those of these names, or with one of these in them"
@@ -79,8 +95,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if args.context is not None and (args.full or not shortest <= args.context <= longest):
         accepted = f"accepted is {shortest} to {longest}, without --full"
         parser.error(f"--context {args.context}: {accepted}")
-    if albums and args.full:
-        parser.error("--full: not with --subject tiny-vlm, which has all methods anyway")
+    named_runs = [name for name in NAMED if getattr(args, name)]
+    if albums and named_runs:
+        parser.error(
+            f"--{named_runs[0]}: not with --subject tiny-vlm, which has all methods anyway"
+        )
+    if len(named_runs) > 1:
+        parser.error(f"--{named_runs[0]} and --{named_runs[1]}: accepted is one of them")
     if args.device not in ("cpu", "cuda"):
         parser.error(f"--device {args.device}: accepted are cpu, cuda")
     if args.jobs is not None and args.jobs < 1:
@@ -92,7 +113,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def chosen(args: argparse.Namespace) -> Run:
     """What the command line asks for."""
-    run = FULL if args.full else SHORT
+    name = next((name for name in NAMED if getattr(args, name)), None)
+    run = NAMED[name] if name else SHORT
     if args.subject == "tiny-vlm":
         contexts = (args.context,) if args.context is not None else IMAGES.contexts
         windows = args.windows or IMAGES.windows
@@ -100,9 +122,13 @@ def chosen(args: argparse.Namespace) -> Run:
             IMAGES, contexts=contexts, windows=windows, batch=min(IMAGES.batch, windows)
         )  # fmt: skip
     if args.context is not None:
-        run = Run(f"quality-{args.context}", (args.context,), 5, 64, "target", 5)
+        run = (
+            replace(run, name=f"{run.name}-{args.context}", contexts=(args.context,))
+            if name
+            else Run(f"quality-{args.context}", (args.context,), 5, 64, "target", 5)
+        )
     windows = args.windows or run.windows
-    return replace(run, windows=windows, batch=min(run.batch if args.full else windows, windows))
+    return replace(run, windows=windows, batch=min(run.batch if name else windows, windows))
 
 
 def methods_of(run: Run, words: list[str] | None) -> list[Method]:
@@ -173,18 +199,20 @@ def about_prose(args: argparse.Namespace, run: Run) -> tuple[Setting, dict[str, 
     calibration = windows(
         subject.tokenizer, "calibration", len(documents("calibration")), max(run.contexts)
     )
-    setting = Setting(subject, calibration.to(subject.device), NEXT, args.inner, run.contexts)
+    asked = run.part == QUESTIONS.part
+    following = FOLLOWING if asked else NEXT
+    setting = Setting(subject, calibration.to(subject.device), following, args.inner, run.contexts)
     settings = {
         "model": "SmolLM2-135M-Instruct, float32",
         "contexts": list(run.contexts),
         "windows": run.windows,
         "batch": run.batch,
-        "next": NEXT,
+        "next": following,
         "greedy": run.greedy,
         "calibration": list(calibration.shape),
         "inner": args.inner,
     }
-    return setting, settings, None
+    return setting, settings, QuestionSuite(subject, run.windows, run.batch) if asked else None
 
 
 def about_images(args: argparse.Namespace, run: Run) -> tuple[Setting, dict[str, Any], Suite]:

@@ -133,4 +133,6 @@ def _read_back(code: Code, x: Tensor) -> Tensor:
 
 def _row(layers: Sequence[Layer], row: int) -> list[Layer]:
     some = slice(row, row + 1)
-    return [Layer(y.k[some], y.v[some], y.cos, y.sin, y.queries[some]) for y in layers]
+    return [
+        Layer(y.k[some], y.v[some], y.cos, y.sin, y.queries[some], y.received[some]) for y in layers
+    ]

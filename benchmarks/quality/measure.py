@@ -15,7 +15,7 @@ from torch import Tensor
 from .documents import windows
 from .evaluate import NEXT, Reference, evaluate
 from .jobs import Claims
-from .methods import Method
+from .method import Method
 from .results import Results
 from .runner import Runner, Setting, Sizes, Unavailable
 
@@ -141,7 +141,8 @@ def cells(run: Run, methods: Sequence[Method]) -> list[tuple[Method, int]]:
 
 def unit_of(method: Method, context: int) -> str:
     """What one process measures as a whole: see :func:`cells`."""
-    return method.name if method.ours else f"rivals, {context} tokens"
+    own = method.ours or method.alone
+    return method.name if own else f"rivals, {context} tokens"
 
 
 def measure(

@@ -61,14 +61,14 @@ def make(tokenizer: Any, haystacks: Tensor, context: int, first: int = 0) -> Pas
     for number, prose in enumerate(haystacks, first):
         generator = torch.Generator().manual_seed(number)
         key = str(int(torch.randint(10_000, 100_000, (), generator=generator)))
-        needle = _tokens(tokenizer, NEEDLE.format(key=key))
-        answer = _tokens(tokenizer, f" {key}")
+        needle = tokens(tokenizer, NEEDLE.format(key=key))
+        answer = tokens(tokenizer, f" {key}")
         room = context + FOLLOWING - len(head) - len(needle) - len(tail) - len(answer)
         low, high = SINKS, context - RECENT - len(head) - len(needle)
         if high - low < DEPTHS:
             raise ValueError(f"context={context}: too short for a needle in the coded part")
         wanted = low + int((high - low) * (number % DEPTHS + 0.5) / DEPTHS)
-        place = _sentence_end(tokenizer, prose, wanted)
+        place = sentence_end(tokenizer, prose, wanted)
         hay = prose[:room]
         rows.append(torch.cat([head, hay[:place], needle, hay[place:], tail, answer]))
         depths.append((len(head) + place) / context)
@@ -87,20 +87,21 @@ def found(predicted: Tensor, ids: Tensor, answer: int) -> Tensor:
     return (predicted[:, -answer - 1 : -1] == ids[:, -answer:]).all(1)
 
 
-def _tokens(tokenizer: Any, text: str) -> Tensor:
-    return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
-
-
 def _template(tokenizer: Any) -> tuple[Tensor, Tensor]:
     """Tokens of the conversation before and behind the prose."""
     mark = "<prose>"
     messages = [{"role": "user", "content": TASK + mark + QUESTION}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     head, tail = (text + START).split(mark)
-    return _tokens(tokenizer, head), _tokens(tokenizer, tail)
+    return tokens(tokenizer, head), tokens(tokenizer, tail)
 
 
-def _sentence_end(tokenizer: Any, prose: Tensor, wanted: int) -> int:
+def tokens(tokenizer: Any, text: str) -> Tensor:
+    """Tokens of a text as it is, int64 ``[T]``."""
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
+
+
+def sentence_end(tokenizer: Any, prose: Tensor, wanted: int) -> int:
     """The last place at or before ``wanted`` that is behind a full stop; ``wanted`` if none."""
     for place in range(wanted, 0, -1):
         if tokenizer.decode(prose[place - 1]).endswith("."):

@@ -31,7 +31,7 @@ def publish(path: Path, name: str, picture: bool = True) -> None:
     if marked:
         DOCS.write_text(document, encoding="utf-8")
         print(f"wrote {DOCS}")
-    if not picture:
+    if not picture or "kl" not in content["cells"][0]:
         return
     if plot(content, path.with_suffix(".svg")):
         print(f"wrote {path.with_suffix('.svg')}")

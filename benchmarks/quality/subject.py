@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from .rivals.attention import received
 from .rivals.base import RECENT, Layer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
@@ -54,12 +55,12 @@ class Subject:
             The cache of each layer, and the logits ``[B, V]`` behind the last token.
         """
         cache = DynamicCache()
-        with self._last_queries() as queries:
+        with self._attention() as seen:
             out = self.model(**as_inputs(ids), past_key_values=cache, logits_to_keep=1)
         cos, sin = self._rotation(ids.shape[1])
         layers = [
-            Layer(held.keys, held.values, cos, sin, q)
-            for held, q in zip(cache.layers, queries, strict=True)
+            Layer(held.keys, held.values, cos, sin, queries, got)
+            for held, (queries, got) in zip(cache.layers, seen, strict=True)
         ]
         return layers, out.logits[:, -1]
 
@@ -101,22 +102,25 @@ class Subject:
         return cos[0], sin[0]  # [S, D]
 
     @contextmanager
-    def _last_queries(self) -> Iterator[list[Tensor]]:
-        """Collects the queries of the last tokens of each layer, rotated: ``[B, Hq, W, D]``."""
-        queries: list[Tensor] = []
+    def _attention(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Collects ``queries`` and ``received`` of each layer: see :class:`Layer`."""
+        seen: list[tuple[Tensor, Tensor]] = []
 
         def collect(module: Any, args: Any, kwargs: Any) -> None:
-            last = kwargs["hidden_states"][:, -RECENT:]
-            cos, sin = (table[:, -RECENT:] for table in kwargs["position_embeddings"])
-            q = module.q_proj(last).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-            queries.append(apply_rotary_pos_emb(q, q, cos, sin)[0])
+            hidden, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
+            q, k = (
+                project(hidden).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+                for project in (module.q_proj, module.k_proj)
+            )
+            q, k = apply_rotary_pos_emb(q, k, cos, sin)
+            seen.append((q[:, :, -RECENT:].clone(), received(q, k)))
 
         hooks = [
             layer.self_attn.register_forward_pre_hook(collect, with_kwargs=True)
             for layer in self.decoder.layers
         ]
         try:
-            yield queries
+            yield seen
         finally:
             for hook in hooks:
                 hook.remove()

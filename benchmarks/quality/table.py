@@ -17,8 +17,8 @@ def _with_interval(figure: Cell, form: str) -> str:
     return f"{mean} ({low} to {high})"
 
 
-def _pass_keys(cell: Cell) -> str:
-    keys = cell["by_window"]["passkeys"]
+def _count(cell: Cell, name: str) -> str:
+    keys = cell["by_window"][name]
     return f"{sum(map(int, keys))} of {len(keys)}"
 
 
@@ -48,7 +48,7 @@ PROSE: dict[str, Callable[[Cell], str]] = {
     **COMMON,
     "perplexity": lambda cell: f"{cell['perplexity']['mean']:.2f}",
     "greedy": lambda cell: f"{cell['greedy']['mean']:.0f}",
-    "pass keys": _pass_keys,
+    "pass keys": lambda cell: _count(cell, "passkeys"),
 }
 
 ALBUMS: dict[str, Callable[[Cell], str]] = {
@@ -57,8 +57,17 @@ ALBUMS: dict[str, Callable[[Cell], str]] = {
 """Right answers, and in brackets points more than with the dense cache, with their interval."""
 
 
+QUESTIONS: dict[str, Callable[[Cell], str]] = {
+    **{name: COMMON[name] for name in ("method", "ratio", "whole cache")},
+    "first question": lambda cell: _with_interval(cell["first"], ".1%"),
+    "later questions": lambda cell: _with_interval(cell["later"], ".1%"),
+    **{name: (lambda cell, name=name: _count(cell, name)) for name in ("first", "second", "third")},
+}
+"""Right answers: shares with their intervals, and counts by question."""
+
+
 def markdown(results: Mapping[str, Any]) -> str:
-    """One table a context length, methods by KL.
+    """One table a context length, methods by KL, or by right answers.
 
     Args:
         results: content of a result file.
@@ -68,12 +77,14 @@ def markdown(results: Mapping[str, Any]) -> str:
         cells = [cell for cell in results["cells"] if cell["context"] == context]
         windows = results["settings"]["windows"]
         if "perplexity_full" in cells[0]:
-            columns = PROSE
+            columns, worth = PROSE, _by_kl
             full = cells[0]["perplexity_full"]["mean"]
             title = f"{windows} windows, perplexity of the dense cache {full:.2f}"
+        elif "later" in cells[0]:
+            columns, worth, title = QUESTIONS, _by_answers, f"{windows} contexts of three keys"
         else:
-            columns, title = ALBUMS, f"{windows} albums"
-        rows = sorted(cells, key=lambda cell: cell["kl"]["mean"])
+            columns, worth, title = ALBUMS, _by_kl, f"{windows} albums"
+        rows = sorted(cells, key=worth)
         lines = [_line(columns), _line("---" for _ in columns).replace(" ", "")]
         lines += [_line(column(cell) for column in columns.values()) for cell in rows]
         parts.append(f"Context {context:,} tokens, {title}:\n\n" + "\n".join(lines))
@@ -87,6 +98,14 @@ def markdown(results: Mapping[str, Any]) -> str:
         + (f" Cells of ours by digest of the sources that made them: {own}." if own else "")
     )
     return "\n\n".join(parts)
+
+
+def _by_kl(cell: Cell) -> float:
+    return cell["kl"]["mean"]
+
+
+def _by_answers(cell: Cell) -> float:
+    return -sum(sum(cell["by_window"][name]) for name in ("first", "second", "third"))
 
 
 def _line(entries: Iterable[str]) -> str:

@@ -31,7 +31,8 @@ from .documents import windows
 from .evaluate import NEXT
 from .jobs import Claims
 from .measure import Clock, References, Run, Suite, measure
-from .methods import BEST, Method, named
+from .method import Method
+from .methods import BEST, named
 from .packed import PackedRunner, sources
 from .publish import publish
 from .results import FOLDER, Results, environment

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.quality import measure
 from benchmarks.quality.jobs import Claims
 from benchmarks.quality.measure import Clock, Run
-from benchmarks.quality.methods import Method
+from benchmarks.quality.method import Method
 from benchmarks.quality.results import Results, environment
 from benchmarks.quality.rivals.dense import Dense
 from benchmarks.quality.rivals.kivi import Kivi

@@ -28,6 +28,8 @@ class Layer:
         k, v: keys, as attention sees them, and values: ``[B, H, S, D]``.
         cos, sin: of the rotation of each token's key: ``[S, D]``.
         queries: of the last tokens, rotated: ``[B, Hq, W, D]``.
+        received: attention that all tokens pay to each one, summed over the query heads of a KV
+            head: ``[B, H, S]``.
     """
 
     k: Tensor
@@ -35,6 +37,7 @@ class Layer:
     cos: Tensor
     sin: Tensor
     queries: Tensor
+    received: Tensor
 
     def to(self, device: torch.device) -> Layer:
         """The same on another device."""

@@ -7,29 +7,18 @@ is compared.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .base import Layer, Rival, Size, between
+from .base import Layer, between_exact
+from .eviction import Eviction
 
 
-class Streaming(Rival):
-    """Of the tokens that others code, the last ``1 / ratio`` stay, exact."""
+class Streaming(Eviction):
+    """The most recent tokens."""
 
-    def __init__(self, ratio: float) -> None:
-        self.target = ratio
-
-    def kept(self, tokens: int) -> int:
-        """How many of so many tokens stay."""
-        return max(int(tokens / self.target), 1)
-
-    def code(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """Keys and values of the tokens that stay."""
-
-        def latest(x: Tensor) -> Tensor:
-            return x[:, :, -self.kept(x.shape[2]) :]
-
-        return between(layer.k, latest), between(layer.v, latest)
-
-    def coded_bytes(self, size: Size) -> float:
-        """16 bits a number of the tokens that stay."""
-        return 2 * 2 * self.kept(size.tokens) * size.heads * size.dim
+    def places(self, layer: Layer) -> Tensor:
+        """The last ones."""
+        batch, heads, length = between_exact(layer.k, 2).shape[:3]
+        last = torch.arange(length - self.kept(length), length, device=layer.k.device)
+        return last.expand(batch, heads, -1)

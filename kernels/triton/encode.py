@@ -32,8 +32,11 @@ def _columns(base, START: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr):
 
 @triton.jit
 def _project(high, low, w, acc):
-    """``acc + (high + low) w`` of float16 operands, in float32."""
-    return tl.dot(low, w, tl.dot(high, w, acc))
+    """``acc + (high + low) w`` of float16 operands.
+
+    Tensor cores cut sums off where they round elsewhere, so only these few terms are theirs to add.
+    """
+    return acc + tl.dot(high, w, tl.dot(low, w))
 
 
 @triton.jit

@@ -101,7 +101,7 @@ def test_methods_of_a_run() -> None:
             "attentionpack 8x, 30 % evicted, fitted beforehand",
         ):  # fmt: skip
             assert name in names
-        assert len(chosen) == {"paper": 45, "questions": 21}[part]
+        assert len(chosen) == {"paper": 49, "questions": 21}[part]
     few = main.methods_of(Run("r", (2048,), 1, 1, "short", 1), ["KIVI", "SVD 4x"])
     assert [m.name for m in few] == ["KIVI 4 bit", "KIVI 2 bit", "truncated SVD 4x (the paper)"]
 

@@ -25,6 +25,7 @@ from apack_compile.source_hash import source_hash
 
 from .rivals.base import RECENT, SINKS
 from .runner import Setting, Sizes, Unavailable
+from .speed import attend_us
 from .subject import Inputs, Prompts, as_inputs
 
 PIECE = 16
@@ -77,6 +78,7 @@ class PackedRunner:
             self.fitted_for = max(_length(prompt) for prompt in prompts)
         self.compiled = torch.compile(model, backend="attentionpack", options=self.options)
         self.follows = 0
+        self.attend_us: float | None = None
 
     def prefill(self, prompts: Prompts) -> DynamicCache:
         """A packed cache of the prompts, which are not what the codes are fitted on.
@@ -139,11 +141,14 @@ class PackedRunner:
         window = count.window * (RECENT + self.block) / slots
         packed = count.codes + count.gains + to_16_bit * (count.exact_tokens + window)
         whole_ratio = to_16_bit * count.dense / packed
+        codes = [(layer.keys.store.ref, layer.values.store.ref) for layer in cache.layers]
+        self.attend_us = attend_us(codes, self.subject.q_heads)
         return Sizes(part.ratio, whole_ratio, part.packed / tokens, count.bases)
 
     def notes(self) -> dict[str, Any]:
-        """Options, tokens of the longest prompt that codes were fitted on (0: of none), and how
-        often packed attention ran: layers times pieces if always.
+        """Options, tokens of the longest prompt that codes were fitted on (0: of none), how often
+        packed attention ran (layers times pieces if always), and how long it would take: see
+        :func:`attend_us`.
         """
         report = apack_compile.report(self.subject.model)
         return {
@@ -152,6 +157,7 @@ class PackedRunner:
             "fitted_for": self.fitted_for,
             "packed_attention_calls": report.attends,
             "of": self.follows * self.subject.layers,
+            "attend_us": self.attend_us,
             "sources": sources(),
         }
 

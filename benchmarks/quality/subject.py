@@ -41,6 +41,7 @@ class Subject:
         self.decoder: Any = getattr(model.model, "text_model", model.model)
         self.layers: int = config.num_hidden_layers
         self.heads: int = config.num_key_value_heads
+        self.q_heads: int = config.num_attention_heads
         self.dim: int = config.hidden_size // config.num_attention_heads
 
     @classmethod

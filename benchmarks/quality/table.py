@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ PROSE: dict[str, Callable[[Cell], str]] = {
     **COMMON,
     "perplexity": lambda cell: f"{cell['perplexity']['mean']:.2f}",
     "greedy": lambda cell: f"{cell['greedy']['mean']:.0f}",
-    "pass keys": lambda cell: _count(cell, "passkeys"),
+    "pass keys": partial(_count, name="passkeys"),
 }
 
 ALBUMS: dict[str, Callable[[Cell], str]] = {
@@ -61,7 +62,7 @@ QUESTIONS: dict[str, Callable[[Cell], str]] = {
     **{name: COMMON[name] for name in ("method", "ratio", "whole cache")},
     "first question": lambda cell: _with_interval(cell["first"], ".1%"),
     "later questions": lambda cell: _with_interval(cell["later"], ".1%"),
-    **{name: (lambda cell, name=name: _count(cell, name)) for name in ("first", "second", "third")},
+    **{name: partial(_count, name=name) for name in ("first", "second", "third")},
 }
 """Right answers: shares with their intervals, and counts by question."""
 

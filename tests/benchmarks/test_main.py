@@ -27,6 +27,8 @@ from benchmarks.quality.results import environment
         (["--inner", "gcc"], "--inner gcc: accepted are inductor, aot_eager, eager"),
         (["--subject", "tiny-vlm", "--context", "256"], "--context 256: accepted is 512 to 8000"),
         (["--subject", "tiny-vlm", "--full"], "--full: not with --subject tiny-vlm"),
+        (["--subject", "tiny-vlm", "--paper"], "--paper: not with --subject tiny-vlm"),
+        (["--questions", "--full"], "--full and --questions: accepted is one of them"),
     ],
 )
 def test_wrong_arguments_name_what_is_accepted(
@@ -45,6 +47,11 @@ def test_runs() -> None:
     assert run("--windows", "2") == Run("quality", (1024,), 2, 64, "short", 2)
     assert run("--full") == Run("quality-full", (2048, 4096, 7680), 24, 128, "full", 8)
     assert run("--full", "--windows", "5").batch == 5
+    assert run("--paper") == Run("quality-paper", (2048,), 24, 64, "paper", 8)
+    assert run("--questions") == Run("quality-questions", (2048,), 48, 0, "questions", 8)
+    assert run("--questions", "--context", "1024", "--windows", "3") == Run(
+        "quality-questions-1024", (1024,), 3, 0, "questions", 3
+    )
     assert run("--context", "3072", "--windows", "4") == Run(
         "quality-3072", (3072,), 4, 64, "target", 4
     )
@@ -84,6 +91,17 @@ def test_methods_of_a_run() -> None:
     dense, *ours = [m.name.split(" ") for m in target]
     assert dense == ["full", "precision"] and {name[0] for name in ours} == {"attentionpack"}
     assert {name[1].rstrip("x,") for name in ours} == {"4", "5", "6", "8", "12", "16"}
+    for part in ("paper", "questions"):
+        chosen = main.methods_of(Run("r", (2048,), 1, 1, part, 1), None)
+        names = {m.name for m in chosen}
+        for name in (
+            "full precision", "SnapKV 8x", "H2O 2x", "H2O 8x",
+            "attentionpack 8x, fitted beforehand",
+            "attentionpack 8x, tiers, fitted beforehand",
+            "attentionpack 8x, 30 % evicted, fitted beforehand",
+        ):  # fmt: skip
+            assert name in names
+        assert len(chosen) == {"paper": 49, "questions": 21}[part]
     few = main.methods_of(Run("r", (2048,), 1, 1, "short", 1), ["KIVI", "SVD 4x"])
     assert [m.name for m in few] == ["KIVI 4 bit", "KIVI 2 bit", "truncated SVD 4x (the paper)"]
 

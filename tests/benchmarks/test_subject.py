@@ -33,7 +33,7 @@ def test_the_prefill_is_that_of_the_model(subject: Subject) -> None:
         torch.testing.assert_close(layer.v, held.values)
 
 
-def test_queries_and_rotation_are_those_of_the_model(subject: Subject) -> None:
+def test_queries_rotation_and_attention_are_those_of_the_model(subject: Subject) -> None:
     ids = tiny.texts(1, 80)
     attention = subject.model.model.layers[1].self_attn
     seen = []
@@ -48,6 +48,11 @@ def test_queries_and_rotation_are_those_of_the_model(subject: Subject) -> None:
     q = attention.q_proj(seen[0]).unflatten(-1, (-1, 16)).transpose(1, 2)
     q = rotate(q, layer.cos, layer.sin)
     torch.testing.assert_close(layer.queries, q[:, :, -RECENT:])
+    weights = (q @ layer.k.repeat_interleave(2, 1).mT / 4).masked_fill(
+        torch.ones(80, 80, dtype=torch.bool).triu(1), float("-inf")
+    )
+    received = weights.softmax(-1).sum(2).unflatten(1, (-1, 2)).sum(2)  # [1, H, 80]
+    torch.testing.assert_close(layer.received, received)
 
 
 def test_what_follows_sees_the_cache_and_leaves_it_as_it_is(subject: Subject) -> None:
@@ -114,7 +119,9 @@ def test_rivals_code_in_float32_whatever_the_models_dtype() -> None:
     (k, v), *_ = RivalRunner(subject, Kivi(4)).prefill(prompts)[0]
     layer = prompts.layers[0]
     assert k.dtype == v.dtype == layer.k.dtype == torch.bfloat16
-    exact = Layer(layer.k.float(), layer.v.float(), layer.cos, layer.sin, layer.queries)
+    exact = Layer(
+        layer.k.float(), layer.v.float(), layer.cos, layer.sin, layer.queries, layer.received
+    )
     expected = Kivi(4).code(exact)
     assert torch.equal(k, expected[0].bfloat16()) and torch.equal(v, expected[1].bfloat16())
     rough, _ = Kivi(4).code(layer)

@@ -11,7 +11,9 @@ MIDDLE = slice(SINKS, -RECENT)
 def layer(
     tokens: int, heads: int = 2, dim: int = 16, batch: int = 2, dtype: torch.dtype = torch.float64
 ) -> Layer:
-    """Random keys, values and queries of two query heads a KV head; tables of a real rotation."""
+    """Random keys, values and received attention, queries of two query heads a KV head; tables of a
+    real rotation.
+    """
     generator = torch.Generator().manual_seed(tokens)
     k, v, q = (
         torch.randn(batch, h, s, dim, generator=generator, dtype=dtype)
@@ -19,7 +21,8 @@ def layer(
     )
     speed = 10_000.0 ** (-torch.arange(dim // 2, dtype=dtype) * 2 / dim)
     angle = torch.arange(tokens, dtype=dtype)[:, None] * torch.cat([speed, speed])
-    return Layer(k, v, angle.cos(), angle.sin(), q)
+    got = torch.rand(batch, heads, tokens, generator=generator, dtype=dtype)
+    return Layer(k, v, angle.cos(), angle.sin(), q, got)
 
 
 def assert_exact_outside(coded: Tensor, x: Tensor) -> None:

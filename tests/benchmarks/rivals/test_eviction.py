@@ -5,7 +5,8 @@ from dataclasses import replace
 import torch
 
 from benchmarks.quality.rivals.base import RECENT, SINKS, Size
-from benchmarks.quality.rivals.snapkv import POOL, SnapKv, votes
+from benchmarks.quality.rivals.h2o import H2O
+from benchmarks.quality.rivals.snapkv import POOL, SnapKv
 from benchmarks.quality.rivals.streaming import Streaming
 
 from .cases import assert_exact_outside, layer
@@ -17,19 +18,6 @@ def test_streaming_keeps_sinks_and_the_latest_tokens() -> None:
     for kept, x in ((k, given.k), (v, given.v)):
         expected = torch.cat([x[:, :, :SINKS], x[:, :, -RECENT - 10 :]], 2)
         assert torch.equal(kept, expected)
-
-
-def test_votes_are_the_attention_of_the_last_queries() -> None:
-    given = layer(120)
-    q, k = given.queries, given.k
-    expected = torch.zeros(2, 2, 120, dtype=torch.float64)
-    for b in range(2):
-        for h in range(4):
-            for w in range(RECENT):
-                seen = 120 - RECENT + w + 1
-                p = (q[b, h, w] @ k[b, h // 2, :seen].T / 4).softmax(-1)
-                expected[b, h // 2, :seen] += p
-    torch.testing.assert_close(votes(q, k), expected)
 
 
 def test_snapkv_keeps_the_tokens_that_are_attended_to_and_their_neighbours() -> None:
@@ -51,9 +39,33 @@ def test_snapkv_keeps_the_tokens_that_are_attended_to_and_their_neighbours() -> 
     assert_exact_outside(kept_k, k)
 
 
+def test_h2o_keeps_what_received_most_and_the_latest_tokens() -> None:
+    """By the definition, one head and token at a time."""
+    given = layer(SINKS + RECENT + 41)
+    k, v = H2O(4).code(given)
+    assert H2O(4).kept(41) == 10  # five of each kind
+    for b in range(2):
+        for h in range(2):
+            attention = given.received[b, h].tolist()
+            older, recent = range(SINKS, SINKS + 36), range(SINKS + 36, SINKS + 41)
+            heavy = sorted(older, key=lambda t: -attention[t])[:5]
+            wanted = [*range(SINKS), *sorted(heavy), *recent]
+            wanted += range(SINKS + 41, SINKS + 41 + RECENT)
+            assert torch.equal(k[b, h], given.k[b, h, wanted])
+            assert torch.equal(v[b, h], given.v[b, h, wanted])
+
+
+def test_the_odd_token_of_h2o_is_a_heavy_hitter() -> None:
+    given = layer(SINKS + RECENT + 40)
+    places = H2O(40 / 3).places(given)
+    assert places.shape == (2, 2, 3)
+    assert (places[..., -1] == 39).all() and (places[..., :2] < 39).all()
+    assert (places.diff(dim=-1) > 0).all()
+
+
 def test_bytes() -> None:
     size = Size(800, 3, 64)
-    for code in (Streaming(8), SnapKv(8)):
+    for code in (Streaming(8), SnapKv(8), H2O(8)):
         assert code.coded_bytes(size) == 2 * 2 * 100 * 192
         assert code.ratio(size) == 8
         assert 5 < code.whole_ratio(800 + SINKS + RECENT, 3, 64) < 8

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -37,9 +39,7 @@ def test_keys_are_factored_without_their_rotation() -> None:
     # Rank 1 before the rotation: nothing is lost though the rotated keys have full rank.
     raw = torch.ones_like(given.k) * torch.linspace(1, 2, 200, dtype=torch.float64)[:, None]
     k = rotate(raw, given.cos, given.sin)
-    coded, v = TruncatedSvd(32).code(
-        given.__class__(k, given.v, given.cos, given.sin, given.queries)
-    )
+    coded, v = TruncatedSvd(32).code(replace(given, k=k))
     assert TruncatedSvd(32).rank(32) == 1
     torch.testing.assert_close(coded, k, rtol=0, atol=5e-3)
     assert (v[:, :, MIDDLE] - given.v[:, :, MIDDLE]).abs().max() > 0.5

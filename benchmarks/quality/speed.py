@@ -1,0 +1,104 @@
+"""Decode time that the cost model predicts of the codes that were measured, beside their KL.
+
+Time is that of packed attention of one layer in one step on an H100: four launches, 8 sequences,
+32,768 coded tokens, 16 bits. The model has no figures of codes without kernels of ours (tiers,
+evictions, exact tokens, keys before their rotation). It was compared with measurements at ratio 8
+and head dimension 128 alone: docs/cost-model.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apack_compile.cache import Policy
+from apack_compile.cost import H100, PackedSide, is_predicted, seconds_of
+
+BATCH, TOKENS = 8, 32_768
+
+
+def attend_us(codes: Iterable[tuple[Any, Any]], q_heads: int) -> float | None:
+    """Microseconds of a layer, the mean of all; None if one of the codes is not predicted.
+
+    Args:
+        codes: of keys and of values of each layer.
+        q_heads: query heads.
+    """
+    times = []
+    for pair in codes:
+        k, v = (PackedSide.of(ref, Policy(), torch.bfloat16) for ref in pair)
+        if not is_predicted(k, v):
+            return None
+        times.append(1e6 * seconds_of(k, v, q_heads, H100, BATCH, TOKENS))
+    return sum(times) / len(times)
+
+
+def predicted(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Cells with a predicted time, the fastest first."""
+    cells = [cell for cell in results["cells"] if cell.get("attend_us") is not None]
+    return sorted(cells, key=lambda cell: cell["attend_us"])
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """One row a code.
+
+    Args:
+        results: content of a result file.
+    """
+    lines = ["| code | ratio | us, predicted | KL | top-1 |", "|---|---|---|---|---|"]
+    for cell in predicted(results):
+        lines.append(
+            f"| {cell['method']} | {cell['ratio']:.2f} | {cell['attend_us']:.1f} | "
+            f"{cell['kl']['mean']:.2g} | {cell['top1']['mean']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(results: Mapping[str, Any], path: Path) -> bool:
+    """Write the plot of time against KL; False if matplotlib is not installed.
+
+    Args:
+        results: content of a result file.
+        path: of the picture, its format by the suffix.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "attentionpack"  # the same file from the same figures
+    cells = predicted(results)
+    figure, axis = pyplot.subplots(figsize=(7, 5))
+    for family in dict.fromkeys(cell["family"] for cell in cells):
+        _line(axis, [cell for cell in cells if cell["family"] == family], family)
+    axis.set(
+        yscale="log", ylabel="KL(full || coded) per token, nats",
+        xlabel=f"us of packed attention of one layer, predicted: H100, B {BATCH}, S {TOKENS:,}",
+    )  # fmt: skip
+    axis.grid(True, which="both", alpha=0.2)
+    axis.legend(frameon=False)
+    figure.savefig(path, bbox_inches="tight", dpi=120, metadata={"Date": None})
+    pyplot.close(figure)
+    return True
+
+
+def _line(axis: Any, cells: Sequence[Mapping[str, Any]], family: str) -> None:
+    means = [cell["kl"]["mean"] for cell in cells]
+    axis.errorbar(
+        [cell["attend_us"] for cell in cells], means,
+        yerr=[
+            [cell["kl"]["mean"] - cell["kl"]["low"] for cell in cells],
+            [cell["kl"]["high"] - cell["kl"]["mean"] for cell in cells],
+        ],
+        marker="o", capsize=2, label=family,
+    )  # fmt: skip
+    for cell in cells:
+        axis.annotate(
+            f"{cell['ratio']:.0f}x", (cell["attend_us"], cell["kl"]["mean"]),
+            xytext=(4, 4), textcoords="offset points",
+        )  # fmt: skip

@@ -22,7 +22,8 @@ LONG = 2048
 """From so many tokens on, tiles are large: basis and metric are read once for each tile.
 
 32 tokens, not 64, which run as warp-group products: with those, prompts of 4,096 tokens in bfloat16
-(3 heads of 64, 16 or 32 components of each width) ended in an illegal memory access.
+(3 heads of 64, 16 or 32 components of each width; 4 heads of 128, mixed codes) ended in an illegal
+memory access.
 """
 
 CHANNELS = 32
@@ -60,8 +61,7 @@ class Cut(NamedTuple):
 
 def cut_for(tokens: int, columns: int, dim: int) -> Cut:
     """How to cut the work, by tokens of a sequence, padded accumulators of each, and head_dim."""
-    tile = 16 if tokens < LONG or columns > 512 else 32
-    return Cut(tile, min(CHANNELS, dim), 8 if tile * columns > 8192 else 4, 2)
+    return Cut(16 if tokens < LONG or columns > 512 else 32, min(CHANNELS, dim), 4, 3)
 
 
 def takes(x: Tensor, layout: object) -> bool:

@@ -13,11 +13,11 @@ log = logging.getLogger(__name__)
 
 VARIABLE = "ATTENTIONPACK_CACHE"
 
-FIT = 3
+FIT = 4
 """Raised whenever the same prompt would be fitted to other codes: those kept are then not found.
 
 1: sensitivity to the prompt's own text. 2: to repeated pieces of it as well; no bytes left over.
-3: groups of at most 512 channels.
+3: groups of at most 512 channels. 4: bases in float16.
 """
 
 

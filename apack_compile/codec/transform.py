@@ -108,8 +108,8 @@ class TransformLayout(Layout):
             metric: ``[H, D, D]``: sizes are those of ``(x - mean) metric``.
             scales: ``[G, R]``: of the components in that metric.
             whiten: ``[G, R]``, with a gain.
-            typical: size of a large number of ``x - mean``. Numbers 4,096 times as large count as
-                that.
+            typical: the deviation of the largest channel of ``x - mean``. Numbers are cut off at
+                some 4,000 times that (2,000 to 4,000).
         """
         span = SPAN / power_of_two(torch.as_tensor(typical, dtype=torch.float32).to(mean.device))
         into, into_units = halved(analysis / span, 1)

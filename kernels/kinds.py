@@ -48,7 +48,9 @@ def sort_tokens(visual: Tensor, coded: int, chunk: int) -> SortedTokens:
         coded: the first tokens, which are coded.
         chunk: capacities are multiples of this.
     """
-    kinds = visual.to(torch.uint8)
+    # New tensors, here and below: graphs are compiled for their strides.
+    kinds = torch.zeros(visual.shape, dtype=torch.uint8, device=visual.device)
+    kinds.copy_(visual)
     mine = [kinds[:, :coded] == kind for kind in range(KINDS)]  # [B, coded] each
     most = [m.sum(1).max() for m in mine]
     *counts, seen = torch.stack([*most, visual.any().long()]).tolist()
@@ -58,7 +60,9 @@ def sort_tokens(visual: Tensor, coded: int, chunk: int) -> SortedTokens:
 
 def _rows(mine: Tensor, count: int) -> Tensor:
     order = (~mine).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
-    return torch.nn.functional.pad(order, (0, count - order.shape[1]))
+    rows = order.new_zeros(len(order), count)
+    rows[:, : order.shape[1]] = order
+    return rows
 
 
 def all_text(x: Tensor, coded: int, chunk: int) -> tuple[Tensor, ...]:

@@ -37,11 +37,13 @@ def test_rows_are_the_coded_tokens_of_a_kind_in_their_order(
     coded = max(tokens - window, 0)
     found = sort_tokens(visual, coded, CHUNK)
     assert torch.equal(found.kinds, visual.to(torch.uint8))
+    assert found.kinds.stride() == (tokens, 1)
     assert found.seen == bool(visual.any())
     for kind, rows in enumerate(found.rows):
         lists = [[t for t in range(coded) if int(visual[b, t]) == kind] for b in range(batch)]
         assert found.counts[kind] == max(map(len, lists))
         assert rows.shape == (batch, CHUNK * max(-(-found.counts[kind] // CHUNK), 1))
+        assert rows.stride() == (rows.shape[1], 1), "graphs are compiled for strides"
         assert int(rows.min()) >= 0 and int(rows.max()) < tokens
         for row, right in zip(rows.tolist(), lists, strict=True):
             assert row[: len(right)] == right

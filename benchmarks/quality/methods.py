@@ -76,6 +76,7 @@ class Variant:
         options: of the backend, ratio aside.
         beforehand: fitted by ``apack_compile.fit``; else from the first prefill.
         coded_once: tokens that follow stay exact, as for the rivals.
+        of: the option that the ratio is.
     """
 
     title: str
@@ -83,6 +84,7 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
     beforehand: bool = False
     coded_once: bool = True
+    of: str = "ratio"
 
     @property
     def all(self) -> frozenset[float]:
@@ -95,7 +97,7 @@ class Variant:
             f"{ratio:g}x{self.title}",
             self.title,
             frozenset(run for run, those in self.ratios.items() if ratio in those),
-            {"ratio": ratio, **self.options},
+            {self.of: ratio, **self.options},
             self.beforehand,
             self.coded_once,
         )
@@ -143,6 +145,14 @@ VARIANTS = (
     Variant(
         ", 30 % evicted, pre-RoPE K, fitted beforehand", {"target": (8,), "images": (8,)},
         {**BEST, **THINNED}, beforehand=True,
+    ),
+    Variant(
+        " visual, 2x text, fitted beforehand", {"images": (8, 16)}, beforehand=True,
+        of="visual_ratio",
+    ),
+    Variant(
+        " visual, 2x text, pre-RoPE K, fitted beforehand", {"images": (8, 16)}, BEST,
+        beforehand=True, of="visual_ratio",
     ),
     Variant(", paper mode", {"full": (8,), "images": (8, 4)}, {"codec": "svd"}),
 )  # fmt: skip

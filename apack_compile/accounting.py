@@ -12,7 +12,7 @@ from torch import Tensor
 from .cache import PackedKV, SideStore
 from .codec import ExactLayout, ModalLayout
 from .codec.code import CodeRef, total_bytes
-from .kernels.kinds import KINDS
+from .codec.kinds import KINDS
 from .kernels.pool import pooled_tokens
 
 
@@ -112,7 +112,7 @@ class KindPart:
 
     Attributes:
         tokens: of all sequences, in the mean over the sides of layers; those kept exact not.
-        ratio: bytes of 16-bit numbers that they would take over those of their codes.
+        ratio: bytes of 16-bit numbers that such a token would take over those of its codes.
     """
 
     tokens: float
@@ -121,24 +121,19 @@ class KindPart:
 
 def kind_parts(stores: Iterable[SideStore]) -> tuple[KindPart, ...]:
     """Text and visual tokens of some caches, in this order; empty: no code tells them apart."""
-    sides = 0
-    tokens, dense, codes = ([0.0] * KINDS for _ in range(3))
-    for store in stores:
-        layout = store.ref.layout
-        if not isinstance(layout, ModalLayout) or not store.coded:
-            continue
-        sides += 1
-        mine = coded_tokens(store)
-        kinds = store.side.payload[layout.tokenwise - 1][:, : store.coded, 0]
-        for kind in range(KINDS):
-            count = int((mine & (kinds == kind)).sum())
-            tokens[kind] += count
-            dense[kind] += count * 2 * layout.heads * layout.dim
-            codes[kind] += count * layout.token_bytes(store.dtype, kind)
-    return tuple(
-        KindPart(tokens[k] / sides, dense[k] / codes[k] if codes[k] else 0.0)
-        for k in range(KINDS if sides else 0)
-    )
+    coded = [s for s in stores if isinstance(s.ref.layout, ModalLayout) and s.coded]
+    parts = []
+    for kind in range(KINDS if coded else 0):
+        tokens = dense = codes = 0.0
+        for store in coded:
+            layout = store.ref.layout
+            assert isinstance(layout, ModalLayout)
+            kinds = store.side.payload[layout.tokenwise - 1][:, : store.coded, 0]
+            tokens += int((coded_tokens(store) & (kinds == kind)).sum())
+            dense += 2 * layout.heads * layout.dim
+            codes += layout.token_bytes(store.dtype, kind)
+        parts.append(KindPart(tokens / len(coded), dense / codes))
+    return tuple(parts)
 
 
 def real_tokens(store: SideStore) -> Tensor:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..codec import Layout, parse_layout
+from ..codec.kinds import KINDS
 from ..codec.layout import Judged
-from .kinds import KINDS, all_text
+from .kinds import all_text
 from .planes import capacity_for, in_plane, members, quotas, rows_at
 from .pool import pooled_tokens, reserve_sinks
 from .positions import positions_of
@@ -89,9 +90,10 @@ def encode(
         torch.nn.functional.pad(part, (0, 0, 0, capacity - length)).contiguous()
         for part in parts[:tokenwise]
     ]
-    for part, kind in zip(parts[tokenwise:], code.plane_kinds, strict=False):
-        payload.append(rows_at(part, filled[kind]))
-    for plane, quota in enumerate([] if filled else quotas(code, coded), 1):
+    if code.plane_kinds:
+        planes = zip(parts[tokenwise:], code.plane_kinds, strict=True)
+        payload += [rows_at(part, filled[kind]) for part, kind in planes]
+    for plane, quota in enumerate([] if code.plane_kinds else quotas(code, coded), 1):
         assert levels is not None
         rows = in_plane(parts[tokenwise + plane - 1], members(code, levels, plane), quota)
         room = capacity_for(quota, chunk) - quota

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..codec.kinds import KINDS
 from .planes import capacity_for
-
-KINDS = 2
-"""Text and visual tokens, by their numbers (``codec/modal.py``)."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +25,13 @@ class SortedTokens:
         rows: of each kind, the tokens that fill its planes: ``[B, R]`` int64, R a multiple of the
             chunk; those of the kind first, then whatever fills up.
         counts: of each kind, the coded tokens of the sequence that has the most.
-        seen: whether any token is visual, coded or not.
+        has_visual: whether any token is visual, coded or not.
     """
 
     kinds: Tensor
     rows: tuple[Tensor, ...]
     counts: tuple[int, ...]
-    seen: bool
+    has_visual: bool
 
     def tensors(self, device: torch.device) -> tuple[Tensor, ...]:
         """What ``apack::encode`` takes, on ``device``."""

@@ -31,7 +31,7 @@ from .mask import apart
 from .plan import Plan
 from .site_masks import SiteMasks
 
-ARGUMENTS, LENGTHS, KINDS, HANDLES = 0, 1, 2, 3
+ARGUMENTS, LENGTHS, SORTED_TOKENS, HANDLES = 0, 1, 2, 3
 
 BEFORE, AFTER, GROWN, STILL = 0, 1, 2, 3
 

@@ -23,9 +23,10 @@ from torch import fx
 
 from ..cache import Policy
 from ..codec import parse_layout
+from ..codec.kinds import KINDS
 from .ancestry import as_networkx
 from .base import PassReport, same_size, shape_of, value_of
-from .draft import ARGUMENTS, KINDS, DenseOutput, Draft, EncodedOutput
+from .draft import ARGUMENTS, SORTED_TOKENS, DenseOutput, Draft, EncodedOutput
 from .find_rotation import find_rotation
 from .find_updates import CachedSite, CacheUpdate
 from .flex_mask import FlexMask
@@ -36,7 +37,7 @@ from .rewrite_attend import more_of
 TOLD = 6
 """Extra results of :func:`collect` for each site."""
 
-SORTED = 3
+SORTED = 1 + KINDS
 """Tensors that say the tokens of a prompt by kind."""
 
 
@@ -85,7 +86,7 @@ def rewrite_encode(
         code = parse_layout(layout)
         if code.plane_kinds and planned in prompts:
             place = SORTED * places.index(value_of(update.node).device)
-            more = [None, [draft.input(KINDS, place + i) for i in range(SORTED)]]
+            more = [None, [draft.input(SORTED_TOKENS, place + i) for i in range(SORTED)]]
         elif code.shares and not code.plane_kinds:
             site = planned.cached.site.node
             if site not in told:  # keys and values may both ask

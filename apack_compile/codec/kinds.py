@@ -73,6 +73,8 @@ def balance(total: Moments, visual: Moments | None) -> Moments:
 TEXT, VISUAL = 0, 1
 """Kinds of tokens, as they are counted and stored."""
 
+KINDS = 2
+
 
 def least_tokens(channels: int) -> int:
     """Tokens of ``channels`` numbers that a basis wants to be fitted on."""

@@ -13,7 +13,7 @@ from ..cache import PackedKV
 from ..codec import parse_layout
 from ..lower.values import symbols
 from ..passes.base import settled, value_of
-from ..passes.draft import ARGUMENTS, HANDLES, KINDS, LENGTHS
+from ..passes.draft import ARGUMENTS, HANDLES, LENGTHS, SORTED_TOKENS
 from ..passes.rewrite_encode import SORTED
 from .specialise import Dynamic
 
@@ -56,7 +56,7 @@ class Dynamics:
             return self._arguments[index]
         if table == LENGTHS:
             return (DYNAMIC,) if isinstance(value, int) else None
-        if table == KINDS:  # of each token; then the tokens of each kind
+        if table == SORTED_TOKENS:  # of each token; then the tokens of each kind
             return (self._prompt[0], self._prompt[1] if index % SORTED == 0 else DYNAMIC)
         number = table - HANDLES
         if number >= len(layouts) or not isinstance(value, Tensor):

@@ -61,7 +61,7 @@ class PromptKinds:
             visual = torch.zeros(batch, length, dtype=torch.bool, device=device)
         policy = self._options.policy
         tokens = sort_tokens(visual, max(length - policy.window, 0), policy.chunk)
-        self.tell(mask if mask is None or tokens.seen else False, record)
+        self.tell(mask if mask is None or tokens.has_visual else False, record)
         return tokens
 
     def tell(self, mask: Mask, record: GraphRecord) -> None:

@@ -38,7 +38,7 @@ def test_rows_are_the_coded_tokens_of_a_kind_in_their_order(
     found = sort_tokens(visual, coded, CHUNK)
     assert torch.equal(found.kinds, visual.to(torch.uint8))
     assert found.kinds.stride() == (tokens, 1)
-    assert found.seen == bool(visual.any())
+    assert found.has_visual == bool(visual.any())
     for kind, rows in enumerate(found.rows):
         lists = [[t for t in range(coded) if int(visual[b, t]) == kind] for b in range(batch)]
         assert found.counts[kind] == max(map(len, lists))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from apack_compile.cache import PackedKV
 from apack_compile.kernels.kinds import SortedTokens, sort_tokens
-from apack_compile.passes.draft import KINDS, EncodedOutput, PlainOutput
+from apack_compile.passes.draft import SORTED_TOKENS, EncodedOutput, PlainOutput
 from apack_compile.passes.rewrite_encode import collect
 
 from ..helpers import fitted_ref, modal_ref
@@ -178,8 +178,8 @@ def test_a_prompt_is_encoded_by_kind_in_the_graph() -> None:
     masked = torch.rand(2, 50, generator=torch.Generator().manual_seed(0)) < 0.4
     new, prompt = by_kind(captured, masked)
     assert ours(new) == {"apack::encode": 2}, "no importance is asked for"
-    told = [slot for slot in new.interface.slots if slot[0] == KINDS]
-    assert sorted(told) == [(KINDS, 0), (KINDS, 1), (KINDS, 2)]
+    told = [slot for slot in new.interface.slots if slot[0] == SORTED_TOKENS]
+    assert sorted(told) == [(SORTED_TOKENS, 0), (SORTED_TOKENS, 1), (SORTED_TOKENS, 2)]
     (_, *got), _ = run(captured, new, prompt)
     for back, x, ref in zip(got, (k, v), new.refs, strict=True):
         assert torch.equal(back, alone(x, ref, masked))

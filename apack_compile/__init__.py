@@ -21,6 +21,7 @@ from .fitting.session import FitError  # noqa: E402
 from .fitting.summary import FitSummary  # noqa: E402
 from .options import OptionError, Options  # noqa: E402
 from .report import Report, report  # noqa: E402
+from .runtime.given import visual_tokens  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "predict",
     "report",
     "save_profile",
+    "visual_tokens",
 ]
 
 hooks.install()

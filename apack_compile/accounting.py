@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .cache import PackedKV, SideStore
-from .codec import ExactLayout
+from .codec import ExactLayout, ModalLayout
 from .codec.code import CodeRef, total_bytes
+from .codec.kinds import KINDS
+from .kernels.pool import pooled_tokens
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,52 @@ def coded_part(stores: Iterable[SideStore]) -> CodedPart | None:
         exact += used * 2 * heads * dim
         kept, rows = kept + used, rows + batch
     return CodedPart(dense, codes, exact, kept / rows) if rows else None
+
+
+@dataclass(frozen=True)
+class KindPart:
+    """The coded tokens of one kind, where kinds have codes of their own.
+
+    Attributes:
+        tokens: of all sequences, in the mean over the sides of layers; those kept exact not.
+        ratio: bytes of 16-bit numbers that such a token would take over those of its codes.
+    """
+
+    tokens: float
+    ratio: float
+
+
+def kind_parts(stores: Iterable[SideStore]) -> tuple[KindPart, ...]:
+    """Text and visual tokens of some caches, in this order; empty: no code tells them apart."""
+    coded = [s for s in stores if isinstance(s.ref.layout, ModalLayout) and s.coded]
+    parts = []
+    for kind in range(KINDS if coded else 0):
+        tokens = dense = codes = 0.0
+        for store in coded:
+            layout = store.ref.layout
+            assert isinstance(layout, ModalLayout)
+            kinds = store.side.payload[layout.tokenwise - 1][:, : store.coded, 0]
+            tokens += int((coded_tokens(store) & (kinds == kind)).sum())
+            dense += 2 * layout.heads * layout.dim
+            codes += layout.token_bytes(store.dtype, kind)
+        parts.append(KindPart(tokens / len(coded), dense / codes))
+    return tuple(parts)
+
+
+def real_tokens(store: SideStore) -> Tensor:
+    """Coded tokens that are no padding: ``[B, C]`` bool.
+
+    Without sinks nothing says where padding ends, and it counts as tokens.
+    """
+    positions = store.side.pool_positions  # [B, E]
+    here = torch.arange(store.coded, device=positions.device)
+    first = positions[:, :1] if store.policy.sinks else 0  # what is before is padding
+    return (here >= first).expand(len(positions), store.coded)
+
+
+def coded_tokens(store: SideStore) -> Tensor:
+    """Of :func:`real_tokens` those that are not kept exact as well: ``[B, C]`` bool."""
+    return real_tokens(store) & ~pooled_tokens(store.side.pool_positions, 0, store.coded)
 
 
 def _token_bytes(store: SideStore) -> float:

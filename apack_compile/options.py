@@ -20,10 +20,15 @@ ONLY_WITH = {
     "tiers": ("transform",),
     "exact_share": ("transform",),
     "evict": ("transform",),
+    "visual_ratio": ("transform",),
+    "text_ratio": ("transform",),
     "k_rank": ("svd",),
     "v_rank": ("svd",),
 }
 """Options that only some codecs have."""
+
+ONE_CLASS = ("ratio", "tiers", "exact_share", "evict")
+"""Options that codes for each kind of tokens do without: their place is taken, or not built yet."""
 
 MOST_EVICTED = 0.9
 """Share of the tokens of a prompt that may be dropped."""
@@ -51,6 +56,9 @@ class Options:
             ``mode="paper"`` chooses it).
         ratio: bytes of a dense 16-bit token over bytes of a coded one, from 2 to 32.
         k_code, v_basis, tiers, exact_share, evict: see :class:`~apack_compile.codec.recipe.Recipe`.
+        visual_ratio: the ratio of the visual tokens of a prompt, which have a code of their own
+            then, from 2 to 32; 0: all tokens have one code, with ``ratio``.
+        text_ratio: the ratio of all other tokens, with ``visual_ratio``.
         k_rank, v_rank: components that ``svd`` keeps; 0: as many as ``ratio`` allows.
         sinks: first visible tokens of each sequence, kept exact for good.
         window: recent tokens that are never coded.
@@ -70,6 +78,8 @@ class Options:
     tiers: bool = False
     exact_share: float = 0.0
     evict: float = 0.0
+    visual_ratio: float = 0.0
+    text_ratio: float = 2.0
     k_rank: int = 0
     v_rank: int = 0
     sinks: int = 4
@@ -93,8 +103,9 @@ class Options:
     @property
     def recipe(self) -> Recipe:
         """Which member of the family is fitted."""
-        shares = float(self.exact_share), float(self.evict)
-        return Recipe(float(self.ratio), self.k_code, self.v_basis, self.tiers, *shares)
+        ratio = self.text_ratio if self.visual_ratio else self.ratio
+        shares = float(self.exact_share), float(self.evict), float(self.visual_ratio)
+        return Recipe(float(ratio), self.k_code, self.v_basis, self.tiers, *shares)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
@@ -129,6 +140,8 @@ class Options:
         _one_of(given, "k_code", KEY_CODES)
         _one_of(given, "v_basis", VALUE_BASES)
         _number(given, "ratio", float, 2, 32)
+        _number(given, "visual_ratio", float, 2, 32, or_zero=True)
+        _number(given, "text_ratio", float, 2, 32)
         _number(given, "k_rank", int, 0, 1 << 16)
         _number(given, "v_rank", int, 0, 1 << 16)
         _number(given, "sinks", int, 0, 64)
@@ -146,6 +159,7 @@ class Options:
                     f"options codec={codec!r} and {name}={given[name]!r} do not go together: "
                     f"accepted with {name} is codec={' or '.join(map(repr, codecs))}"
                 )
+        _check_kinds(given)
         if given.get("sinks") == 0 and (given.get("k_code") == "pre-rope" or codec == "svd"):
             raise OptionError(
                 f"option sinks=0 does not go together with codec={codec!r} "
@@ -173,14 +187,37 @@ def _one_of(given: dict[str, Any], name: str, accepted: tuple[str, ...]) -> None
         raise OptionError(f"option {name}={given[name]!r}: accepted are {words}")
 
 
-def _number(given: dict[str, Any], name: str, kind: type, low: float, high: float) -> None:
+def _check_kinds(given: dict[str, Any]) -> None:
+    """Options of codes for each kind of tokens."""
+    visual = given.get("visual_ratio", 0)
+    if "text_ratio" in given and not visual:
+        raise OptionError(
+            f"option text_ratio={given['text_ratio']!r} without visual_ratio: text has a ratio of "
+            "its own only if visual tokens have; accepted with it is visual_ratio from 2 to 32"
+        )
+    for name in ONE_CLASS if visual else ():
+        if given.get(name):
+            hint = " (text has text_ratio)" if name == "ratio" else ""
+            raise OptionError(
+                f"options visual_ratio={visual!r} and {name}={given[name]!r} do not go together"
+                f"{hint}: leave one of them out"
+            )
+
+
+def _number(
+    given: dict[str, Any], name: str, kind: type, low: float, high: float, or_zero: bool = False
+) -> None:
     if name not in given:
         return
     value = given[name]
     numeric = (int,) if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, numeric) or not low <= value <= high:
+    proper = isinstance(value, numeric) and not isinstance(value, bool)
+    if not proper or not (low <= value <= high or (or_zero and value == 0)):
         words = "a whole number" if kind is int else "a number"
-        raise OptionError(f"option {name}={value!r}: accepted is {words} from {low} to {high}")
+        more = ", or 0" if or_zero else ""
+        raise OptionError(
+            f"option {name}={value!r}: accepted is {words} from {low} to {high}{more}"
+        )
 
 
 def _flag(given: dict[str, Any], name: str) -> None:

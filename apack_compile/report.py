@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .accounting import CodedPart, coded_part
+from .accounting import CodedPart, KindPart, coded_part, coded_tokens, kind_parts, real_tokens
 from .cache import SideStore
 from .codec.code import Code, total_bytes
 from .codec.tiered import TIERS
 from .cost.live import predicted_bytes, predicted_step
 from .fitting.layer import LayerProfile
-from .kernels.pool import pooled_tokens
 from .passes.base import PassReport, Skip
 from .runtime.stats import REGISTRY, GraphRecord
 
@@ -67,6 +66,8 @@ class Report:
             lacks 0, 1, 2, ... bits.
         dropped: share of the coded tokens that are dropped, in the caches that are alive that drop
             any.
+        by_kind: text and visual tokens in the caches that are alive that have a code for each;
+            empty: there are none.
         predicted_bytes: what the cost model says of ``packed_bytes`` (docs/cost-model.md).
         predicted_step: seconds of packed attention in one step that reads all caches that are
             alive, as the cost model says; None: it does not know the device or the kernels.
@@ -83,6 +84,7 @@ class Report:
     tiers: tuple[float, ...] = ()
     coded: CodedPart | None = None
     dropped: float = 0.0
+    by_kind: tuple[KindPart, ...] = ()
     predicted_bytes: int = 0
     predicted_step: float | None = None
 
@@ -126,6 +128,12 @@ class Report:
             )
         if self.coded is not None:
             lines.append(f"  their coded part: {self.coded}")
+        if self.by_kind:
+            text, visual = self.by_kind
+            lines.append(
+                f"  by kind, in the mean over sides of layers: {visual.tokens:.1f} visual tokens "
+                f"coded at {visual.ratio:.2f}x, {text.tokens:.1f} of text at {text.ratio:.2f}x"
+            )
         for side, title in (("k", "keys"), ("v", "values")):
             errors = [e for name, e in self.errors if name.endswith(f".{side}")]
             if errors:
@@ -186,17 +194,24 @@ def _measured(records: Iterable[GraphRecord]) -> list[tuple[str, tuple[float, fl
 
     Several graphs may have one layer, and sites of several layers the same name.
     """
-    sums: dict[tuple[int, str], list[float]] = {}
+    sums: dict[tuple[int, str, int], Tensor] = {}
     owners: list[GraphRecord | LayerProfile] = []  # alive as long as their ids are used
     for record, store in {id(s): (r, s) for r in records for s in r.stores}.values():
-        error, size, count = store.tally.tolist()
+        tally = store.tally.double().cpu().view(-1, 3)  # a row for each kind that has a code
+        _, size, count = tally.sum(0).tolist()
         if count and size:
             owners.append(record.layers.get(store.name.rpartition(".")[0]) or record)
-            key = id(owners[-1]), store.name
-            mine = sums.setdefault(key, [0.0, 0.0, 0.0])
-            sums[key] = [a + b for a, b in zip(mine, (error, size, count), strict=True)]
-    found = [(name, (error / size, error / n)) for (_, name), (error, size, n) in sums.items()]
+            key = id(owners[-1]), store.name, len(tally)
+            sums[key] = sums[key] + tally if key in sums else tally
+    found = [(name, _error_and_drift(tally)) for (_, name, _), tally in sums.items()]
     return sorted(found, key=lambda pair: pair[0])
+
+
+def _error_and_drift(tally: Tensor) -> tuple[float, float]:
+    """Of ``[kinds, 3]``: the mean over the tokens, each relative to its own kind."""
+    error, size, count = tally[(tally[:, 1:] > 0).all(1)].unbind(1)
+    relative = (error / size * count).sum() / count.sum()
+    return float(relative), float(error.sum() / count.sum())
 
 
 def _tiers(stores: Iterable[SideStore]) -> tuple[float, ...]:
@@ -216,22 +231,14 @@ def _tiers(stores: Iterable[SideStore]) -> tuple[float, ...]:
 
 
 def _dropped(stores: Iterable[SideStore]) -> float:
-    """The share of the coded tokens that are dropped, where any may be.
-
-    Without sinks nothing says where padding ends, and it counts as dropped.
-    """
+    """The share of the coded tokens that are dropped, where any may be."""
     gone = total = 0
     for store in stores:
         absent = store.ref.layout.absent(store.side.payload)  # [B, C]
         if absent is None or not store.coded:
             continue
-        positions = store.side.pool_positions  # [B, E]
-        here = torch.arange(store.coded, device=positions.device)
-        first = positions[:, :1] if store.policy.sinks else 0  # what is before is padding
-        pooled = pooled_tokens(positions, 0, store.coded)  # [B, T]
-        real = (here >= first).expand(pooled.shape)
-        gone += int((real & ~pooled & absent[:, : store.coded]).sum())
-        total += int(real.sum())
+        gone += int((coded_tokens(store) & absent[:, : store.coded]).sum())
+        total += int(real_tokens(store).sum())
     return gone / total if total else 0.0
 
 
@@ -292,6 +299,7 @@ def report(model: nn.Module | None = None) -> Report:
         _tiers(stores),
         coded_part(stores),
         _dropped(stores),
+        kind_parts(stores),
         predicted_bytes(stores),
         _predicted_step(records),
     )

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ..codec import Layout, parse_layout
+from ..codec.kinds import KINDS
 from ..codec.layout import Judged
-from .planes import in_plane, quotas
+from .kinds import all_text
+from .planes import capacity_for, in_plane, members, quotas, rows_at
 from .pool import pooled_tokens, reserve_sinks
 from .positions import positions_of
 
@@ -28,6 +30,7 @@ def encode(
     ring: int,
     chunk: int,
     importance: Tensor | None = None,
+    kinds: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Code tokens ``x [B, H, S, D]``; the last ``window`` of them are also the ring.
 
@@ -43,6 +46,9 @@ def encode(
         chunk: payload capacity is a multiple of this, and so is that of planes.
         importance: ``[B, S]``: which tokens come first where a layout has planes; None: those of
             the largest size.
+        kinds: where planes are of kinds, those of the tokens ``[B, S]``, and for each kind the
+            tokens whose rows its planes have, ``[B, R]`` (:class:`.kinds.SortedTokens`); None: all
+            tokens are text.
 
     Returns:
         Payload tensors ``[B, C, width]`` (planes have fewer rows), pool ``[B, H, E, D]``, its
@@ -58,7 +64,10 @@ def encode(
     here = torch.arange(length, device=x.device)
     seen = here < coded if visible is None else visible & (here < coded)
     levels = None
-    if code.shares:
+    filled: list[Tensor] = []
+    if code.plane_kinds:
+        levels, *filled = kinds or all_text(x, coded, chunk)
+    elif code.shares:
         weight = torch.where(seen, token_sizes(x) if importance is None else importance, -1.0)
         if code.evicts and sinks:  # they are in the pool, and want no row
             reserved = reserve_sinks(visible, x, sinks, 0)  # [B, sinks]
@@ -81,19 +90,18 @@ def encode(
         torch.nn.functional.pad(part, (0, 0, 0, capacity - length)).contiguous()
         for part in parts[:tokenwise]
     ]
-    for plane, quota in enumerate(quotas(code, coded), 1):
+    if code.plane_kinds:
+        planes = zip(parts[tokenwise:], code.plane_kinds, strict=True)
+        payload += [rows_at(part, filled[kind]) for part, kind in planes]
+    for plane, quota in enumerate([] if code.plane_kinds else quotas(code, coded), 1):
         assert levels is not None
-        rows = in_plane(parts[tokenwise + plane - 1], levels >= plane, quota)
+        rows = in_plane(parts[tokenwise + plane - 1], members(code, levels, plane), quota)
         room = capacity_for(quota, chunk) - quota
         payload.append(torch.nn.functional.pad(rows, (0, 0, 0, room)).contiguous())
     slots = coded + torch.arange(ring, device=x.device)
     recent = x.index_select(2, slots.clamp(max=length - 1))  # slots past the end: stale
-    return [*payload, pool, positions, recent, tally(judged, seen, positions, 0)]
-
-
-def capacity_for(rows: int, chunk: int) -> int:
-    """Rows that a payload tensor has room for, so that ``rows`` fit."""
-    return torch.sym_max((rows + chunk - 1) // chunk, 1) * chunk
+    told = levels if code.plane_kinds else None
+    return [*payload, pool, positions, recent, tally(judged, seen, positions, 0, told)]
 
 
 def token_sizes(x: Tensor) -> Tensor:
@@ -126,7 +134,15 @@ def encode_tokens(
     return layout.encode_and_judge(x, params, positions, levels)
 
 
-def tally(judged: Judged | None, seen: Tensor, pool_positions: Tensor, start: int) -> Tensor:
+def tallies(layout: Layout) -> int:
+    """Numbers in the :func:`tally` of a layout."""
+    return 3 * (KINDS if layout.plane_kinds else 1)
+
+
+def tally(
+    judged: Judged | None, seen: Tensor, pool_positions: Tensor, start: int,
+    kinds: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Error, size and number of the tokens that are read from codes: ``[3]`` float32.
 
     Args:
@@ -134,7 +150,12 @@ def tally(judged: Judged | None, seen: Tensor, pool_positions: Tensor, start: in
         seen: ``[B|1, T]`` or ``[T]`` bool: tokens that count.
         pool_positions: ``[B, E]``: tokens that are read from the pool.
         start: position of the first token.
+        kinds: of each token ``[B, T]``, if kinds have codes of their own: three numbers for each
+            kind then, one behind the other.
     """
+    if kinds is not None:
+        each = [seen & (kinds == kind) for kind in range(KINDS)]
+        return torch.cat([tally(judged, mine, pool_positions, start) for mine in each])
     if judged is None:
         return torch.zeros(3, device=pool_positions.device)
     error, size, _ = judged

@@ -1,8 +1,9 @@
 """Planes: payload tensors with rows for some tokens only, in the order of the tokens.
 
-The token of level l has a row in planes 1 to l. Which row is counted, not stored: as many as there
-are tokens of that level or above before it. Tokens that are cropped away leave no gap, and those
-that come next take their rows.
+The token of level l has a row in planes 1 to l; where levels are kinds of tokens, in the planes of
+its kind (:func:`members`). Which row is counted, not stored: as many as there are tokens in the
+plane before it. Tokens that are cropped away leave no gap, and those that come next take their
+rows.
 """
 
 from __future__ import annotations
@@ -17,14 +18,20 @@ from ..codec import Layout
 from ..codec.layout import PARTS
 
 
-def quotas(layout: Layout, tokens: int, later: bool = False) -> list[int]:
+def quotas(
+    layout: Layout, tokens: Any, later: bool = False, kinds: Sequence[int] | None = None
+) -> list[Any]:
     """Rows in each plane for so many tokens of a sequence that are coded together.
 
     Args:
         layout: of the code.
         tokens: of a prompt; or, ``later``, of those that come behind it.
         later: which.
+        kinds: of a prompt, how many of the tokens are of each kind; None: all are of the first.
     """
+    if layout.plane_kinds and not later:
+        every = (tokens, 0) if kinds is None else kinds
+        return [every[kind] for kind in layout.plane_kinds]
     shares = layout.later_shares if later else layout.shares
     return [rows_of(share, tokens) for share in shares]
 
@@ -32,6 +39,11 @@ def quotas(layout: Layout, tokens: int, later: bool = False) -> list[int]:
 def rows_of(share: int, tokens: int | Tensor) -> Any:
     """Of so many tokens, those that a share of ``PARTS`` stands for: rounded up."""
     return (share * tokens + PARTS - 1) // PARTS
+
+
+def capacity_for(rows: int, chunk: int) -> int:
+    """Rows that a payload tensor has room for, so that ``rows`` fit."""
+    return torch.sym_max((rows + chunk - 1) // chunk, 1) * chunk
 
 
 def token_levels(importance: Tensor, shares: Sequence[int]) -> Tensor:
@@ -51,13 +63,29 @@ def token_levels(importance: Tensor, shares: Sequence[int]) -> Tensor:
     return levels.to(torch.uint8)
 
 
-def counted(levels: Tensor, plane: int, end: int) -> Tensor:
+def later_levels(sizes: Tensor, layout: Layout) -> Tensor:
+    """The levels of tokens of ``sizes [B, T]`` that come behind a prompt: uint8 ``[B, T]``."""
+    if layout.plane_kinds:
+        return torch.zeros_like(sizes, dtype=torch.uint8)
+    return torch.ops.apack.token_levels(sizes, layout.later_shares)
+
+
+def members(layout: Layout, levels: Tensor, plane: int) -> Tensor:
+    """Which tokens have a row in a plane (from 1 on): bool, of the shape of ``levels``."""
+    if layout.plane_kinds:
+        return levels == layout.plane_kinds[plane - 1]
+    return levels >= plane
+
+
+def counted(layout: Layout, levels: Tensor, plane: int, end: int) -> Tensor:
     """Rows of a plane that belong to the first ``end`` tokens: ``[B, 1]`` int64.
 
     Args:
+        layout: of the code.
         levels: ``[B, C, 1]``, as they are stored.
+        plane, end: which.
     """
-    return (levels[:, :end, 0] >= plane).sum(1, keepdim=True)
+    return members(layout, levels[:, :end, 0], plane).sum(1, keepdim=True)
 
 
 def in_plane(rows: Tensor, has: Tensor, count: int) -> Tensor:
@@ -68,14 +96,42 @@ def in_plane(rows: Tensor, has: Tensor, count: int) -> Tensor:
         has: ``[B, T]`` bool: tokens that are in the plane, at most ``count`` of a sequence.
         count: rows wanted.
     """
-    order = (~has).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
-    return rows.gather(1, order[..., None].expand(-1, -1, rows.shape[2]))
+    return rows_at(rows, (~has).to(torch.uint8).argsort(dim=1, stable=True)[:, :count])
+
+
+def rows_at(rows: Tensor, tokens: Tensor) -> Tensor:
+    """Of rows ``[B, T, width]`` those of ``tokens [B, R]``: ``[B, R, width]``."""
+    return rows.gather(1, tokens[..., None].expand(-1, -1, rows.shape[2]))
 
 
 def write_rows(plane: Tensor, rows: Tensor, first: Tensor) -> None:
     """Write ``rows [B, N, width]`` into ``plane [B, R, width]`` from row ``first [B, 1]`` on."""
     index = first + torch.arange(rows.shape[1], device=plane.device)
     plane.scatter_(1, index[..., None].expand_as(rows), rows)
+
+
+def write_later(
+    payload: Sequence[Tensor], parts: Sequence[Tensor], levels: Tensor, layout: Layout, start: int
+) -> list[int]:
+    """Write the rows of tokens that come behind a prompt into their planes.
+
+    Args:
+        payload: as it is stored; the tokens' levels are there already.
+        parts: what was coded, with a row for each of the tokens.
+        levels: of the tokens ``[B, T]``.
+        layout: of the code.
+        start: of the first token.
+
+    Returns:
+        Rows that each plane has more now.
+    """
+    end = layout.tokenwise
+    more = quotas(layout, levels.shape[1], later=True)
+    for plane, count in enumerate(more, 1):
+        first = counted(layout, payload[end - 1], plane, start)
+        has = members(layout, levels, plane)
+        write_rows(payload[end + plane - 1], in_plane(parts[end + plane - 1], has, count), first)
+    return more
 
 
 def spread(payload: Sequence[Tensor], layout: Layout) -> list[Tensor]:
@@ -90,7 +146,7 @@ def spread(payload: Sequence[Tensor], layout: Layout) -> list[Tensor]:
     levels = tokenwise[-1][..., 0]  # [B, C]
     whole = list(tokenwise)
     for plane, held in enumerate(rows, 1):
-        has = levels >= plane
+        has = members(layout, levels, plane)
         index = (has.cumsum(1) - 1).clamp(0, held.shape[1] - 1)
         read = held.gather(1, index[..., None].expand(-1, -1, held.shape[2]))
         whole.append(torch.where(has[..., None], read, 0.0) if read.is_floating_point() else read)

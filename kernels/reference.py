@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..codec import ExactLayout, Layout, TransformLayout, parse_layout
+from ..codec import ExactLayout, Layout, ModalLayout, TransformLayout, parse_layout
 from .side import Side
 
 
@@ -93,13 +93,26 @@ def decode_reference(layout: Layout, payload: Sequence[Tensor], params: Sequence
     out = torch.empty(batch, layout.heads, tokens, layout.dim, dtype=torch.float64)
     for row in range(batch):
         for token in range(tokens):
-            if isinstance(layout, TransformLayout):
+            if isinstance(layout, ModalLayout):
+                x = _decode_modal(layout, [p[row, token] for p in payload], params)
+            elif isinstance(layout, TransformLayout):
                 x = _decode_transform(layout, [p[row, token] for p in payload], params)
             else:
                 assert isinstance(layout, ExactLayout)
                 x = payload[0][row, token].double()
             out[row, :, token] = x.view(layout.heads, layout.dim)
     return out
+
+
+def _decode_modal(
+    layout: ModalLayout, token: Sequence[Tensor], params: Sequence[Tensor]
+) -> Tensor:  # fmt: skip
+    """One token's payload to its heads side by side, ``[H * D]``: kind 1 comes first."""
+    kind, *rest = token
+    first, mine = 1 + layout.visual.gain, layout.visual.param_count  # codes, and gains if any
+    if int(kind) == 1:
+        return _decode_transform(layout.visual, rest[:first], params[:mine])
+    return _decode_transform(layout.text, rest[first:], params[mine:])
 
 
 def _decode_transform(

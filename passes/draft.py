@@ -7,8 +7,10 @@ graph takes and returns plain tensors only. Every input of the new graph is an e
     table 1            each handle's length; then, on each device that handles are on, lengths
                        before and after ([handles, 2]), and the common lengths after of those that
                        grow and of those that do not ([2])
-    table 2 + i        packed input i: the store's tensors, then the parameters of its code
-    table 2 + H + j    parameters of code j, with which the graph encodes
+    table 2            on each device on which the graph encodes, the tokens of the prompt by kind
+                       (``kernels/kinds.py``), where codes want to know
+    table 3 + i        packed input i: the store's tensors, then the parameters of its code
+    table 3 + H + j    parameters of code j, with which the graph encodes
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from .mask import apart
 from .plan import Plan
 from .site_masks import SiteMasks
 
-ARGUMENTS, LENGTHS, HANDLES = 0, 1, 2
+ARGUMENTS, LENGTHS, SORTED_TOKENS, HANDLES = 0, 1, 2, 3
 
 BEFORE, AFTER, GROWN, STILL = 0, 1, 2, 3
 

@@ -5,7 +5,8 @@
     return o, keys, values                     codes, pool, positions, ring = encode(keys, ...)
                                                return o, codes, pool, ...    + handles made of them
 
-Where a code has planes, ``importance(q, keys, mask, ...)`` stands before it (kernels/planes.py).
+Where a code has planes, ``importance(q, keys, mask, ...)`` stands before it (kernels/planes.py);
+where its planes are of kinds of tokens, the graph takes those of the prompt (kernels/kinds.py).
 
 The first prefill of a layer, whose code is not known yet, returns the dense tensors and their
 moments instead (``collect``); the runtime fits and packs.
@@ -14,7 +15,7 @@ moments instead (``collect``); the runtime fits and packs.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -22,9 +23,10 @@ from torch import fx
 
 from ..cache import Policy
 from ..codec import parse_layout
+from ..codec.kinds import KINDS
 from .ancestry import as_networkx
-from .base import PassReport, same_size, shape_of
-from .draft import ARGUMENTS, DenseOutput, Draft, EncodedOutput
+from .base import PassReport, same_size, shape_of, value_of
+from .draft import ARGUMENTS, SORTED_TOKENS, DenseOutput, Draft, EncodedOutput
 from .find_rotation import find_rotation
 from .find_updates import CachedSite, CacheUpdate
 from .flex_mask import FlexMask
@@ -35,11 +37,28 @@ from .rewrite_attend import more_of
 TOLD = 6
 """Extra results of :func:`collect` for each site."""
 
+SORTED = 1 + KINDS
+"""Tensors that say the tokens of a prompt by kind."""
+
 
 def encoded_updates(draft_sites: tuple[PlannedSite, ...]) -> tuple[CacheUpdate, ...]:
     """The updates of ``encode`` sites, keys and values in turn, each once."""
     every = (u for s in draft_sites for u in (s.cached.k, s.cached.v))
     return tuple({u.node: u for u in every}.values())
+
+
+def prompt_sites(sites: tuple[PlannedSite, ...]) -> tuple[PlannedSite, ...]:
+    """Of ``encode`` sites those that read the tokens of the prompt that the first one reads.
+
+    Which of these are visual is one question. Cross-attention reads other tokens.
+    """
+    own = [planned for planned in sites if not planned.cached.crosses]
+    return tuple(p for p in own if _same_prompt(p.cached, own[0].cached))
+
+
+def devices_of(updates: Iterable[CacheUpdate]) -> tuple[torch.device, ...]:
+    """Where these are, each once."""
+    return tuple(dict.fromkeys(value_of(update.node).device for update in updates))
 
 
 def rewrite_encode(
@@ -56,25 +75,30 @@ def rewrite_encode(
     seen = _Visible(draft)
     told: dict[fx.Node, fx.Node] = {}
     updates = encoded_updates(sites)
+    places, prompts = devices_of(updates), prompt_sites(sites)
     for number, update in enumerate(updates):
         planned = next(s for s in sites if update in (s.cached.k, s.cached.v))
         layout, policy = layouts[number], policies[number]
         visible = seen.of(planned)
         x = draft.map[update.node]
         last = draft.map[planned.cached.site.node]
-        weights = []
-        if parse_layout(layout).shares:
+        more: list[fx.Node | list[fx.Node] | None] = []
+        code = parse_layout(layout)
+        if code.plane_kinds and planned in prompts:
+            place = SORTED * places.index(value_of(update.node).device)
+            more = [None, [draft.input(SORTED_TOKENS, place + i) for i in range(SORTED)]]
+        elif code.shares and not code.plane_kinds:
             site = planned.cached.site.node
             if site not in told:  # keys and values may both ask
                 with draft.graph.inserting_before(last.next):
                     told[site] = _importance(draft, planned)
             last = told[site]
-            weights.append(last)
+            more = [last]
         with draft.graph.inserting_after(last):
             call = draft.graph.call_function(
                 torch.ops.apack.encode.default,
                 (x, visible, draft.code(number, layout), layout, policy.sinks, policy.extra,
-                 policy.window, policy.ring, policy.chunk, *weights),
+                 policy.window, policy.ring, policy.chunk, *more),
             )  # fmt: skip
         count = len(parse_layout(layout).payload_fields(torch.float32)) + 4
         pieces = []
@@ -122,7 +146,7 @@ def collect(draft: Draft, sinks: int, visual: bool = False, weigh: bool = False)
         weigh: whether to tell the importance.
     """
     sites = draft.plan.having("encode")
-    own = [planned.cached for planned in sites if not planned.cached.crosses]
+    prompts = prompt_sites(sites)
     flow = as_networkx(draft.gm.graph)
     seen = _Visible(draft)
     updates = encoded_updates(sites)
@@ -137,8 +161,7 @@ def collect(draft: Draft, sinks: int, visual: bool = False, weigh: bool = False)
             cos, sin = draft.map[rotation.cos], draft.map[rotation.sin]
         interleaved = rotation is not None and rotation.interleaved
         kinds = None
-        prompt = cached in own and cached.k.past is None and _same_prompt(cached, own[0])
-        if visual and prompt:
+        if visual and planned in prompts:
             kinds = draft.input(ARGUMENTS, len(draft.gm.graph.find_nodes(op="placeholder")))
         with draft.graph.inserting_before(draft.map[cached.site.node].next):
             moments = draft.graph.call_function(
@@ -152,10 +175,11 @@ def collect(draft: Draft, sinks: int, visual: bool = False, weigh: bool = False)
 
 
 def _same_prompt(a: CachedSite, b: CachedSite) -> bool:
-    """Whether keys are of the same number of sequences and tokens."""
-    mine, theirs = shape_of(a.k.new), shape_of(b.k.new)
+    """Whether keys are of the same number of sequences and tokens, with or without older ones."""
+    mine, theirs = shape_of(a.k.node), shape_of(b.k.node)
     assert mine is not None and theirs is not None
-    return same_size(mine[0], theirs[0]) and same_size(mine[2], theirs[2])
+    alike = same_size(mine[0], theirs[0]) and same_size(mine[2], theirs[2])
+    return alike and (a.k.past is None) == (b.k.past is None)
 
 
 def _dense_output(code: int, node: fx.Node, number_of: Callable[[fx.Node], int]) -> DenseOutput:

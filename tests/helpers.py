@@ -8,8 +8,10 @@ from torch import Tensor
 
 from apack_compile import ops  # noqa: F401  (registers the operators)
 from apack_compile.cache import Policy, SideStore
-from apack_compile.codec import Code, CodeRef, ExactLayout, Layout, TransformLayout
+from apack_compile.codec import Code, CodeRef, ExactLayout, Layout, ModalLayout, TransformLayout
 from apack_compile.codec.fit import Evidence, fit_transform
+from apack_compile.codec.fit_modal import fit_modal
+from apack_compile.codec.modal import joined
 from apack_compile.codec.moments import Moments
 from apack_compile.codec.recipe import Recipe
 
@@ -26,6 +28,8 @@ def hand_code(layout: Layout, seed: int = 0) -> Code:
     """A code with made-up parameters: right in shape, of sensible size, optimal for nothing."""
     if isinstance(layout, ExactLayout):
         return Code(layout)
+    if isinstance(layout, ModalLayout):
+        return joined(hand_code(layout.visual, seed), hand_code(layout.text, seed + 1), (1, 1))
     assert isinstance(layout, TransformLayout)
     generator = torch.Generator().manual_seed(seed)
     n, rank = layout.heads // layout.groups * layout.dim, layout.rank
@@ -102,10 +106,23 @@ def fitted_ref(
     return CodeRef(codes[0][int(gain)])
 
 
+def modal_ref(gain: bool = True, visual_ratio: float = 4, ratio: float = 2) -> CodeRef:
+    """A code for each kind of tokens of 2 heads of 8: of keys, or of values (``gain``)."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(1, 2, 400, 8, generator=generator)
+    x[:, :, :200] += 3 * torch.randn(1, 2, 1, 8, generator=generator)
+    seen = torch.arange(400)[None] < 200
+    visual = Moments.of(x, x, x, None, among=seen)
+    evidence = Evidence(Moments.of(x, x, x, None), visual=visual)
+    codes = fit_modal([evidence], (8, 8), Recipe(ratio, visual_ratio=visual_ratio), 0)
+    return CodeRef(codes[0][int(gain)])
+
+
 def at_every_level(ref: CodeRef, x: Tensor, positions: Tensor | None = None) -> list[Tensor]:
     """What the code makes of tokens ``[B, H, T, D]`` at each level that they may be of."""
     layout, params, found = ref.layout, ref.code.params, []
-    for level in range(len(ref.layout.shares) + 1):
+    count = max(layout.plane_kinds) if layout.plane_kinds else len(layout.shares)
+    for level in range(count + 1):
         levels = torch.full((x.shape[0], x.shape[2]), level, dtype=torch.uint8)
         payload = layout.encode(x, params, positions, levels)
         found.append(layout.decode(payload, params, x.dtype, positions))

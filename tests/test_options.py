@@ -32,6 +32,9 @@ GOOD: list[dict[str, Any]] = [
     {"inductor": {"max-autotune": True}}, {"k_code": "pre-rope"}, {"v_basis": "hadamard"},
     {"codec": "int8"}, {"codec": "int4"}, {"codec": "svd", "ratio": 8},
     {"codec": "svd", "k_rank": 16, "v_rank": 32}, {"profile_cache": False},
+    {"visual_ratio": 0}, {"visual_ratio": 16}, {"visual_ratio": 2, "text_ratio": 32.0},
+    {"visual_ratio": 8, "k_code": "pre-rope", "v_basis": "hadamard", "tiers": False, "evict": 0},
+    {"visual_ratio": 0, "ratio": 8, "tiers": True},
     {"evict": 0}, {"evict": 0.9, "tiers": True, "exact_share": 0.01},
     {"exact_share": 0}, {"ratio": 8, "exact_share": 0.05}, {"ratio": 32, "exact_share": 1 / 64},
 ]  # fmt: skip
@@ -69,6 +72,15 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
     ({"codec": "int4", "v_rank": 4}, "codec='int4' and v_rank=4 .*'svd'"),
     ({"k_code": "pre-rope", "sinks": 0}, "sinks=0 .* k_code='pre-rope'.* sinks from 1 to 64"),
     ({"codec": "svd", "sinks": 0}, "sinks=0 .* codec='svd'.* sinks from 1 to 64"),
+    ({"text_ratio": 2}, "text_ratio=2 without visual_ratio: .* is visual_ratio from 2 to 32"),
+    ({"text_ratio": 2, "visual_ratio": 0}, "text_ratio=2 without visual_ratio"),
+    ({"visual_ratio": 16, "ratio": 8}, "visual_ratio=16 and ratio=8 .*text has text_ratio"),
+    ({"visual_ratio": 16, "tiers": True}, "visual_ratio=16 and tiers=True do not go together"),
+    ({"visual_ratio": 16, "evict": 0.3}, "visual_ratio=16 and evict=0.3 do not go together"),
+    ({"visual_ratio": 16, "exact_share": 0.01}, "visual_ratio=16 and exact_share=0.01 do not go"),
+    ({"visual_ratio": 16, "codec": "svd"}, "codec='svd' and visual_ratio=16 .*'transform'"),
+    ({"visual_ratio": 16, "codec": "int8"}, "codec='int8' and visual_ratio=16 .*'transform'"),
+    ({"visual_ratio": 16, "k_code": "pre-rope", "sinks": 0}, "sinks=0 .* sinks from 1 to 64"),
 ]
 
 
@@ -87,10 +99,17 @@ def test_codes_depend_on_codec_and_recipe_only() -> None:
     assert key != Options.parse({"ratio": 4, "v_basis": "hadamard"}).key
     assert key != Options.parse({"ratio": 4, "exact_share": 0.01}).key
     assert key != Options.parse({"ratio": 4, "evict": 0.3}).key
+    by_kind = Options.parse({"visual_ratio": 16}).key
+    assert by_kind == Options.parse({"visual_ratio": 16.0, "text_ratio": 2}).key
+    assert by_kind != Options.parse({"visual_ratio": 16, "text_ratio": 4}).key
+    assert by_kind not in (Options.parse({"ratio": 2}).key, Options.parse({"ratio": 16}).key)
+    assert key == Options.parse({"visual_ratio": 0}).key
 
 
 NUMBERS = {
     "ratio": ("a number from 2 to 32", [1.99, 32.1, 0, -4, float("nan"), float("inf")]),
+    "visual_ratio": ("a number from 2 to 32, or 0", [1.99, 32.1, -4, float("nan"), False]),
+    "text_ratio": ("a number from 2 to 32", [1.99, 32.1, 0, float("nan")]),
     "exact_share": ("a number from 0 to 0.05", [-0.01, 0.06, float("nan")]),
     "evict": ("a number from 0 to 0.9", [-0.1, 0.95, float("nan"), "0.3"]),
     "sinks": ("a whole number from 0 to 64", [-1, 65, 1.0]),

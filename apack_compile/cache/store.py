@@ -8,8 +8,7 @@ a store of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from weakref import WeakSet
 
 import torch
@@ -18,35 +17,18 @@ from torch import Tensor
 from ..codec import CodeRef
 from ..codec.layout import SPARE
 from ..codec.lowrank import REFACTOR
-from ..compat import full_precision
-from ..kernels.encode import capacity_for, encode_tokens, tally, token_sizes
+from ..kernels.encode import encode_tokens, tallies, tally, token_sizes
 from ..kernels.factor import refactored
-from ..kernels.planes import counted, in_plane, quotas, write_rows
+from ..kernels.kinds import sort_tokens
+from ..kernels.planes import capacity_for, later_levels, quotas, write_later
 from ..kernels.pool import fill_pool, resized
 from ..kernels.side import Side
 from ..ops.encode_cuda import encode_kernels
+from .lease import Lease, writing
 from .policy import Policy, encode_arguments
 
 SLACK = 32
 """A payload grows by one part in so many, or by ``Policy.chunk`` if that is more."""
-
-
-@contextmanager
-def writing(tensors: Iterable[Tensor], device: torch.device) -> Iterator[None]:
-    """What was made in inference mode may be written in inference mode only; no autocast."""
-    inference = any(t.is_inference() for t in tensors)
-    mode = torch.inference_mode() if inference else nullcontext()
-    with mode, full_precision(device):
-        yield
-
-
-class Lease:
-    """A handle's claim on a length of a store."""
-
-    __slots__ = ("__weakref__", "length")
-
-    def __init__(self, length: int) -> None:
-        self.length = length
 
 
 class SideStore:
@@ -60,6 +42,8 @@ class SideStore:
         length, prompt: tokens held in all, and how many of them were packed together at first.
         tally: error, size and number of the tokens coded, in what the fit expected
             (``kernels.encode.tally``).
+        kinds: of each kind, the coded tokens of the prompt in the sequence that has the most, where
+            kinds have codes of their own (``kernels/kinds.py``).
         rows: of each plane, the most that are in use.
         name: of the site and side that the store was made for.
     """
@@ -71,7 +55,8 @@ class SideStore:
         self.coded = coded
         self.length = self.prompt = length
         self.name = ""
-        self.tally = torch.zeros(3)
+        self.tally = torch.zeros(tallies(ref.layout))
+        self.kinds: tuple[int, ...] = (coded, 0)
         self.rows = quotas(ref.layout, coded)
         self.factored = coded  # with a basis of its own: tokens that the basis was made from
         self._leases: WeakSet[Lease] = WeakSet()
@@ -80,24 +65,38 @@ class SideStore:
     @classmethod
     def encode(
         cls, x: Tensor, ref: CodeRef, policy: Policy, visible: Tensor | None = None,
-        importance: Tensor | None = None,
+        importance: Tensor | None = None, visual: Tensor | None = None,
     ) -> SideStore:  # fmt: skip
-        """Pack a dense ``[B, H, S, D]``; see ``apack::encode``."""
+        """Pack a dense ``[B, H, S, D]``; see ``apack::encode``.
+
+        Args:
+            x, ref, policy, visible, importance: see there.
+            visual: ``[B, S]`` bool, True for visual tokens; None: all are text.
+        """
         policy = policy.for_code(ref)
         arguments = encode_arguments(ref, policy, x.device)
-        tensors = torch.ops.apack.encode(x, visible, *arguments, importance)
-        return cls.from_encoded(tensors, ref, policy, x.shape[2])
+        if visual is None or not ref.layout.plane_kinds:
+            tensors = torch.ops.apack.encode(x, visible, *arguments, importance)
+            return cls.from_encoded(tensors, ref, policy, x.shape[2])
+        tokens = sort_tokens(visual, max(x.shape[2] - policy.window, 0), policy.chunk)
+        kinds = tokens.tensors(x.device)
+        tensors = torch.ops.apack.encode(x, visible, *arguments, importance, kinds)
+        return cls.from_encoded(tensors, ref, policy, x.shape[2], tokens.counts)
 
     @classmethod
     def from_encoded(
-        cls, tensors: list[Tensor], ref: CodeRef, policy: Policy, length: int
-    ) -> SideStore:
-        """Adopt what ``apack::encode`` returned for ``length`` tokens."""
+        cls, tensors: list[Tensor], ref: CodeRef, policy: Policy, length: int,
+        kinds: tuple[int, ...] | None = None,
+    ) -> SideStore:  # fmt: skip
+        """Adopt what ``apack::encode`` returned for ``length`` tokens, so many of each kind."""
         *tensors, tally = tensors
         store = cls(
             ref, policy, Side.of(tensors, ref.layout), max(length - policy.window, 0), length
         )
         store.tally = tally
+        if kinds is not None:
+            store.kinds = kinds
+            store.rows = quotas(ref.layout, store.coded, kinds=kinds)
         return store
 
     @property
@@ -249,7 +248,7 @@ class SideStore:
             code = ref.code
         levels = None
         if code.layout.shares:
-            levels = torch.ops.apack.token_levels(token_sizes(x), code.layout.later_shares)
+            levels = later_levels(token_sizes(x), code.layout)
         parts, judged = encode_tokens(
             x, code.on(self.device), code.layout, positions, start, levels
         )
@@ -263,7 +262,8 @@ class SideStore:
             pool, positions = fill_pool(
                 pool, positions, x, start, seen, strain, code.layout.strained, spare
             )
-        sums = tally(judged, seen, positions, start)
+        kinds = levels if code.layout.plane_kinds else None
+        sums = tally(judged, seen, positions, start, kinds)
         self._write(payload, parts, levels, start, end)
         # In place: a step that was captured as a CUDA graph reads these addresses.
         self.side.pool.copy_(pool)
@@ -293,15 +293,12 @@ class SideStore:
         start: int, end: int,
     ) -> None:  # fmt: skip
         """Put what was coded of the tokens ``start .. end`` where it belongs."""
-        tokenwise = self.ref.layout.tokenwise
-        for whole, part in zip(payload[:tokenwise], parts[:tokenwise], strict=True):
+        layout = self.ref.layout
+        for whole, part in zip(payload[: layout.tokenwise], parts, strict=False):
             whole[:, start:end] = part
-        for number, count in enumerate(quotas(self.ref.layout, end - start, later=True)):
-            assert levels is not None
-            first = counted(payload[tokenwise - 1], number + 1, start)
-            rows = in_plane(parts[tokenwise + number], levels > number, count)
-            write_rows(payload[tokenwise + number], rows, first)
-            self.rows[number] += count
+        if levels is not None:
+            more = write_later(payload, parts, levels, layout, start)
+            self.rows = [rows + new for rows, new in zip(self.rows, more, strict=True)]
 
     def _coded(self, end: int, sums: Tensor) -> None:
         self.coded = end
@@ -349,7 +346,7 @@ class SideStore:
         """A store with the same tokens in other tensors."""
         heir = SideStore(self.ref, self.policy, side, self.coded, self.length)
         heir.factored, heir.prompt, heir.tally = self.factored, self.prompt, self.tally.clone()
-        heir.rows = list(self.rows)
+        heir.rows, heir.kinds = list(self.rows), self.kinds
         self.introduce(heir)
         return heir
 

@@ -90,7 +90,7 @@ class PackedKV(torch.Tensor):
     @classmethod
     def pack(
         cls, x: Tensor, ref: CodeRef | None = None, policy: Policy | None = None,
-        visible: Tensor | None = None,
+        visible: Tensor | None = None, visual: Tensor | None = None,
     ) -> PackedKV:  # fmt: skip
         """Pack a dense ``[B, H, S, D]`` cache tensor.
 
@@ -99,6 +99,7 @@ class PackedKV(torch.Tensor):
             ref: the code; the exact one by default.
             policy: what stays exact; the default one by default.
             visible: ``[B, S]``, False for padding.
+            visual: ``[B, S]``, True for visual tokens, where the code has one for each kind.
         """
         if x.dim() != 4:
             raise ValueError(f"x has shape {tuple(x.shape)}; a cache tensor is [B, H, S, D]")
@@ -108,7 +109,7 @@ class PackedKV(torch.Tensor):
                 f"x has {x.shape[1]} heads of {x.shape[3]}; its code is for {ref.layout.heads} "
                 f"heads of {ref.layout.dim}"
             )
-        return cls.of(SideStore.encode(x, ref, policy or Policy(), visible))
+        return cls.of(SideStore.encode(x, ref, policy or Policy(), visible, visual=visual))
 
     def unpack(self) -> Tensor:
         """The dense tensor; coded tokens with their coding error."""

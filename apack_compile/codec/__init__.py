@@ -5,6 +5,7 @@ from .evicting import EvictingLayout
 from .exact import ExactLayout
 from .layout import Layout, parse_layout
 from .lowrank import LowRankLayout
+from .modal import ModalLayout
 from .tiered import TieredLayout
 from .transform import TransformLayout
 
@@ -15,6 +16,7 @@ __all__ = [
     "ExactLayout",
     "Layout",
     "LowRankLayout",
+    "ModalLayout",
     "TieredLayout",
     "TransformLayout",
     "parse_layout",

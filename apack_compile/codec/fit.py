@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from .bits import CLASSES
-from .budget import share_budget
+from .budget import MOST_LAYOUTS, share_budget
 from .code import Code
 from .evicting import evicting
-from .kinds import balance, kind_error, rest
+from .kinds import balance, kind_error, of_kind, rest
 from .layout import KEPT_OF, PARTS
 from .moments import Moments
 from .quantiser import lacking_quantiser, tailed_quantiser
@@ -33,6 +33,9 @@ from .sensitivity import Sensitivity
 from .spectrum import RUN, Spectrum, spectrum
 from .tiered import TIERS, felt_error, layout_of, mean_bits
 from .transform import GAIN_DTYPE, TransformLayout
+
+MOST_OF_KIND = 2
+"""Pairs of layouts for each kind of tokens, where both have codes: any two may meet in a layer."""
 
 RIDGE = 0.1
 """Added to a sensitivity, over its mean: some hundred gradients make it."""
@@ -167,12 +170,14 @@ class Evidence:
         rotation: of its keys by position; the moments are then without it. None: not known.
         sensitivity: None: the weights are second moments of the queries.
         visual: sums over the visual ones of the tokens; None: kinds of tokens are not known.
+        kind: of the tokens that the code is for (``kinds.py``); None: for all.
     """
 
     moments: Moments
     rotation: Rotation | None = None
     sensitivity: Sensitivity | None = None
     visual: Moments | None = None
+    kind: int | None = None
 
     def as_seen(self, reach: int) -> Evidence:
         """The same of keys as attention sees them, at all positions below ``reach``."""
@@ -180,7 +185,7 @@ class Evidence:
             return self
         metric = self.sensitivity and self.sensitivity.spread(self.rotation, reach)
         visual = self.visual and self.visual.spread(self.rotation, reach)
-        return Evidence(self.moments.spread(self.rotation, reach), None, metric, visual)
+        return Evidence(self.moments.spread(self.rotation, reach), None, metric, visual, self.kind)
 
     def unrotated(self, reach: int) -> Evidence:
         """The same of keys before their rotation: only queries come from all distances."""
@@ -190,8 +195,11 @@ class Evidence:
 
     def spectra(self, dims: tuple[int, int], recipe: Recipe) -> tuple[Spectrum, Spectrum]:
         """Components of keys and values."""
-        sums = balance(self.moments, self.visual).tensors()
-        count, k_sum, k_gram, v_sum, v_gram, q_gram = sums
+        if self.kind is None:
+            sums = balance(self.moments, self.visual)
+        else:
+            sums = of_kind(self.moments, self.visual, self.kind)
+        count, k_sum, k_gram, v_sum, v_gram, q_gram = sums.tensors()
         turned = recipe.v_basis == "hadamard"
         metric = self.sensitivity
         if metric is None:
@@ -248,8 +256,10 @@ def fit_transform(
 
     # Layer by layer: the moments of all layers at once, spread, would take gigabytes.
     keys, values = zip(*(coded(layer).spectra(dims, recipe) for layer in layers), strict=True)
+    by_kind = layers[0].kind is not None  # a token then has a byte that says of which kind it is
     k_budget, v_budget = (
-        side_budget(side[0].mean.numel(), recipe.ratio, recipe.kept) for side in (keys, values)
+        side_budget(side[0].mean.numel(), recipe.ratio, recipe.kept) - by_kind
+        for side in (keys, values)
     )
     if layouts is None:
         shares, evicted = TIERS if recipe.tiers else (), recipe.evicted
@@ -259,7 +269,8 @@ def fit_transform(
             layouts = [(k_layout, v_layout)] * len(keys)
         else:
             budget = len(keys) * (k_budget + v_budget)
-            layouts = share_budget(keys, values, budget, shares=shares, evicted=evicted)
+            most = MOST_OF_KIND if by_kind else MOST_LAYOUTS
+            layouts = share_budget(keys, values, budget, most, shares, evicted)
         exact = recipe.kept
         layouts = [(replace(k, exact=exact), replace(v, exact=exact)) for k, v in layouts]
         if before:

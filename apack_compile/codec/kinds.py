@@ -70,6 +70,33 @@ def balance(total: Moments, visual: Moments | None) -> Moments:
     return replace(Moments(*sums), q_gram=total.q_gram)
 
 
+TEXT, VISUAL = 0, 1
+"""Kinds of tokens, as they are counted and stored."""
+
+KINDS = 2
+
+
+def least_tokens(channels: int) -> int:
+    """Tokens of ``channels`` numbers that a basis wants to be fitted on."""
+    return min(4 * channels, 1024)
+
+
+def of_kind(total: Moments, visual: Moments | None, kind: int) -> Moments:
+    """Moments for the code of one kind of tokens: of its own, where there are enough; else of all.
+
+    Args:
+        total: sums over all tokens.
+        visual: sums over the visual ones among them; None: no kinds are known.
+        kind: :data:`TEXT` or :data:`VISUAL`.
+    """
+    if visual is None:
+        return total
+    own = visual if kind == VISUAL else rest(total, visual)
+    if float(own.count) < least_tokens(own.k_sum.numel()):
+        return balance(total, visual)
+    return replace(own, q_gram=total.q_gram)
+
+
 def kind_error(side: Spectrum, layout: Layout, total: Tensor, gram: Tensor, count: Tensor) -> float:
     """Relative squared error of a code on one kind of tokens, in the metric of its basis.
 

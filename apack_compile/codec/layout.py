@@ -9,7 +9,8 @@ Shapes: B batch, H KV heads, Hq query heads (a multiple of H), T tokens, Q queri
 A layout that is ``positional`` wants the positions ``[B|1, T]`` of the tokens that it codes, and
 the same positions whenever it reads them. A layout may have *planes*, payload tensors with rows for
 some tokens only: the last ones, one for each of its ``shares``. The one before them then holds the
-levels of the tokens: one of level l is in planes 1 to l. Layouts themselves see planes with a row
+levels of the tokens: one of level l is in planes 1 to l; or the level is a kind of token, and each
+plane has the rows of one kind (``plane_kinds``). Layouts themselves see planes with a row
 for every token; who stores them leaves rows out and puts them back (``kernels/planes.py``). A
 layout may want some of its tokens to stay exact; who stores them has slots for as many
 (``kernels/pool.py``). And it may drop some: who attends hides what is ``absent``.
@@ -100,6 +101,11 @@ class Layout(ABC):
     def later_shares(self) -> tuple[int, ...]:
         """The same of tokens that are coded behind the prompt."""
         return self.shares
+
+    @property
+    def plane_kinds(self) -> tuple[int, ...]:
+        """Of each plane, the level of the tokens that are in it; empty: levels are not kinds."""
+        return ()
 
     @property
     def evicts(self) -> int:

@@ -30,6 +30,9 @@ class Recipe:
         evict: share of the tokens of a prompt that are dropped for good: those that the last
             queries attended to least (:class:`~apack_compile.codec.evicting.EvictingLayout`). Codes
             of the others are so much larger.
+        visual_ratio: of visual tokens, which have a code of their own then
+            (:class:`~apack_compile.codec.modal.ModalLayout`); ``ratio`` is that of text. 0: one
+            code for all tokens.
     """
 
     ratio: float
@@ -38,6 +41,7 @@ class Recipe:
     tiers: bool = False
     exact_share: float = 0.0
     evict: float = 0.0
+    visual_ratio: float = 0.0
 
     @property
     def evicted(self) -> int:

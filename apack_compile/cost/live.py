@@ -12,7 +12,7 @@ from .steps import is_predicted, seconds_of
 
 def side_of(store: SideStore) -> PackedSide:
     """What the bytes of a store depend on, besides batch and length."""
-    return PackedSide.of(store.ref, store.policy, store.dtype)
+    return PackedSide.of(store.ref, store.policy, store.dtype, store.kinds)
 
 
 def predicted_bytes(stores: Iterable[SideStore]) -> int:

@@ -19,6 +19,7 @@ from .sizes import PackedSide, bytes_of
 def predict(
     model: nn.Module, *, batch: int, tokens: int, new_tokens: int = 0,
     options: Mapping[str, Any] | None = None, dtype: torch.dtype | None = None,
+    visual: int | Sequence[int] = 0,
 ) -> CacheBytes:  # fmt: skip
     """The bytes that a packed cache will take, from the codes that the model's layers have.
 
@@ -34,6 +35,9 @@ def predict(
         options: those of ``torch.compile``; None: those that a graph of the model was compiled
             with last, or where none was, the default ones with the only codes that there are.
         dtype: of the dense cache; None: that of the weights.
+        visual: of the tokens of each sequence that prefill codes (all but the last ``window``), how
+            many are visual: one number for all sequences, or one for each. It matters with the
+            option ``visual_ratio`` alone.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -50,6 +54,7 @@ def predict(
     parameters = tuple(model.parameters())
     chosen = _options(parameters, options)
     policy = (chosen or Options()).policy
+    by_kind = _kinds(visual, batch, max(tokens - policy.window, 0))
     fits = _fits(parameters, chosen)
     dense, kinds = 0, [0.0] * 4
     for weight, fit in fits:
@@ -59,7 +64,7 @@ def predict(
                 f"dtype=None: weights of a layer are {kind}; accepted is the dtype of its cache"
             )
         for ref in fit.codes:
-            found = bytes_of(PackedSide.of(ref, policy, kind), batch, tokens, new_tokens)
+            found = bytes_of(PackedSide.of(ref, policy, kind, by_kind), batch, tokens, new_tokens)
             kinds = [a + b for a, b in zip(kinds, found, strict=True)]
             token = ref.layout.heads * ref.layout.dim * kind.itemsize
             dense += batch * (tokens + new_tokens) * token
@@ -71,6 +76,19 @@ def predict(
 def _whole(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r}: accepted is a whole number from {least} on")
+
+
+def _kinds(visual: int | Sequence[int], batch: int, coded: int) -> tuple[int, int]:
+    """Of text and of visual tokens, those of the sequence that has the most."""
+    each = [visual] * batch if isinstance(visual, int) else list(visual)
+    for count in each:
+        _whole("visual", count, 0)
+    if len(each) != batch or max(each) > coded:
+        raise ValueError(
+            f"visual={visual!r}: accepted is a whole number, or one for each of {batch} sequences, "
+            f"up to {coded}: so many tokens are coded"
+        )
+    return coded - min(each), max(each)
 
 
 def _options(

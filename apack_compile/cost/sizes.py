@@ -35,22 +35,28 @@ class PackedSide:
         policy: which tokens stay exact.
         dtype: of the dense cache.
         own: bytes of the code's parameters that belong to the cache: of each sequence, and once.
+        kinds: of each kind, the coded tokens of the prompt in the sequence that has the most, where
+            kinds have codes of their own; None: all are text.
     """
 
     layout: Layout
     policy: Policy
     dtype: torch.dtype
     own: tuple[int, int] = (0, 0)
+    kinds: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, ref: CodeRef, policy: Policy, dtype: torch.dtype) -> PackedSide:
+    def of(
+        cls, ref: CodeRef, policy: Policy, dtype: torch.dtype, kinds: tuple[int, ...] | None = None
+    ) -> PackedSide:
         """The side that a code makes of a dense cache of ``dtype``."""
         own = (0, 0)
         if ref.layout.per_sequence:
             first = ref.code.params[0]
             each = first[0].numel() * first.dtype.itemsize
             own = each, ref.cache_bytes - each * first.shape[0]
-        return cls(ref.layout, policy.for_code(ref), dtype, own)
+        known = kinds if ref.layout.plane_kinds else None
+        return cls(ref.layout, policy.for_code(ref), dtype, own, known)
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,8 @@ def side_bytes(side: PackedSide) -> SideBytes:
     widths = [width * kind.itemsize for width, kind in layout.payload_fields(side.dtype)]
     codes, *rest = widths[: layout.tokenwise]
     planes = sympy.Integer(0)
-    shares = zip(quotas(layout, first), quotas(layout, policy.block, later=True), strict=True)
+    prompts = quotas(layout, first, kinds=side.kinds)
+    shares = zip(prompts, quotas(layout, policy.block, later=True), strict=True)
     for width, (prompt, block) in zip(widths[layout.tokenwise :], shares, strict=True):
         made = _in_chunks(prompt, policy.chunk, 1)
         planes += width * _held(made, prompt + flushes * block, policy.chunk)

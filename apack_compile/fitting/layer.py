@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..codec import CodeRef
+from ..codec.kinds import least_tokens
 from ..codec.moments import Moments
 from ..codec.rotation import Rotation, Turn
 from ..locks import lock, reentrant_lock
@@ -89,6 +90,7 @@ class Lesson:
         visual: the tensors of the :class:`Moments` of visual tokens; empty: there are none; None:
             it is not known which are.
         importance: ``[B, S]``: attention that the tokens received; None: it was not asked for.
+        mask: ``[B, S]`` bool: which tokens are visual; None: none are, or it is not known.
     """
 
     sums: Sequence[Tensor]
@@ -98,6 +100,7 @@ class Lesson:
     length: int
     visual: Sequence[Tensor] | None = None
     importance: Tensor | None = None
+    mask: Tensor | None = None
 
 
 @dataclass
@@ -173,7 +176,7 @@ class LayerProfile:
         """Whether enough tokens have been seen for a fit."""
         assert self.moments is not None
         count = self.count
-        wanted = options.fit_tokens or min(4 * self.moments.k_sum.numel(), 1024)
+        wanted = options.fit_tokens or least_tokens(self.moments.k_sum.numel())
         wanted = max(wanted, FEWEST)
         self._waiting = f"{count} of {wanted} tokens seen that a fit wants"
         return count >= wanted

@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
 import torch
 
-from ..codec import CodeRef, TransformLayout
+from ..codec import CodeRef, ModalLayout, TransformLayout
 from ..codec.fit import Evidence, fit_transform
+from ..codec.fit_modal import fit_modal
 from ..codec.fixed import fixed_ref
 from ..codec.recipe import Recipe
 from ..codec.rotation import Rotation
@@ -121,7 +123,8 @@ def fit_layers(
     layouts = _layouts_of(group, recipe)  # kept: graphs are compiled for them
     started = time.monotonic()
     layers = evidence(group, sensitivities)
-    codes = fit_transform(layers, group[0].dims, recipe, reach, layouts)
+    fit: Any = fit_modal if recipe.visual_ratio else fit_transform
+    codes = fit(layers, group[0].dims, recipe, reach, layouts)
     if not all(p.isfinite().all() for pair in codes for code in pair for p in code.params):
         raise ValueError("the fit gave numbers that are not finite")
     log.info("fitted %d layers in %.1f s", len(group), time.monotonic() - started)
@@ -190,15 +193,14 @@ def _bars_pre_rope(rotations: Sequence[Rotation | None]) -> str:
     return ""
 
 
-def _layouts_of(
-    group: Sequence[LayerProfile], recipe: Recipe
-) -> list[tuple[TransformLayout, TransformLayout]] | None:
+def _layouts_of(group: Sequence[LayerProfile], recipe: Recipe) -> list[tuple[Any, Any]] | None:
     """The layouts that the layers have from an earlier fit, if all have ones of this recipe."""
     before = recipe.k_code == "pre-rope"
+    wanted = ModalLayout if recipe.visual_ratio else TransformLayout
     layouts = []
     for profile in group:
         k, v = (ref.layout for ref in profile.codes) if profile.codes else (None, None)
-        if not isinstance(k, TransformLayout) or not isinstance(v, TransformLayout):
+        if not isinstance(k, wanted) or not isinstance(v, wanted):
             return None
         if k.positional != before or bool(v.tier_shares) != recipe.tiers:
             return None

@@ -30,11 +30,11 @@ from ..kernels.attend import attend as _attend
 from ..kernels.attend import attend_biased as _attend_biased
 from ..kernels.attend_dense import attend_dense as _attend_dense
 from ..kernels.attend_dense import present as _present
-from ..kernels.encode import capacity_for
 from ..kernels.encode import encode as _plain_encode
+from ..kernels.encode import tallies
 from ..kernels.importance import importance as _importance
 from ..kernels.moments import moments as _moments
-from ..kernels.planes import quotas
+from ..kernels.planes import capacity_for, quotas
 from ..kernels.planes import token_levels as _token_levels
 from ..kernels.pool import make_pool as _make_pool
 from ..kernels.score_bias import score_bias as _score_bias
@@ -131,7 +131,8 @@ def _attend_grows(
 def _encode_grows(
     x: Tensor, visible: Tensor | None, params: Sequence[Tensor], *settings: Any
 ) -> list[Grows]:
-    more = [Grows(True, (1,)) for x in settings if isinstance(x, Tensor)]  # the importance
+    # The importance, and tokens by kind.
+    more = [Grows(True, (1,)) for x in pytree.tree_leaves(settings) if isinstance(x, Tensor)]
     seen = [] if visible is None else [Grows(True, (1,))]
     return [Grows(True, (2,)), *seen, *[Grows()] * len(params), *more]
 
@@ -153,14 +154,17 @@ def _score_bias_fake(
 def _encode_fake(
     x: Tensor, visible: Tensor | None, params: Sequence[Tensor], layout: str,
     sinks: int, extra: int, window: int, ring: int, chunk: int,
-    importance: Tensor | None = None,
+    importance: Tensor | None = None, kinds: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:  # fmt: skip
     batch, heads, length, dim = x.shape
     code = parse_layout(layout)
     fields = code.payload_fields(x.dtype)
     rows = [(length + chunk - 1) // chunk * chunk] * code.tokenwise
     coded = torch.sym_max(length - window, 0)
-    rows += [capacity_for(quota, chunk) for quota in quotas(code, coded)]
+    if code.plane_kinds and kinds:
+        rows += [kinds[1 + kind].shape[1] for kind in code.plane_kinds]
+    else:
+        rows += [capacity_for(quota, chunk) for quota in quotas(code, coded)]
     slots = sinks + code.slots(extra, coded)
     return [
         *(
@@ -170,7 +174,7 @@ def _encode_fake(
         x.new_empty(batch, heads, slots, dim),
         x.new_empty(batch, slots, dtype=torch.int64),
         x.new_empty(batch, heads, ring, dim),
-        x.new_empty(3, dtype=torch.float32),
+        x.new_empty(tallies(code), dtype=torch.float32),
     ]
 
 
@@ -209,7 +213,7 @@ _ATTEND = (
 )
 _ENCODE = (
     "(Tensor x, Tensor? visible, Tensor[] params, str layout, int sinks, int extra, int window, "
-    "int ring, int chunk, Tensor? importance=None) -> Tensor[]"
+    "int ring, int chunk, Tensor? importance=None, Tensor[]? kinds=None) -> Tensor[]"
 )
 
 _define_composite(f"attend_biased(Tensor q, Tensor bias, {_ATTEND}", _attend_biased)

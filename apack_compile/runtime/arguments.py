@@ -13,7 +13,8 @@ from ..cache import PackedKV
 from ..codec import parse_layout
 from ..lower.values import symbols
 from ..passes.base import settled, value_of
-from ..passes.draft import ARGUMENTS, HANDLES, LENGTHS
+from ..passes.draft import ARGUMENTS, HANDLES, LENGTHS, SORTED_TOKENS
+from ..passes.rewrite_encode import SORTED
 from .specialise import Dynamic
 
 STATIC, DYNAMIC, SHARED = DimDynamic.STATIC, DimDynamic.DYNAMIC, DimDynamic.DUCK
@@ -25,15 +26,20 @@ class Dynamics:
     A Dynamo argument has the symbols that Dynamo gave it. Of a store, the batch is a symbol if the
     handle's is, and the capacity of the payload always; those two are each one symbol for all
     stores that grow (K and V of all layers grow together). The capacity of a store that is read as
-    it is has a symbol of its own: it may happen to be that of the others, and not for long.
+    it is has a symbol of its own: it may happen to be that of the others, and not for long. So has
+    the number of tokens of each kind.
 
     Args:
         graph: the Dynamo graph.
         handles: its packed inputs.
         fixed: whether each is read as it is.
+        prompt: sequences and tokens of the prompt that it encodes, if any.
     """
 
-    def __init__(self, graph: fx.Graph, handles: Sequence[fx.Node], fixed: Sequence[bool]) -> None:
+    def __init__(
+        self, graph: fx.Graph, handles: Sequence[fx.Node], fixed: Sequence[bool],
+        prompt: Sequence[Any] = (),
+    ) -> None:  # fmt: skip
         examples = [value_of(n) for n in graph.nodes if n.op == "placeholder"]
         self._arguments = [_of_example(example) for example in examples]
         self._loose = [_loose_of_example(example) for example in examples]
@@ -41,6 +47,7 @@ class Dynamics:
             SHARED if isinstance(value_of(h).shape[0], torch.SymInt) else STATIC for h in handles
         ]
         self._capacities = [DYNAMIC if alone else SHARED for alone in fixed]
+        self._prompt = tuple(_of_size(size) for size in prompt)
 
     def of(self, slot: tuple[int, int], value: Any, layouts: Sequence[str]) -> Dynamic:
         """The dynamic dimensions of the input at ``slot``."""
@@ -49,6 +56,8 @@ class Dynamics:
             return self._arguments[index]
         if table == LENGTHS:
             return (DYNAMIC,) if isinstance(value, int) else None
+        if table == SORTED_TOKENS:  # of each token; then the tokens of each kind
+            return (self._prompt[0], self._prompt[1] if index % SORTED == 0 else DYNAMIC)
         number = table - HANDLES
         if number >= len(layouts) or not isinstance(value, Tensor):
             return None
@@ -103,9 +112,12 @@ def _of_example(example: Any) -> Dynamic:
         return (DYNAMIC,)
     if not isinstance(example, Tensor) or isinstance(example, PackedKV):
         return None
-    sizes = map(settled, example.shape)
-    dims = tuple(DYNAMIC if isinstance(size, torch.SymInt) else STATIC for size in sizes)
+    dims = tuple(map(_of_size, example.shape))
     return dims if DYNAMIC in dims else None
+
+
+def _of_size(size: Any) -> DimDynamic:
+    return DYNAMIC if isinstance(settled(size), torch.SymInt) else STATIC
 
 
 def _loose_of_example(example: Any) -> tuple[int, ...]:

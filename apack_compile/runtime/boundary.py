@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from ..cache import PackedKV, Policy, SideStore
 from ..codec import CodeRef
 from ..fitting.layer import Lesson
+from ..kernels.kinds import SortedTokens
 from ..options import Options
 from ..passes.base import value_of
 from ..passes.draft import (
@@ -25,7 +26,7 @@ from ..passes.draft import (
     PlainOutput,
 )
 from ..passes.plan import Plan, PlannedSite
-from ..passes.rewrite_encode import encoded_updates
+from ..passes.rewrite_encode import devices_of, encoded_updates, prompt_sites
 from .arguments import in_step, lengths_of
 from .flush import Flush
 from .owners import Owners
@@ -62,6 +63,9 @@ class Boundary:
         self._owners = owners
         self._names = _names(sites)
         self._fixed = {u.node for s in sites if s.cached.crosses for u in (s.cached.k, s.cached.v)}
+        self._prompts = {
+            u.node for s in prompt_sites(sites) for u in (s.cached.k, s.cached.v)
+        }  # fmt: skip
         self._flush = Flush(capture)
 
     def layouts(self, args: Sequence[Any]) -> tuple[str, ...]:
@@ -116,11 +120,22 @@ class Boundary:
         return tuple(ready)
 
     def inputs(
-        self, args: Sequence[Any], interface: Interface, refs: Sequence[CodeRef]
-    ) -> list[Any]:
-        """The inputs of a rewritten graph; ``refs`` are the codes that it encodes with."""
+        self, args: Sequence[Any], interface: Interface, refs: Sequence[CodeRef],
+        tokens: SortedTokens | None = None,
+    ) -> list[Any]:  # fmt: skip
+        """The inputs of a rewritten graph.
+
+        Args:
+            args: of the Dynamo graph.
+            interface: of the rewritten one.
+            refs: the codes that it encodes with.
+            tokens: of the prompt, by kind, if any of these has a code for each.
+        """
         handles = [args[i] for i in self.handles]
-        tables: list[Sequence[Any]] = [args, lengths_of(handles, self.appends)]
+        kinds: list[Tensor] = []
+        if tokens is not None:
+            kinds += [t for place in devices_of(self.updates) for t in tokens.tensors(place)]
+        tables: list[Sequence[Any]] = [args, lengths_of(handles, self.appends), kinds]
         for handle in handles:
             store = handle.store
             tables.append((*store.tensors(), *store.ref.code.on(store.device)))
@@ -131,6 +146,7 @@ class Boundary:
     def outputs(
         self, args: Sequence[Any], interface: Interface, results: list[Any],
         refs: Sequence[CodeRef], lessons: Mapping[fx.Node, Lesson],
+        tokens: SortedTokens | None = None,
     ) -> tuple[Any, ...]:  # fmt: skip
         """The results of the Dynamo graph.
 
@@ -140,6 +156,7 @@ class Boundary:
             results: of that; dense ones are let go of as they are packed.
             refs: codes of what it encoded, or is packed here.
             lessons: what the prefill tells of the cache tensors that are packed here.
+            tokens: see :meth:`inputs`.
         """
         for number, value in interface.written:
             args[self.handles[number]].replace(results[value])
@@ -150,13 +167,13 @@ class Boundary:
                 outputs.append(results[recipe.value])
                 continue
             if recipe not in made:
-                made[recipe] = self._handle(args, interface, results, refs, lessons, recipe)
+                made[recipe] = self._handle(args, results, refs, lessons, tokens, recipe)
             outputs.append(made[recipe])
         return tuple(outputs)
 
     def _handle(
-        self, args: Sequence[Any], interface: Interface, results: list[Any],
-        refs: Sequence[CodeRef], lessons: Mapping[fx.Node, Lesson], recipe: Any,
+        self, args: Sequence[Any], results: list[Any], refs: Sequence[CodeRef],
+        lessons: Mapping[fx.Node, Lesson], tokens: SortedTokens | None, recipe: Any,
     ) -> Tensor:  # fmt: skip
         if isinstance(recipe, ArgumentOutput):
             return args[recipe.argument]
@@ -170,13 +187,17 @@ class Boundary:
         if isinstance(recipe, EncodedOutput):
             tensors = results[recipe.value : recipe.value + recipe.count]
             length = int(results[recipe.value + recipe.count])
-            store = SideStore.from_encoded(tensors, ref, policy, length)
+            sorted_ = ref.layout.plane_kinds and self.updates[recipe.code].node in self._prompts
+            kinds = tokens.counts if tokens is not None and sorted_ else None
+            store = SideStore.from_encoded(tensors, ref, policy, length, kinds)
         else:
             assert isinstance(recipe, DenseOutput)
             dense, results[recipe.value] = results[recipe.value], None
             try:
                 lesson = lessons[self.updates[recipe.code].node]
-                store = SideStore.encode(dense, ref, policy, lesson.visible, lesson.importance)
+                store = SideStore.encode(
+                    dense, ref, policy, lesson.visible, lesson.importance, lesson.mask
+                )
             except torch.OutOfMemoryError:
                 log.warning("attentionpack: memory ran out while a cache was packed: left dense")
                 return dense

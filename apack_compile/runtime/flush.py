@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..cache import SideStore
-from ..cache.store import writing
+from ..cache.lease import writing
 from ..codec import Layout, parse_layout
 from ..locks import lock
 from ..lower.capture import Captured

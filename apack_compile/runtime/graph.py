@@ -26,6 +26,7 @@ from ..fitting.keep import Identity, identify, recall, remember
 from ..fitting.layer import LEARNING, PROFILES, LayerProfile, Lesson, Profiles
 from ..fitting.learn import first_line, learn
 from ..fitting.progress import Progress
+from ..kernels.kinds import SortedTokens
 from ..lower.decode import CUDAGRAPHS
 from ..ops.region import CALLER, Caller, config_key
 from ..options import Options
@@ -37,6 +38,7 @@ from ..passes.rewrite_encode import rewrite_encode
 from ..passes.rewrite_unpack import rewrite_unpack
 from .arguments import Dynamics
 from .boundary import Boundary
+from .kinds import PromptKinds
 from .owners import Owners
 from .paper import paper_code, paper_sites
 from .specialise import Specialised, python_floats
@@ -94,10 +96,11 @@ class PackedGraph:
         self.config = config
         self.compiler = partial(compile_inner, options.inner, config=config)
         self.owners = Owners(record)
-        self._dynamics = Dynamics(gm.graph, plan.handles, plan.fixed)
         capture = options.inner == "inductor" and config.get(CUDAGRAPHS, True)
         self.boundary = Boundary(gm, plan, options, self.owners, capture)
         self.studies = Studies(gm, plan, options, partial(self.boundary.inputs, refs=[]))
+        self._prompt_kinds = PromptKinds(self.studies, options)
+        self._dynamics = Dynamics(gm.graph, plan.handles, plan.fixed, self._prompt_kinds.shape)
         self._caller = Caller(config, config_key(config), self._compiled_region)
         self._lowered: dict[Any, Lowered] = {}
         arguments = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -226,7 +229,10 @@ class PackedGraph:
                         remember(layers, identity(), self.options)
         self._tell(profiles)
         self.record.ran("fit")
-        return self.pack(args, study, self._refs(profiles))
+        refs = self._refs(profiles)
+        if any(ref.layout.plane_kinds for ref in refs):
+            self._prompt_kinds.tell(study.visual, self.record)
+        return self.pack(args, study, refs)
 
     def pack(self, args: tuple[Any, ...], study: Study, refs: Sequence[CodeRef]) -> tuple[Any, ...]:
         """The results of the Dynamo graph, made of those of an uncompiled prefill."""
@@ -274,8 +280,10 @@ class PackedGraph:
         """Run the compiled graph."""
         boundary = self.boundary
         args = boundary.make_room(args)
+        by_kind = any(ref.layout.plane_kinds for ref in refs)
+        tokens = self._prompt_kinds.sort(args, self.record) if by_kind else None
         try:
-            artifact, interface, inputs = self._artifact(args, refs)
+            artifact, interface, inputs = self._artifact(args, refs, tokens)
         except Exception as error:  # the model must run, whatever goes wrong here
             raise Unprepared(first_line(error)) from error
         token = CALLER.set(self._caller)
@@ -286,7 +294,7 @@ class PackedGraph:
         attended = len(self.plan.having("attend"))
         self.record.attends += attended
         self.record.ran("decode" if boundary.handles else "encode")
-        return boundary.outputs(args, interface, list(results), refs, {})
+        return boundary.outputs(args, interface, list(results), refs, {}, tokens)
 
     def _give_up(self, error: Exception) -> None:
         reason = f"a graph could not be rewritten or compiled ({first_line(error)})"
@@ -305,7 +313,7 @@ class PackedGraph:
         return written_inputs(self.gm.graph, self.boundary.handles)
 
     def _artifact(
-        self, args: tuple[Any, ...], refs: list[CodeRef]
+        self, args: tuple[Any, ...], refs: list[CodeRef], tokens: SortedTokens | None
     ) -> tuple[Specialised, Interface, list[Any]]:
         """What to call for these arguments, made now if need be, and its inputs."""
         boundary = self.boundary
@@ -317,7 +325,7 @@ class PackedGraph:
             with COMPILING:
                 lowered = self._lowered.get(key) or self._lower(layouts, refs, together)
                 self._lowered[key] = lowered
-        inputs = boundary.inputs(args, lowered.interface, refs)
+        inputs = boundary.inputs(args, lowered.interface, refs, tokens)
         artifact = lowered.artifact_for(inputs)
         if artifact is None:
             with COMPILING:  # another thread may be doing so

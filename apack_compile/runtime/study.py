@@ -19,7 +19,7 @@ from ..options import Options
 from ..passes.base import shape_of, value_of
 from ..passes.draft import Draft, Interface
 from ..passes.plan import Plan, PlannedSite
-from ..passes.rewrite_encode import TOLD, collect
+from ..passes.rewrite_encode import TOLD, collect, prompt_sites
 from ..passes.rewrite_unpack import rewrite_unpack
 from .arguments import Sizes
 from .calibrate import Trial, calibrate
@@ -42,11 +42,13 @@ class Study:
         interface: what the results are.
         results: of the graph.
         lessons: what it tells of each ``encode`` site.
+        visual: which tokens of the prompt are visual.
     """
 
     interface: Interface
     results: list[Any]
     lessons: tuple[Lesson, ...]
+    visual: Mask = None
 
     @property
     def turns(self) -> list[Turn | None]:
@@ -116,6 +118,7 @@ class Studies:
         with torch.no_grad():
             results = list(gm(*self._inputs((*args, *images), interface)))
         told = results[interface.extra : interface.extra + TOLD * len(self.sites)]
+        prompts = prompt_sites(self.sites)
         lessons = []
         for number, (site, length) in enumerate(zip(self.sites, lengths, strict=True)):
             sums, visible, cos, sin, interleaved, weight = told[number * TOLD :][:TOLD]
@@ -125,8 +128,11 @@ class Studies:
             dims, count = (k_shape[3], v_shape[3]), len(fields(Moments))
             no_image = visual is False and not site.cached.crosses
             of_images = sums[count:] or (() if no_image else None)
-            lessons.append(Lesson(sums[:count], turn, visible, dims, length, of_images, weight))
-        return Study(interface, results, tuple(lessons))
+            mask = visual if isinstance(visual, Tensor) and site in prompts else None
+            lessons.append(
+                Lesson(sums[:count], turn, visible, dims, length, of_images, weight, mask)
+            )
+        return Study(interface, results, tuple(lessons), visual)
 
     def sense(self, args: tuple[Any, ...], study: Study) -> Measured | str:
         """The sensitivity of each site in :attr:`own`, or why it is not known."""
@@ -166,6 +172,10 @@ class Studies:
         return calibrate(
             self.gm, args, self._own_sites, turns, coded, window, measured.prose, codes, step
         )
+
+    def prompt(self, args: Sequence[Any]) -> tuple[int, int]:
+        """Sequences of the prompt, and their tokens, as the first site in :attr:`own` has them."""
+        return self._batch(args), self._size(self._own_sites[0], 2, args)
 
     def _size(self, site: PlannedSite, dim: int, args: Sequence[Any]) -> int:
         return self._sizes.value(value_of(site.cached.k.node).shape[dim], args)

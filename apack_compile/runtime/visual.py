@@ -37,6 +37,7 @@ from ..passes.find_visual import (
 from ..passes.find_writes import is_written
 from ..passes.plan import PlannedSite
 from .arguments import Sizes
+from .given import fitted_mask, given_mask
 
 log = logging.getLogger(__name__)
 
@@ -149,23 +150,44 @@ class Prompts:
         self._sinks = sinks
         self._kinds: Kinds | str = "not a first prefill"
         self._reader: TokenKinds | None = None
-        prefills = [s.cached.k for s in sites if s.cached.k.past is None]
-        if prefills:
-            self._kinds = find_visual(gm.graph, prefills[0].new)
-            shapes = map(shape_of, hidden_states(gm.graph, prefills[0].new))
+        first = sites[0].cached.k if sites else None
+        self._first = first is not None and first.past is None
+        if first is not None and self._first:
+            self._kinds = find_visual(gm.graph, first.new)
+            shapes = map(shape_of, hidden_states(gm.graph, first.new))
             self._reader = TokenKinds(gm, next((shape[-1] for shape in shapes if shape), None))
 
-    def visual(self, args: Sequence[Any], batch: int, length: int) -> Mask:
-        """Which of the tokens are visual, ``[B, S]``; False: none; None: not known."""
+    @property
+    def unknown(self) -> str:
+        """Why it is not known which tokens are visual, if it is not."""
+        if isinstance(self._kinds, str):
+            return self._kinds
+        return "embeddings that no compiled graph has made"
+
+    def mask(self, args: Sequence[Any], batch: int, length: int) -> Mask:
+        """Which of the tokens are visual, ``[B, S]``; False: none; None: not known.
+
+        Raises:
+            ValueError: a mask was given that does not fit (``given.py``).
+        """
+        given = given_mask()
+        if given is not None:
+            return fitted_mask(given, batch, length, self._first)
         if isinstance(self._kinds, str) or self._reader is None:
             return False if self._kinds == NO_IMAGE else None
         mask = self._reader.visual(self._kinds, args)
-        if isinstance(mask, Tensor):
-            return mask.expand(batch, length) if bool(mask.any()) else False
-        return mask
+        return mask.expand(batch, length) if isinstance(mask, Tensor) else mask
+
+    def visual(self, args: Sequence[Any], batch: int, length: int) -> Mask:
+        """The same; False if no token of the mask is visual. Waits for the device."""
+        mask = self.mask(args, batch, length)
+        return False if isinstance(mask, Tensor) and not bool(mask.any()) else mask
 
     def have_visual(self, args: Sequence[Any]) -> bool:
         """Whether visual tokens will be coded."""
+        given = given_mask()
+        if given is not None:
+            return bool((given.sum(-1) > self._sinks).any())
         if isinstance(self._kinds, str) or self._reader is None:
             return False
         if not self._reader.may_be_visual(self._kinds, args):

@@ -75,6 +75,7 @@ class Variant:
         options: of the backend, ratio aside.
         beforehand: fitted by ``apack_compile.fit``; else from the first prefill.
         coded_once: tokens that follow stay exact, as for the rivals.
+        of: the option that the ratio is.
     """
 
     title: str
@@ -82,6 +83,7 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
     beforehand: bool = False
     coded_once: bool = True
+    of: str = "ratio"
 
     @property
     def all(self) -> frozenset[float]:
@@ -94,7 +96,7 @@ class Variant:
             f"{ratio:g}x{self.title}",
             self.title,
             frozenset(run for run, those in self.ratios.items() if ratio in those),
-            {"ratio": ratio, **self.options},
+            {self.of: ratio, **self.options},
             self.beforehand,
             self.coded_once,
         )

@@ -63,6 +63,14 @@ VARIANTS = (
         {**BEST, **THINNED}, beforehand=True,
     ),
     Variant(
+        " visual, 2x text, fitted beforehand", {"images": (8, 16)}, beforehand=True,
+        of="visual_ratio",
+    ),
+    Variant(
+        " visual, 2x text, pre-RoPE K, fitted beforehand", {"images": (8, 16)}, BEST,
+        beforehand=True, of="visual_ratio",
+    ),
+    Variant(
         ", paper mode", {"full": (8,), "images": (8, 4), "paper": (8,)}, {"codec": "svd"}
     ),
 )  # fmt: skip

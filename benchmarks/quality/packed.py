@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -93,7 +94,10 @@ class PackedRunner:
             graphs = apack_compile.report(self.subject.model).graph_reports
             _check([reason for graph in graphs for _, reason in graph.notes])
             self.fitted_for = _length(prompt)
-        cache = self._prefill(as_inputs(prompts.ids))
+        # Its embeddings do not show what is an image: they were made beforehand.
+        visual = self.subject.visual(prompts.ids) if self.options.get("visual_ratio") else None
+        with nullcontext() if visual is None else apack_compile.visual_tokens(visual):
+            cache = self._prefill(as_inputs(prompts.ids))
         for layer in cache.layers:
             for side in (layer.keys, layer.values):
                 if not isinstance(side, apack_compile.PackedKV) or _layout(side).kind == "exact":

@@ -65,6 +65,25 @@ class Subject:
         ]
         return layers, out.logits[:, -1]
 
+    def visual(self, prompts: Tensor) -> Tensor | None:
+        """Which tokens of embeddings ``[B, S, hidden]`` are of images: ``[B, S]`` bool.
+
+        Those that are no row of the table of text, bit for bit; None: prompts are token ids.
+        """
+        if prompts.ndim == 2:
+            return None
+        table = self.model.get_input_embeddings().weight.detach()
+        generator = torch.Generator().manual_seed(0)
+        keys = torch.randint(1 << 40, (table.shape[1],), generator=generator).to(table.device)
+
+        def digest(x: Tensor) -> Tensor:
+            bits = torch.int32 if x.dtype == torch.float32 else torch.int16
+            return (x.contiguous().view(bits).long() * keys).sum(-1)
+
+        known = torch.cat([digest(part) for part in table.split(4096)])
+        rows = [torch.isin(digest(row.to(table)), known, invert=True) for row in prompts]
+        return torch.stack(rows)
+
     def follow(
         self, kv: Sequence[tuple[Tensor, Tensor]], start: int, ids: Tensor, piece: int | None = None
     ) -> Tensor:

@@ -55,6 +55,24 @@ def test_context_is_coded_once_and_attended_to_as_codes(subject: Subject) -> Non
     assert (stock - subject.follow(dense, CONTEXT, ids)).abs().max() > 1e-3
 
 
+def test_tokens_of_embeddings_are_coded_by_kind(subject: Subject) -> None:
+    options = {"visual_ratio": 4, "text_ratio": 2}
+    packed = PackedRunner(setting(subject), options, False, True)
+    embeddings = subject.model.get_input_embeddings()(tiny.texts(2, CONTEXT)).detach()
+    embeddings[0, 10:60] += 0.1
+    embeddings[1, 100:150] += 0.1
+    cache = packed.prefill(Prompts(subject, embeddings))
+    for layer in cache.layers:
+        for side in (layer.keys, layer.values):
+            kinds = side.store.side.payload[0][:, : side.store.coded, 0].bool()
+            assert kinds[0].nonzero().flatten().tolist() == list(range(10, 60))
+            assert kinds[1].nonzero().flatten().tolist() == list(range(100, 150))
+    sizes = packed.sizes(cache)
+    assert 2 < sizes.ratio < 4
+    text = packed.prefill(Prompts(subject, tiny.texts(2, CONTEXT)))
+    assert not text.layers[0].keys.store.side.payload[0].any()
+
+
 def test_pieces_are_what_decoding_token_by_token_is(subject: Subject) -> None:
     packed = runner(subject, coded_once=False)
     cache = packed.prefill(prompts(subject))

@@ -33,6 +33,20 @@ def test_the_prefill_is_that_of_the_model(subject: Subject) -> None:
         torch.testing.assert_close(layer.v, held.values)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_row_of_the_table_is_an_image(dtype: torch.dtype) -> None:
+    subject = tiny.subject()
+    subject.model.to(dtype)
+    ids = tiny.texts(3, 40)
+    assert subject.visual(ids) is None
+    embeddings = subject.model.get_input_embeddings()(ids).detach()
+    where = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) < 0.4
+    where[2] = False
+    embeddings[where] += 0.01
+    found = subject.visual(embeddings)
+    assert found is not None and torch.equal(found, where)
+
+
 def test_queries_rotation_and_attention_are_those_of_the_model(subject: Subject) -> None:
     ids = tiny.texts(1, 80)
     attention = subject.model.model.layers[1].self_attn

@@ -16,10 +16,11 @@ from hypothesis.stateful import invariant, rule
 from torch import Tensor
 
 from apack_compile.cache import PackedKV, Policy, SideStore
-from apack_compile.codec import Code, CodeRef, TransformLayout
+from apack_compile.codec import Code, CodeRef, ModalLayout, TransformLayout
 from apack_compile.codec.layout import KEPT_OF, SPARE
+from apack_compile.codec.modal import joined
 
-from ..helpers import at_every_level, few, fitted_ref
+from ..helpers import at_every_level, few, fitted_ref, modal_ref
 from .histories import Histories, Pair, pairs
 
 POLICY = Policy(sinks=2, extra=SPARE + 2, window=8, block=16, chunk=16)
@@ -32,6 +33,16 @@ def turned(ref: CodeRef) -> CodeRef:
     assert isinstance(layout, TransformLayout)
     waves = torch.tensor([[0.7], [0.2]]).expand(2, layout.dim)
     return CodeRef(Code(replace(layout, rotary=layout.dim), (*ref.code.params, waves)))
+
+
+def turned_modal(ref: CodeRef) -> CodeRef:
+    """The same of a code for each kind of tokens."""
+    layout, params = ref.layout, ref.code.params
+    assert isinstance(layout, ModalLayout)
+    count = layout.visual.param_count
+    visual = turned(CodeRef(Code(layout.visual, params[:count])))
+    text = turned(CodeRef(Code(layout.text, params[count:])))
+    return CodeRef(joined(visual.code, text.code, (1, 1)))
 
 
 def kept(ref: CodeRef) -> CodeRef:
@@ -54,6 +65,10 @@ SETUPS: dict[str, tuple[CodeRef, Policy]] = {
     "keys before their rotation, some dropped, some exact": (kept(turned(THINNED)), POLICY),
     "values in tiers, some dropped": (fitted_ref(ratio=2, tiers=True, evict=0.3), POLICY),
     "values in tiers, some exact, no sinks": (kept(TIERED), replace(POLICY, sinks=0)),
+    "keys by kind": (modal_ref(gain=False), POLICY),
+    "values by kind": (modal_ref(), POLICY),
+    "keys by kind, before their rotation": (turned_modal(modal_ref(gain=False)), POLICY),
+    "values by kind, no sinks": (modal_ref(), replace(POLICY, sinks=0)),
 }
 
 
@@ -71,10 +86,12 @@ class CodedPair(Pair):
         coded: ``[B, levels * H, S, D]``: tokens as the code gives them back, wherever they are
             kept, at each level that they may be of.
         places: ``[B, 1, S, 1]``: positions counted from the first visible token of a row.
+        visual: ``[B, 1, S, 1]`` bool: tokens that were coded as visual ones, if there are kinds.
     """
 
     coded: Tensor
     places: Tensor
+    visual: Tensor
 
     @property
     def store(self) -> SideStore:
@@ -141,6 +158,7 @@ class CodedPair(Pair):
             torch.cat([self.dense, new], 2),
             torch.cat([self.coded, through_code(ref, new, places)], 2),
             torch.cat([self.places, places], 2),
+            torch.cat([self.visual, torch.zeros_like(places, dtype=torch.bool)], 2),
         )
         assert made.coded_count <= max(before, made.length - policy.window)
         assert made.length - made.coded_count <= policy.ring
@@ -162,6 +180,8 @@ class CodedPair(Pair):
     def nearest(self, got: Tensor) -> Tensor:
         """The coded tokens at the level that each has been given."""
         levels = self.coded.unflatten(1, (-1, got.shape[1]))  # [B, levels, H, S, D]
+        if self.store.ref.layout.plane_kinds:
+            return torch.where(self.visual, levels[:, 1], levels[:, 0])
         off = (levels - got[:, None]).abs().amax((2, 4), keepdim=True)  # [B, levels, 1, S, 1]
         best = off.nan_to_num().argmin(1, keepdim=True).expand(-1, 1, *levels.shape[2:])
         return levels.gather(1, best)[:, 0]
@@ -209,14 +229,21 @@ class PooledHistories(Histories):
         pads=st.lists(st.sampled_from([0, 0, 1, 9]), min_size=1, max_size=3),
         count=st.integers(1, 60),
         marks=blemishes,
+        share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
     )
-    def prefill(self, setup: str, pads: list[int], count: int, marks: list[Blemish]) -> CodedPair:
+    def prefill(
+        self, setup: str, pads: list[int], count: int, marks: list[Blemish], share: float
+    ) -> CodedPair:
         ref, policy = SETUPS[setup]
         room = torch.full((len(pads),), SPARE)
         x = self.tokens(room, max(pads) + count, marks, among=count)
         places = torch.arange(x.shape[2])[:, None] - torch.tensor(pads)[:, None, None, None]
-        packed = PackedKV.pack(x, ref, policy, places[:, 0, :, 0] >= 0 if any(pads) else None)
-        pair = CodedPair(packed, x, through_code(ref, x, places), places)
+        seen = places[:, 0, :, 0] >= 0 if any(pads) else None
+        visual = torch.rand(x.shape[0], x.shape[2], generator=self.generator()) < share  # [B, S]
+        packed = PackedKV.pack(x, ref, policy, seen, visual)
+        visual &= torch.arange(x.shape[2]) < x.shape[2] - policy.window  # others are text later
+        visual = visual[:, None, :, None]
+        pair = CodedPair(packed, x, through_code(ref, x, places), places, visual)
         assert pair.coded_count == max(pair.length - policy.window, 0)
         assert (pair.strained <= pair.share).all()
         return self.keep(pair)

@@ -15,10 +15,11 @@ from apack_compile.codec import CodeRef, LowRankLayout
 from apack_compile.codec.fixed import fixed_ref
 from apack_compile.codec.lowrank import factor
 from apack_compile.cost import PackedSide, bytes_of, side_bytes
+from apack_compile.cost.live import predicted_bytes
 from apack_compile.cost.sizes import coded_tokens
 from apack_compile.cost.symbols import BATCH, LATER, PROMPT
 
-from ..helpers import few, fitted_ref, hand_code
+from ..helpers import few, fitted_ref, hand_code, modal_ref
 
 HEADS, DIM = 2, 8
 KEYS, VALUES = fitted_ref(gain=False), fitted_ref()
@@ -30,6 +31,8 @@ CODES = {
     "tiered": fitted_ref(ratio=2, tiers=True),
     "evicting": fitted_ref(gain=False, evict=0.4),
     "evicting tiers": fitted_ref(ratio=2, tiers=True, evict=0.25),
+    "keys by kind": modal_ref(gain=False),
+    "values by kind": modal_ref(),
     "share": CodeRef(hand_code(replace(KEYS.layout, exact=30))),
     "tiered share": CodeRef(hand_code(replace(fitted_ref(ratio=2, tiers=True).layout, exact=51))),
 }
@@ -57,6 +60,26 @@ def test_bytes_behind_prefill_are_exact_by_kind(
     want = found.codes, found.gains, found.exact_tokens, found.window
     assert bytes_of(PackedSide.of(ref, policy, dtype), batch, tokens) == want
     assert sum(want) == handle.store.nbytes
+
+
+@few
+@given(
+    batch=st.integers(1, 3), tokens=st.integers(1, 400), window=st.integers(0, 70),
+    share=st.floats(0, 1), seed=st.integers(0, 9), chunk=st.sampled_from([16, 64]),
+)  # fmt: skip
+def test_bytes_of_a_mixture_of_kinds_are_exact(
+    batch: int, tokens: int, window: int, share: float, seed: int, chunk: int
+) -> None:
+    policy = Policy(window=window, chunk=chunk)
+    generator = torch.Generator().manual_seed(seed)
+    visual = torch.rand(batch, tokens, generator=generator) < share
+    store = SideStore.encode(dense(batch, tokens), modal_ref(), policy, visual=visual)
+    coded = visual[:, : max(tokens - window, 0)]
+    counts = int((~coded).sum(1).max()), int(coded.sum(1).max())
+    assert store.kinds == counts
+    side = PackedSide.of(store.ref, policy, torch.float32, counts)
+    assert sum(bytes_of(side, batch, tokens)) == store.nbytes
+    assert predicted_bytes([store]) == store.nbytes
 
 
 @few

@@ -10,7 +10,7 @@ from apack_compile.codec.rotation import Rotation
 from apack_compile.fitting.file import SavedLayer, SavedProfile
 from apack_compile.fitting.fingerprint import digests
 
-from ..helpers import fitted_ref
+from ..helpers import fitted_ref, modal_ref
 
 OPTIONS = "('transform', ratio 4)"
 
@@ -25,6 +25,8 @@ def saved(layers: int = 2, options: str = OPTIONS) -> SavedProfile:
 
 def saved_layer(number: int, weight: str) -> SavedLayer:
     k, v = fitted_ref(gain=False).code, fitted_ref(gain=True).code
+    if number == 1:
+        v = modal_ref().code
     codes = replace(k, kinds=(0.25, 0.5)), v
     waves = torch.rand(2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
     rotation = Rotation(waves[0], 8, False, waves[1], 0.25) if number % 2 else None

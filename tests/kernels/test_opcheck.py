@@ -12,7 +12,9 @@ from apack_compile.cache import Policy
 from apack_compile.codec import Code, ExactLayout, TransformLayout
 from apack_compile.codec.evicting import evicting
 from apack_compile.codec.layout import KEPT_OF
+from apack_compile.codec.modal import modal
 from apack_compile.codec.tiered import layout_of
+from apack_compile.kernels.kinds import sort_tokens
 
 from ..helpers import encoded, hand_code
 
@@ -23,6 +25,9 @@ CODES = {
     "gain": hand_code(TransformLayout(2, 4, 2, 0, 4, 0, 1)),
     "some exact": hand_code(TransformLayout(2, 4, 1, 2, 2, 4, 1, exact=KEPT_OF // 4)),
     "tiers": hand_code(layout_of((2, 4, 1), (0, 8, 0), True, (24, 16))),
+    "by kind": hand_code(
+        modal(TransformLayout(2, 4, 1, 0, 0, 4, 0), TransformLayout(2, 4, 2, 0, 4, 0, 1))
+    ),
     "evicting": hand_code(evicting(layout_of((2, 4, 1), (0, 8, 0), False), 12)),
 }
 # Not test_autograd_registration: gradients are not supported.
@@ -64,6 +69,17 @@ def test_encode(kind: str, length: int) -> None:
         torch.ops.apack.encode, by_token(2, 2, length, 4), visible, list(code.params),
         code.layout.spec, POLICY.sinks, POLICY.extra, POLICY.window, POLICY.ring, POLICY.chunk,
         *([torch.rand(2, length)] if code.layout.shares else []),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [3, 24])
+def test_encode_by_kind(length: int) -> None:
+    code = CODES["by kind"]
+    tokens = sort_tokens(torch.rand(2, length) < 0.5, max(length - POLICY.window, 0), POLICY.chunk)
+    check(
+        torch.ops.apack.encode, by_token(2, 2, length, 4), None, list(code.params),
+        code.layout.spec, POLICY.sinks, POLICY.extra, POLICY.window, POLICY.ring, POLICY.chunk,
+        None, list(tokens.tensors(torch.device("cpu"))),
     )  # fmt: skip
 
 

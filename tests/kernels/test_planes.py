@@ -71,7 +71,7 @@ def test_rows_are_found_again_whatever_was_written_and_cropped(
         rows = torch.randint(0, 255, (batch, run, 3), dtype=torch.uint8)
         for plane, count in enumerate(quotas(LAYOUT, run), 1):
             has = mine >= plane
-            first = counted(levels, plane, start)
+            first = counted(LAYOUT, levels, plane, start)
             write_rows(planes[plane - 1], in_plane(rows, has, count), first)
             for row in range(batch):
                 kept = [

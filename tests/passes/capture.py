@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from apack_compile.cache import PackedKV, Policy, SideStore
 from apack_compile.codec import CodeRef
 from apack_compile.codec.fixed import fixed_ref
+from apack_compile.kernels.kinds import SortedTokens
 from apack_compile.passes.base import PassReport
 from apack_compile.passes.draft import (
     AppendedOutput,
@@ -120,14 +121,17 @@ def rewrite(
     return Rewritten(gm, interface, reports, codes)
 
 
-def run(captured: Captured, new: Rewritten) -> tuple[list[Any], list[Any]]:
+def run(
+    captured: Captured, new: Rewritten, prompt: SortedTokens | None = None
+) -> tuple[list[Any], list[Any]]:
     """Results of the Dynamo graph by its rewriting, handles unpacked; then the extra ones.
 
-    Stores need room in their rings for what the graph appends.
+    Stores need room in their rings for what the graph appends. ``prompt``: its tokens by kind.
     """
     gm, interface, refs = new.gm, new.interface, new.refs
     handles = [captured.args[i] for i in interface.handles]
-    tables = [captured.args, lengths_of(handles, interface.appends)]
+    kinds = () if prompt is None else prompt.tensors(torch.device("cpu"))
+    tables = [captured.args, lengths_of(handles, interface.appends), kinds]
     tables += [[*h.store.tensors(), *h.store.ref.code.params] for h in handles]
     tables += [ref.code.params for ref in refs]
     results = gm(*(tables[table][index] for table, index in interface.slots))
@@ -147,7 +151,8 @@ def run(captured: Captured, new: Rewritten) -> tuple[list[Any], list[Any]]:
         tensors = list(results[out.value : out.value + out.count])
         length = results[out.value + out.count]
         ref = refs[out.code]
-        store = SideStore.from_encoded(tensors, ref, POLICY.for_code(ref), length)
+        counts = None if prompt is None else prompt.counts
+        store = SideStore.from_encoded(tensors, ref, POLICY.for_code(ref), length, counts)
         return store.dense(length)
 
     return [value(out) for out in interface.outputs], list(results[interface.extra :])

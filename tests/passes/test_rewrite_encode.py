@@ -6,11 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apack_compile.passes.draft import EncodedOutput, PlainOutput
+from apack_compile.cache import PackedKV
+from apack_compile.kernels.kinds import SortedTokens, sort_tokens
+from apack_compile.passes.draft import SORTED_TOKENS, EncodedOutput, PlainOutput
 from apack_compile.passes.rewrite_encode import collect
 
-from ..helpers import fitted_ref
-from .capture import Rewritten, capture, check, grown, ours, repeat_kv, rewrite, run, tokens
+from ..helpers import fitted_ref, modal_ref
+from .capture import (
+    POLICY,
+    Rewritten,
+    capture,
+    check,
+    grown,
+    ours,
+    repeat_kv,
+    rewrite,
+    run,
+    tokens,
+)
 
 sdpa = F.scaled_dot_product_attention
 
@@ -138,13 +151,55 @@ def test_a_fit_that_knows_visual_tokens_has_their_moments_behind_all() -> None:
     assert moments[6].item() == (16 - 2 - 2) + (8 - 1)
 
 
-def test_kinds_of_tokens_in_a_dense_past_are_not_known() -> None:
+def test_kinds_of_tokens_with_a_dense_past_are_those_given() -> None:
+    """A graph does not show them: the mask that it takes comes from the user."""
     captured = capture(dense_past, *[tokens(3)] * 3, tokens(40), tokens(40))
     draft = captured.draft()
     collect(draft, sinks=2, visual=True)
     gm, interface = draft.finish()
+    captured.args = (*captured.args, torch.arange(43).expand(2, -1) < 20)
     _, (moments, *_) = run(captured, Rewritten(gm, interface, [], []))
-    assert len(moments) == 6
+    assert moments[0].item() == 2 * (43 - 2) and moments[6].item() == 2 * (20 - 2)
+
+
+def by_kind(captured: Any, masked: Tensor) -> tuple[Rewritten, SortedTokens]:
+    ref = modal_ref()
+    prompt = sort_tokens(masked, masked.shape[1] - POLICY.window, POLICY.chunk)
+    return rewrite(captured, [ref, ref]), prompt
+
+
+def alone(x: Tensor, ref: Any, masked: Tensor | None) -> Tensor:
+    return PackedKV.pack(x, ref, POLICY, visual=masked).unpack()
+
+
+def test_a_prompt_is_encoded_by_kind_in_the_graph() -> None:
+    k, v = tokens(50), tokens(50)
+    captured = capture(prefill, tokens(50, 4), k, v, None)
+    masked = torch.rand(2, 50, generator=torch.Generator().manual_seed(0)) < 0.4
+    new, prompt = by_kind(captured, masked)
+    assert ours(new) == {"apack::encode": 2}, "no importance is asked for"
+    told = [slot for slot in new.interface.slots if slot[0] == SORTED_TOKENS]
+    assert sorted(told) == [(SORTED_TOKENS, 0), (SORTED_TOKENS, 1), (SORTED_TOKENS, 2)]
+    (_, *got), _ = run(captured, new, prompt)
+    for back, x, ref in zip(got, (k, v), new.refs, strict=True):
+        assert torch.equal(back, alone(x, ref, masked))
+        assert not torch.equal(back, alone(x, ref, None))
+
+
+def test_tokens_of_an_image_that_is_attended_to_are_not_those_of_the_prompt() -> None:
+    """Cross-attention: nothing is known of them, and they are coded as text."""
+
+    def fn(q: Tensor, k: Tensor, image: Tensor, w: Tensor) -> Any:
+        keys, pixels = k * 2, image @ w
+        return sdpa(sdpa(q, keys, keys), pixels, pixels), keys, pixels
+
+    k, image, w = tokens(50), tokens(40), torch.randn(8, 8)
+    captured = capture(fn, tokens(50), k, image, w)
+    masked = torch.ones(2, 50, dtype=torch.bool)
+    new, prompt = by_kind(captured, masked)
+    (_, keys, pixels), _ = run(captured, new, prompt)
+    assert torch.equal(keys, alone(k * 2, new.refs[0], masked))
+    assert torch.equal(pixels, alone(image @ w, new.refs[0], None))
 
 
 def test_a_mask_over_caches_of_several_lengths_is_read_for_each() -> None:

@@ -1,0 +1,57 @@
+"""Two codes for each side of a layer: fitted by themselves, each on its kind of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .code import Code
+from .fit import Evidence, fit_transform
+from .kinds import TEXT, VISUAL, rest
+from .modal import ModalLayout, joined
+from .recipe import Recipe
+from .transform import TransformLayout
+
+
+def fit_modal(
+    layers: Sequence[Evidence],
+    dims: tuple[int, int],
+    recipe: Recipe,
+    reach: int,
+    layouts: Sequence[tuple[ModalLayout, ModalLayout]] | None = None,
+) -> list[tuple[Code, Code]]:
+    """Codes for K and V of layers of one shape, with a budget for each kind of tokens.
+
+    Args:
+        layers, dims, reach: as for :func:`~apack_compile.codec.fit.fit_transform`.
+        recipe: its ``visual_ratio`` holds for visual tokens of all layers together, its ``ratio``
+            for text.
+        layouts: of each layer, to be kept; None: they are chosen.
+
+    Raises:
+        ValueError: no code is that small.
+    """
+
+    def fitted(kind: int) -> list[tuple[Code, Code]]:
+        ratio = recipe.visual_ratio if kind == VISUAL else recipe.ratio
+        mine = [replace(layer, kind=kind) for layer in layers]
+        alone = replace(recipe, ratio=ratio, visual_ratio=0.0)
+        return fit_transform(mine, dims, alone, reach, _of_kind(layouts, kind))
+
+    codes = []
+    for layer, visual, text in zip(layers, fitted(VISUAL), fitted(TEXT), strict=True):
+        counts = 1.0, 0.0
+        if layer.visual is not None:
+            words = rest(layer.moments, layer.visual)
+            counts = float(words.count), float(layer.visual.count)
+        (k, v), (k_text, v_text) = visual, text
+        codes.append((joined(k, k_text, counts), joined(v, v_text, counts)))
+    return codes
+
+
+def _of_kind(
+    layouts: Sequence[tuple[ModalLayout, ModalLayout]] | None, kind: int
+) -> list[tuple[TransformLayout, TransformLayout]] | None:
+    if layouts is None:
+        return None
+    return [(k.visual, v.visual) if kind == VISUAL else (k.text, v.text) for k, v in layouts]

@@ -45,7 +45,7 @@ def test_specs_are_what_graphs_have_carried_so_far() -> None:
         (
             "",
             r"unknown code layout '' in ''; "
-            r"known: \['evicting', 'exact', 'lowrank', 'tiered', 'transform'\]",
+            r"known: \['evicting', 'exact', 'lowrank', 'modal', 'tiered', 'transform'\]",
         ),
         ("int4:heads=2,dim=64", "unknown code layout 'int4' in 'int4:heads=2,dim=64'"),
         ("exact", "malformed code layout 'exact'"),

@@ -35,7 +35,7 @@ def decode(
     captured = capture(fn, tokens(1), tokens(1), tokens(1), packed(30), packed(30), *extra)
     new = rewrite(captured, in_step=True)
     handles = [captured.args[i] for i in new.interface.handles]
-    tables = [captured.args, lengths_of(handles, new.interface.appends)]
+    tables = [captured.args, lengths_of(handles, new.interface.appends), ()]
     tables += [[*h.store.tensors(), *h.store.ref.code.params] for h in handles]
     args = [tables[table][index] for table, index in new.interface.slots]
     known = Dynamics(captured.graph, captured.plan.handles, captured.plan.fixed)

@@ -34,5 +34,5 @@ def test_new_graphs_are_sound_and_have_no_packed_input() -> None:
     assert len(inputs) == len(new.interface.slots)
     assert len(set(new.interface.slots)) == len(inputs)
     tables = {table for table, _ in new.interface.slots}
-    assert tables == {0, 1, 2, 3}
+    assert tables == {0, 1, 3, 4}, "2: tokens by kind, for prompts"
     assert all(isinstance(n, fx.Node) for n in inputs)

@@ -178,6 +178,29 @@ def test_a_compiled_prefill_and_its_steps_serve_every_mixture() -> None:
     assert before <= 4, "encode of keys and of values; attention"
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@torch.no_grad()
+def test_other_lengths_and_batches_compile_a_bounded_number_of_times(dynamic: bool | None) -> None:
+    case = zoo.llama(num_hidden_layers=1)
+    options = {**OPTIONS, "inner": "aot_eager"}
+    ours = torch.compile(case.model, backend="attentionpack", options=options, dynamic=dynamic)
+    shapes = [(1, 90), (1, 120), (1, 77), (2, 90), (2, 131), (3, 84), (4, 99), (5, 140), (3, 200)]
+    compiles = []
+    for number, (batch, text) in enumerate(shapes):
+        inputs = zoo.prompt(0, text, batch, padded=batch > 1)
+        generator = torch.Generator().manual_seed(number)
+        mask = torch.rand(batch, text + 1, generator=generator) < 0.3 + 0.05 * number
+        with apack_compile.visual_tokens(mask):
+            cache = prefilled(ours, inputs)
+        coded = text + 1 - WINDOW
+        assert torch.equal(kinds(stores(cache)[0]), mask[:, :coded])
+        ours(torch.full((batch, 1), 5), past_key_values=cache)
+        graphs = apack_compile.report(case.model).graph_reports
+        compiles.append(sum(graph.compiles for graph in graphs))
+    assert compiles[-1] <= 8
+    assert compiles[-1] == compiles[-4], "lengths, batches and mixtures are symbols by then"
+
+
 @torch.no_grad()
 def test_inductor_gives_what_eager_operators_give() -> None:
     case = FAMILIES["llava"](batch=2, padded=True, text=100)

@@ -34,9 +34,6 @@ from .spectrum import RUN, Spectrum, spectrum
 from .tiered import TIERS, felt_error, layout_of, mean_bits
 from .transform import GAIN_DTYPE, TransformLayout
 
-MOST_OF_KIND = 2
-"""Pairs of layouts for each kind of tokens, where both have codes: any two may meet in a layer."""
-
 RIDGE = 0.1
 """Added to a sensitivity, over its mean: some hundred gradients make it."""
 
@@ -234,6 +231,7 @@ def fit_transform(
     recipe: Recipe,
     reach: int,
     layouts: Sequence[tuple[TransformLayout, TransformLayout]] | None = None,
+    most: int = MOST_LAYOUTS,
 ) -> list[tuple[Code, Code]]:
     """Codes for K and V of layers of one shape.
 
@@ -244,6 +242,7 @@ def fit_transform(
         recipe: its ratio holds for all layers together, gains and exact tokens counted.
         reach: tokens of context that the codes should serve.
         layouts: of each layer, to be kept; None: they are chosen.
+        most: different pairs of layouts.
 
     Raises:
         ValueError: no code is that small.
@@ -269,7 +268,6 @@ def fit_transform(
             layouts = [(k_layout, v_layout)] * len(keys)
         else:
             budget = len(keys) * (k_budget + v_budget)
-            most = MOST_OF_KIND if by_kind else MOST_LAYOUTS
             layouts = share_budget(keys, values, budget, most, shares, evicted)
         exact = recipe.kept
         layouts = [(replace(k, exact=exact), replace(v, exact=exact)) for k, v in layouts]

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -122,11 +123,8 @@ class Lens:
             with _leading():
                 return out + mix(layout, torch.where(whole, 0.0, p), payload, params)
 
-        TransformLayout.scores, TransformLayout.mix = seen_scores, seen_mix  # type: ignore
-        try:
+        with patch.multiple(TransformLayout, scores=seen_scores, mix=seen_mix):
             yield self
-        finally:
-            TransformLayout.scores, TransformLayout.mix = scores, mix  # type: ignore
 
     def _blocks(self) -> int:
         assert self.reading is not None
@@ -150,11 +148,8 @@ def _leading() -> Iterator[None]:
         middle = -layout._centres(read)[count:]
         return torch.cat((read[..., :count], middle.expand(*read.shape[:-1], -1)), -1)
 
-    TransformLayout._codes = leading  # type: ignore[method-assign]
-    try:
+    with patch.object(TransformLayout, "_codes", leading):
         yield
-    finally:
-        TransformLayout._codes = codes  # type: ignore[method-assign]
 
 
 READINGS = (

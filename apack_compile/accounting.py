@@ -111,7 +111,8 @@ class KindPart:
     """The coded tokens of one kind, where kinds have codes of their own.
 
     Attributes:
-        tokens: of all sequences, in the mean over the sides of layers; those kept exact not.
+        tokens: of all sequences of a cache, in the mean over the sides of layers and over caches;
+            those kept exact not.
         ratio: bytes of 16-bit numbers that such a token would take over those of its codes.
     """
 

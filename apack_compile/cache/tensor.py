@@ -99,10 +99,18 @@ class PackedKV(torch.Tensor):
             ref: the code; the exact one by default.
             policy: what stays exact; the default one by default.
             visible: ``[B, S]``, False for padding.
-            visual: ``[B, S]``, True for visual tokens, where the code has one for each kind.
+            visual: ``[B, S]`` bool, True for visual tokens, where the code has one for each kind.
+
+        Raises:
+            ValueError: a tensor is not of this kind.
         """
         if x.dim() != 4:
             raise ValueError(f"x has shape {tuple(x.shape)}; a cache tensor is [B, H, S, D]")
+        size = (x.shape[0], x.shape[2])
+        if visual is not None and (visual.dtype != torch.bool or visual.shape != size):
+            raise ValueError(
+                f"visual is {tuple(visual.shape)} {visual.dtype}; accepted is a bool tensor {size}"
+            )
         ref = ref or fixed_ref("exact", x.shape[1], x.shape[3])
         if (ref.layout.heads, ref.layout.dim) != (x.shape[1], x.shape[3]):
             raise ValueError(

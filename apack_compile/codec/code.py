@@ -22,7 +22,7 @@ class Code:
 
     Attributes:
         layout: how tokens are stored.
-        params: what the layout needs to encode and decode, float32.
+        params: what the layout needs to encode and decode.
         error: relative squared error on the tokens it was fitted on, in the metric that the basis
             is optimal for (keys: error of the scores); 0 for exact codes.
         kinds: the same on text and on visual tokens alone (NaN: none were seen); None: kinds of
@@ -53,6 +53,11 @@ class CodeRef:
     __slots__ = ("__weakref__", "layout")
 
     def __init__(self, code: Code) -> None:
+        if len(code.params) != code.layout.param_count:  # of a cache that was pickled long ago
+            raise ValueError(
+                f"a code {code.layout.spec!r} has {len(code.params)} parameters; accepted are "
+                f"{code.layout.param_count}: it is of another version of attentionpack"
+            )
         self.layout = code.layout
         _CODES[self] = code
 

@@ -70,7 +70,7 @@ class Moments:
         if sinks:
             weight = weight & (weight.cumsum(1) > sinks)
         if among is not None:
-            weight = weight & among
+            weight = weight & among.to(weight.device)  # layers may be elsewhere than the mask
         if turn is not None:
             k = turn.undo(k.float())
             q = turn.undo(q.float()) if q.shape[2] == k.shape[2] else q

@@ -23,6 +23,9 @@ from ..locks import lock, reentrant_lock
 from ..options import Options
 from .file import SavedProfile
 
+FEWEST_VISUAL = 32
+"""Visual tokens that a code for visual tokens wants to have seen."""
+
 FEWEST = 64
 """Codes of fewer tokens than this are worse than none, whatever ``fit_tokens`` says."""
 
@@ -57,6 +60,7 @@ class Fit:
         reason: what is not as it should be, for the report.
         tokens: that the codes were fitted on.
         visual: how many of them are visual; None: not known.
+        settled: no prompt is a try to fit them anew for its visual tokens.
     """
 
     codes: tuple[CodeRef, CodeRef]
@@ -65,6 +69,7 @@ class Fit:
     reason: str
     tokens: int
     visual: int | None = None
+    settled: bool = False
 
     def serves(self, length: int, visual: bool = False) -> bool:
         """Whether the codes are good for a prompt of ``length`` tokens, visual ones or not."""
@@ -73,7 +78,15 @@ class Fit:
 
     @property
     def is_blind(self) -> bool:
-        """Whether the codes were fitted on text alone."""
+        """Whether the codes were fitted on text alone; of a kind's own code, without its kind.
+
+        Bug: codes by kind of a prompt whose kinds were not known, or with a handful of visual
+        tokens, were kept for good.
+        """
+        if self.settled:
+            return False
+        if self.codes[0].layout.plane_kinds:
+            return (self.visual or 0) < FEWEST_VISUAL
         return self.visual == 0
 
 
@@ -179,6 +192,11 @@ class LayerProfile:
         wanted = options.fit_tokens or least_tokens(self.moments.k_sum.numel())
         wanted = max(wanted, FEWEST)
         self._waiting = f"{count} of {wanted} tokens seen that a fit wants"
+        if options.visual_ratio and self.fit is not None and self.fit.is_blind:
+            images = self.visual_count or 0
+            if images < FEWEST_VISUAL and self.longest <= self.fit.reach:
+                self._waiting = f"{images} of {FEWEST_VISUAL} visual tokens seen that a fit wants"
+                return False
         return count >= wanted
 
     @property

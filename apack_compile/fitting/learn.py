@@ -15,6 +15,7 @@ from ..codec import CodeRef, ModalLayout, TransformLayout
 from ..codec.fit import Evidence, fit_transform
 from ..codec.fit_modal import fit_modal
 from ..codec.fixed import fixed_ref
+from ..codec.kinds import least_tokens
 from ..codec.recipe import Recipe
 from ..codec.rotation import Rotation
 from ..codec.sensitivity import Sensitivity
@@ -120,7 +121,11 @@ def fit_layers(
         if obstacle:
             recipe = replace(recipe, k_code="post-rope")
             reasons.append(f"keys are coded as attention sees them: {obstacle}")
-    layouts = _layouts_of(group, recipe)  # kept: graphs are compiled for them
+    blind = recipe.visual_ratio and any(p.fit is not None and p.fit.is_blind for p in group)
+    # Kept, for graphs are compiled for them, unless they were chosen without visual tokens.
+    layouts = None if blind else _layouts_of(group, recipe)
+    if recipe.visual_ratio:
+        reasons += _borrowed(group[0])
     started = time.monotonic()
     layers = evidence(group, sensitivities)
     fit: Any = fit_modal if recipe.visual_ratio else fit_transform
@@ -141,6 +146,19 @@ def fit_layers(
         )
         for profile, (k, v) in zip(group, codes, strict=True)
     ]
+
+
+def _borrowed(profile: LayerProfile) -> list[str]:
+    """Of which kinds of tokens there were too few for a basis of their own."""
+    assert profile.moments is not None
+    if profile.visual_count is None:
+        return ["kinds of tokens were not known: both codes have the basis of all"]
+    wanted = least_tokens(profile.moments.k_sum.numel())
+    counts = {"visual": profile.visual_count, "text": profile.count - profile.visual_count}
+    return [
+        f"the code of {name} tokens has the basis of all: {count} of {wanted} tokens seen"
+        for name, count in counts.items() if count < wanted
+    ]  # fmt: skip
 
 
 def reach_of(group: Sequence[LayerProfile]) -> int:
@@ -174,7 +192,7 @@ def _exact_fit(profile: LayerProfile, reason: str) -> Fit:
 def _kept(fit: Fit, reason: str) -> Fit:
     """Codes for want of better ones; no further prompt is a try to fit them anew."""
     text = f"{reason}: codes of an earlier fit are kept, beyond what they were fitted for"
-    return replace(fit, reach=ANY_LENGTH, visual=None, reason=text)
+    return replace(fit, reach=ANY_LENGTH, settled=True, reason=text)
 
 
 def first_line(error: Exception) -> str:

@@ -23,12 +23,14 @@ def visual_tokens(mask: Tensor) -> Iterator[None]:
 
     Args:
         mask: ``[B, S]`` bool, or ``[S]`` for all sequences. Sequences that are repeated (beams)
-            have the mask of the one that they come from. The length is that of the prompt as the
-            model sees it; where an eager prefill came first (``CompileConfig``), tokens behind the
-            mask are text.
+            have the mask of the one that they come from. It begins with the prompt as the model
+            sees it; tokens behind it are text (candidates of assisted decoding, or those that
+            follow an eager prefill).
 
     Raises:
-        ValueError: the mask is no such tensor; in the block, it does not fit the prompt.
+        ValueError: the mask is no such tensor; in the block, there are sequences that it does not
+            fit, or it is longer than the prompt. So it is where a prompt is prefilled in parts, and
+            for the decoder of an encoder-decoder: they have to do without.
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() not in (1, 2):
         what = f"{tuple(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else repr(mask)
@@ -45,22 +47,22 @@ def given_mask() -> Tensor | None:
     return _MASK.get()
 
 
-def fitted_mask(mask: Tensor, batch: int, length: int, first: bool) -> Tensor:
+def fitted_mask(mask: Tensor, batch: int, length: int) -> Tensor:
     """A mask that was given, for a prompt: ``[B, S]``.
 
     Args:
         mask: ``[B', S']``.
-        batch, length: of the prompt.
-        first: whether the graph sees the prompt itself; else other tokens may follow it.
+        batch, length: of the prompt, and what may follow it.
 
     Raises:
         ValueError: the mask does not fit.
     """
     rows, tokens = mask.shape
-    if not rows or batch % rows or tokens > length or (first and tokens < length):
+    if not rows or batch % rows or tokens > length:
         raise ValueError(
             f"visual_tokens has a mask of shape {(rows, tokens)}; the prompt has {batch} sequences "
-            f"of {length} tokens"
+            f"of {length} tokens (accepted is a mask of at most so many; where a prompt is "
+            "prefilled in parts, or an encoder reads it, none)"
         )
     mask = torch.nn.functional.pad(mask, (0, length - tokens))
     return mask.repeat_interleave(batch // rows, 0)

@@ -31,10 +31,9 @@ class PromptKinds:
     def __init__(self, studies: Studies, options: Options) -> None:
         self._studies = studies
         self._options = options
-        self._others = [
-            site.cached.site.node.name
-            for site in studies.sites if site not in prompt_sites(studies.sites)
-        ]  # fmt: skip
+        prompts = prompt_sites(studies.sites)
+        others = [site for site in studies.sites if site not in prompts]
+        self._others = [site.cached.site.node.name for site in others]
 
     @property
     def shape(self) -> tuple[Any, ...]:

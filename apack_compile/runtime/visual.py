@@ -151,8 +151,7 @@ class Prompts:
         self._kinds: Kinds | str = "not a first prefill"
         self._reader: TokenKinds | None = None
         first = sites[0].cached.k if sites else None
-        self._first = first is not None and first.past is None
-        if first is not None and self._first:
+        if first is not None and first.past is None:
             self._kinds = find_visual(gm.graph, first.new)
             shapes = map(shape_of, hidden_states(gm.graph, first.new))
             self._reader = TokenKinds(gm, next((shape[-1] for shape in shapes if shape), None))
@@ -172,7 +171,7 @@ class Prompts:
         """
         given = given_mask()
         if given is not None:
-            return fitted_mask(given, batch, length, self._first)
+            return fitted_mask(given, batch, length)
         if isinstance(self._kinds, str) or self._reader is None:
             return False if self._kinds == NO_IMAGE else None
         mask = self._reader.visual(self._kinds, args)

@@ -5,6 +5,7 @@ import gc
 import pickle
 import weakref
 
+import pytest
 import torch
 
 from apack_compile.codec import Code, CodeRef, ExactLayout, TransformLayout
@@ -65,3 +66,10 @@ def test_bytes_of_codes_that_several_refs_share_count_once() -> None:
     assert total_bytes([refs[0], refs[0]]) == code.nbytes
     assert total_bytes(refs) == code.nbytes + other.nbytes
     assert total_bytes([]) == 0
+
+
+def test_a_code_of_another_version_is_refused() -> None:
+    """Bug: a cache that was pickled with fewer parameters was read by the wrong ones."""
+    code = hand_code(LAYOUT)
+    with pytest.raises(ValueError, match=r"has 6 parameters; accepted are 8: it is of another"):
+        CodeRef(Code(LAYOUT, code.params[:6]))

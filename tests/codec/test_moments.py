@@ -160,3 +160,10 @@ def test_no_token_of_a_kind_gives_zeros() -> None:
     q, k, v = data()
     m = Moments.of(q, k, v, None, None, 2, torch.zeros(2, 40, dtype=torch.bool))
     assert all(not t.any() for t in m.tensors())
+
+
+def test_the_mask_of_a_kind_may_lie_on_another_device() -> None:
+    """Bug: a mask on the CPU with a model on a GPU ended the first prompt."""
+    q, k = torch.empty(1, 2, 9, 4, device="meta"), torch.empty(1, 1, 9, 4, device="meta")
+    among = torch.ones(1, 9, dtype=torch.bool)
+    assert Moments.of(q, k, k, None, among=among).k_gram.device.type == "meta"

@@ -38,7 +38,7 @@ def judging_code(layout: TransformLayout) -> Code:
     metric = (torch.randn(metric.shape, generator=generator) / layout.dim).half()
     scales = torch.rand(scales.shape, generator=generator) / 8
     units = units * torch.tensor([20 / analysis.shape[1] ** 0.5, 1.0])[:, None, None]
-    spans = torch.stack([spans[0], 1 / spans[0]])
+    spans = torch.stack([spans[0], 0.7 / spans[0]])
     return Code(layout, (mean, analysis, synthesis, units, *whiten, metric, scales, spans))
 
 
@@ -82,6 +82,24 @@ def test_a_prefill(layout: TransformLayout, seen: bool, length: int) -> None:
         visible = torch.ones(2, length, dtype=torch.bool)
         visible[0, : min(length - 1, 9)] = False
     run(x, visible, code)
+
+
+@pytest.mark.parametrize("power", [-13, 13])
+@pytest.mark.parametrize("layout", LAYOUTS[1:3], ids=lambda layout: layout.spec)
+def test_tokens_of_another_scale_have_the_same_codes(layout: TransformLayout, power: int) -> None:
+    """Tokens are brought into the range of float16, and cut off where they leave it."""
+    code, scale = judging_code(layout), 2.0**power
+    mean, analysis, synthesis, units, *rest, spans = code.params
+    units = units * torch.tensor([1.0, scale])[:, None, None]
+    spans = spans / torch.tensor([scale, 1.0])
+    scaled = Code(layout, (mean * scale, analysis, synthesis, units, *rest, spans))
+    x = torch.randn(2, layout.heads, 70, layout.dim).bfloat16()
+    x[0, 0, 30, 5] = 1e6  # beyond the range, and far from any other
+    one, other = run(x, None, code), run(x * scale, None, scaled)
+    payloads = len(layout.payload_fields(x.dtype))
+    for a, b in zip(one[:payloads], other[:payloads], strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(one[-1], other[-1])
 
 
 def run(x: Tensor, visible: Tensor | None, code: Code) -> list[Tensor]:

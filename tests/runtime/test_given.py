@@ -53,12 +53,12 @@ def test_what_is_no_mask_is_refused(mask: Any) -> None:
 
 def test_a_mask_is_brought_to_the_shape_of_the_prompt() -> None:
     mask = torch.tensor([[True, False], [False, True]])
-    assert torch.equal(fitted_mask(mask, 2, 2, True), mask)
-    assert torch.equal(fitted_mask(mask, 4, 2, True), mask.repeat_interleave(2, 0))
-    assert fitted_mask(mask, 2, 3, False).tolist() == [[True, False, False], [False, True, False]]
-    for batch, length, first in ((3, 2, True), (1, 2, True), (2, 1, False), (2, 3, True)):
+    assert torch.equal(fitted_mask(mask, 2, 2), mask)
+    assert torch.equal(fitted_mask(mask, 4, 2), mask.repeat_interleave(2, 0))
+    assert fitted_mask(mask, 2, 3).tolist() == [[True, False, False], [False, True, False]]
+    for batch, length in ((3, 2), (1, 2), (2, 1)):
         with pytest.raises(ValueError, match=r"mask of shape \(2, 2\); the prompt has"):
-            fitted_mask(mask, batch, length, first)
+            fitted_mask(mask, batch, length)
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def test_a_mask_that_does_not_fit_is_an_error_not_a_dense_cache() -> None:
     ours = compiled(case.model)
     prefilled(ours, case.inputs)
     with (
-        visual_tokens(torch.ones(1, 149, **BOOL)),
+        visual_tokens(torch.ones(1, 151, **BOOL)),
         pytest.raises(ValueError, match="the prompt has"),
     ):
         prefilled(ours, case.inputs)

@@ -56,19 +56,19 @@ def variants(k: TransformLayout, v: TransformLayout) -> dict[str, tuple[Any, Any
     }
 
 
-def code_of(layout: Any) -> Code:
+def code_of(layout: Any, device: str) -> Code:
     """A random code with what tiers and rotation need."""
-    params = [*random_code(layout, "cuda").params]
+    params = [*random_code(layout, device).params]
     if layout.tier_shares:
-        params.append(torch.ones(len(layout.tier_shares) + 1, device="cuda"))
+        params.append(torch.ones(len(layout.tier_shares) + 1, device=device))
     if layout.positional:
-        params.append(torch.stack([WAVES, 0 * WAVES]).cuda())
+        params.append(torch.stack([WAVES, 0 * WAVES]).to(device))
     return Code(layout, tuple(params))
 
 
-def packed(layout: Any, case: Case, x: Tensor, importance: Tensor) -> list[Tensor]:
+def packed(layout: Any, x: Tensor, importance: Tensor) -> list[Tensor]:
     """One side of the packed layer, flat."""
-    ref = CodeRef(code_of(layout))
+    ref = CodeRef(code_of(layout, str(x.device)))
     policy = Policy(window=LIVE, block=96 - LIVE)
     store = SideStore.encode(x, ref, policy, None, importance)
     return [*store.tensors(), *ref.code.on(x.device)]
@@ -82,7 +82,7 @@ def measure(case: Case) -> dict[str, float]:
     importance = torch.rand(case.batch, case.tokens, device="cuda")
     lengths = torch.tensor([case.tokens - LIVE, LIVE], device="cuda")
     for name, (k, v) in variants(*layouts(case, mixed=True)).items():
-        sides = [packed(layout, case, x, importance) for layout in (k, v)]
+        sides = [packed(layout, x, importance) for layout in (k, v)]
 
         def attend(q: Tensor, k_side: Any, v_side: Any, specs: Any = (k.spec, v.spec)) -> Tensor:
             return torch.ops.apack.attend(q, None, k_side, v_side, lengths, DIM**-0.5, *specs)

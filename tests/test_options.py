@@ -106,17 +106,6 @@ def test_codes_depend_on_codec_and_recipe_only() -> None:
     assert key == Options.parse({"visual_ratio": 0}).key
 
 
-def test_codes_that_are_kept_are_found_by_the_text_that_they_always_had() -> None:
-    """Profiles on disk have it in their names and headers."""
-    text = (
-        "('transform', Recipe(ratio=8.0, k_code='post-rope', v_basis='pca', tiers=False, "
-        "exact_share=0.0, evict=0.0"
-    )
-    assert repr(Options.parse({"ratio": 8}).key) == f"{text}))"
-    by_kind = repr(Options.parse({"visual_ratio": 16, "text_ratio": 8}).key)
-    assert by_kind == f"{text}, visual_ratio=16.0))"
-
-
 NUMBERS = {
     "ratio": ("a number from 2 to 32", [1.99, 32.1, 0, -4, float("nan"), float("inf")]),
     "visual_ratio": ("a number from 2 to 32, or 0", [1.99, 32.1, -4, float("nan"), False]),

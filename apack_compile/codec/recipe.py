@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from .layout import KEPT_OF, PARTS
 
@@ -11,7 +11,7 @@ KEY_CODES = ("post-rope", "pre-rope")
 VALUE_BASES = ("pca", "hadamard")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Recipe:
     """Which member of the family of transform codes is fitted.
 
@@ -42,12 +42,6 @@ class Recipe:
     exact_share: float = 0.0
     evict: float = 0.0
     visual_ratio: float = 0.0
-
-    def __repr__(self) -> str:
-        """Codes are kept on disk by this text; that of one code for all tokens stays as it was."""
-        values = [(f.name, getattr(self, f.name)) for f in fields(self)]
-        shown = [f"{name}={value!r}" for name, value in values if name != "visual_ratio" or value]
-        return f"Recipe({', '.join(shown)})"
 
     @property
     def evicted(self) -> int:

@@ -122,6 +122,10 @@ class TransformLayout(Layout):
         kept = (p if p.dtype == HALF else p.float() for p in params)
         return [p.contiguous() for p in kept]
 
+    def judged_by(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Metric, scales and spans."""
+        return params[4 + (self.gain > 0) :][:3]
+
     @property
     def positional(self) -> bool:
         """Whether keys are coded before their rotation."""
@@ -197,7 +201,7 @@ class TransformLayout(Layout):
         """What is not in the stored components is size minus theirs: nothing is decoded."""
         centred, y = self._components(x, params, positions)
         payload, back = self._packed(y, params, levels)
-        metric, scales, spans = (p.to(y.dtype) for p in params[4 + (self.gain > 0) :][:3])
+        metric, scales, spans = (p.to(y.dtype) for p in self.judged_by(params))
         scales = scales[:, None]
         per_head = centred.unflatten(-1, (-1, self.dim)).transpose(2, 3).flatten(1, 2)
         size = (per_head @ metric * spans[1]).square().sum((1, 3))  # [B, T]
@@ -218,7 +222,7 @@ class TransformLayout(Layout):
         """Tokens about the mean, times the span ``[B, G, T, n]``; components ``[B, G, T, R]``."""
         x = self._turned(x.to(working_dtype(x.dtype)), params, positions, -1)
         mean, analysis, units = (params[i].to(x.dtype) for i in (0, 1, 3))
-        span = params[6 + (self.gain > 0)][0].to(x.dtype)
+        span = self.judged_by(params)[2][0].to(x.dtype)
         centred = ((self._grouped(x) - mean[:, None]) * span).clamp(-MOST, MOST)
         return centred, centred @ analysis * units[0][:, None]
 

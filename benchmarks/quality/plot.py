@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..figure import pyplot, save
 from .table import best
 
 
@@ -16,16 +17,11 @@ def plot(results: Mapping[str, Any], path: Path) -> bool:
         results: content of a result file.
         path: of the picture, its format by the suffix.
     """
-    try:
-        import matplotlib
-    except ImportError:
+    plots = pyplot()
+    if plots is None:
         return False
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "attentionpack"  # the same file from the same figures
     contexts = sorted({cell["context"] for cell in results["cells"]})
-    figure, axes = pyplot.subplots(
+    figure, axes = plots.subplots(
         1, len(contexts), figsize=(5 + 4 * len(contexts), 6), squeeze=False, sharey=True
     )
     # The dense cache differs from itself by rounding only, which a log axis cannot show.
@@ -49,8 +45,8 @@ def plot(results: Mapping[str, Any], path: Path) -> bool:
         axis.grid(True, which="both", alpha=0.2)
     axes[0][0].set_ylabel("KL(full || coded) per token, nats")
     axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
-    figure.savefig(path, bbox_inches="tight", dpi=120, metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, path)
+    plots.close(figure)
     return True
 
 

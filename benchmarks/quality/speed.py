@@ -17,6 +17,8 @@ import torch
 from apack_compile.cache import Policy
 from apack_compile.cost import H100, PackedSide, is_predicted, seconds_of
 
+from ..figure import pyplot, save
+
 BATCH, TOKENS = 8, 32_768
 
 
@@ -64,16 +66,11 @@ def plot(results: Mapping[str, Any], path: Path) -> bool:
         results: content of a result file.
         path: of the picture, its format by the suffix.
     """
-    try:
-        import matplotlib
-    except ImportError:
+    plots = pyplot()
+    if plots is None:
         return False
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "attentionpack"  # the same file from the same figures
     cells = predicted(results)
-    figure, axis = pyplot.subplots(figsize=(7, 5))
+    figure, axis = plots.subplots(figsize=(7, 5))
     for family in dict.fromkeys(cell["family"] for cell in cells):
         _line(axis, [cell for cell in cells if cell["family"] == family], family)
     axis.set(
@@ -82,8 +79,8 @@ def plot(results: Mapping[str, Any], path: Path) -> bool:
     )  # fmt: skip
     axis.grid(True, which="both", alpha=0.2)
     axis.legend(frameon=False)
-    figure.savefig(path, bbox_inches="tight", dpi=120, metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, path)
+    plots.close(figure)
     return True
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..figure import pyplot, save
+
 SHARES = ("drawings", "digits", "which", "what", "needle", "read", "clip")
 
 
@@ -16,15 +18,10 @@ def plot(points: Sequence[Mapping[str, Any]], path: Path) -> bool:
         points: of the curve, in their order.
         path: of the picture, its format by the suffix.
     """
-    try:
-        import matplotlib
-    except ImportError:
+    plots = pyplot()
+    if plots is None:
         return False
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "attentionpack"  # the same file from the same figures
-    figure, (above, below) = pyplot.subplots(2, 1, figsize=(9, 7), sharex=True)
+    figure, (above, below) = plots.subplots(2, 1, figsize=(9, 7), sharex=True)
     numbers = range(len(points))
     above.plot(numbers, [point["loss"] for point in points], color="0.3", linewidth=1)
     above.set(yscale="log", ylabel="loss")
@@ -39,6 +36,6 @@ def plot(points: Sequence[Mapping[str, Any]], path: Path) -> bool:
             below.axvline(i, color="0.7", linewidth=0.8)
     below.set(xlabel="points of the curve", ylabel="share of fresh samples right", ylim=(0, 1.02))
     below.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, path)
+    plots.close(figure)
     return True

@@ -162,7 +162,7 @@ def _launched(
     p8, p4, p2 = _columns(layout)
     params = [p.contiguous() for p in params]
     mean, analysis, _, units = params[:4]
-    metric, scales, spans = params[4 + (layout.gain > 0) :][:3]
+    metric, scales, spans = layout.judged_by(params)
     judged = torch.empty(4, batch, groups, tokens, device=x.device)
     columns = p8 + 2 * p4 + 4 * p2 + padded
     cut = cut_for(tokens, columns, padded)

@@ -47,6 +47,7 @@ def test_tokens_of_any_scale_are_coded_as_well(typical: float) -> None:
         typical=typical,
     )  # fmt: skip
     x = typical * torch.randn(1, 1, 50, 16).clamp(-3, 3)
+    assert 16 <= (x * params[-1][0]).abs().amax() <= 6 * 16, "what products are made of"
     back = layout.decode(layout.encode(x, params), params, x.dtype)
     assert ((back - x).abs() <= 0.5001 * typical / 32).all()
 

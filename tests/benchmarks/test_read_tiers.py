@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from apack_compile.codec import TransformLayout
+from benchmarks.quality.read_tiers import Lens, Reading
+
+from ..helpers import hand_code
+
+LAYOUT = TransformLayout(2, 16, 1, 0, 8, 8, 1)
+CODE = hand_code(LAYOUT)
+PAYLOAD = LAYOUT.encode(torch.randn(1, 2, 32, 16), CODE.params)
+
+
+def read(reading: Reading | None, steps: int = 1) -> tuple[Tensor, Tensor, Lens]:
+    """Scores, weighted sums, and the lens, at the last of some steps."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 2, 1, 16, generator=generator, dtype=torch.float64)
+    p = torch.zeros(1, 2, 1, 32, dtype=torch.float64)
+    p[..., :8] = 1 / 8  # all of the attention goes to the first block of eight
+    with Lens(32, reading).on() as lens:
+        for _ in range(steps):
+            scores = LAYOUT.scores(q, PAYLOAD, CODE.params)
+            mixed = LAYOUT.mix(p, PAYLOAD, CODE.params)
+    return scores, mixed, lens
+
+
+def test_blocks_are_read_whole_until_their_importance_fades() -> None:
+    scores, mixed, _ = read(None)
+    first = read(Reading("kv", 8, 1))
+    assert torch.equal(first[0], scores) and torch.allclose(first[1], mixed)
+    later, still, lens = read(Reading("kv", 8, 1), 9)
+    same = (later == scores).all((0, 1, 2))
+    assert same[:8].all() and not same[8:].any()
+    torch.testing.assert_close(still, mixed)  # where the attention goes, all is read
+    assert lens.shares[0] == 1 and lens.shares[-1] == 0.25
+    (known,) = lens.importance.values()
+    wanted = torch.tensor([1.0, 0, 0, 0]) * (1 - 0.25**9) + 0.25**9
+    torch.testing.assert_close(known[0], wanted.double())
+
+
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_elsewhere_components_of_two_bits_are_what_they_are_in_the_mean(side: str) -> None:
+    """As a code whose basis has nothing of them."""
+    scores, mixed, _ = read(Reading(side, 8, 1e9))
+    mean, analysis, synthesis, *rest = CODE.params
+    leading = synthesis.clone()
+    leading[:, 8:] = 0
+    params = (mean, analysis, leading, *rest)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 2, 1, 16, generator=generator, dtype=torch.float64)
+    p = torch.zeros(1, 2, 1, 32, dtype=torch.float64)
+    p[..., :8] = 1 / 8
+    part, whole = (params, CODE.params) if side == "k" else (CODE.params, params)
+    torch.testing.assert_close(scores, LAYOUT.scores(q, PAYLOAD, part))
+    torch.testing.assert_close(mixed, LAYOUT.mix(p, PAYLOAD, whole))
+
+
+def test_by_the_weights_of_the_step_only_what_is_weighed_is_read() -> None:
+    _, mixed, lens = read(Reading("v", 8, 1, "now, by head"))
+    torch.testing.assert_close(mixed, read(None)[1])
+    assert lens.shares == [0.25]

@@ -19,14 +19,11 @@ from functools import cache, lru_cache
 import sympy
 
 from ..kernels.triton.plan import (
-    CHUNK,
     MOST_SPLITS,
     Config,
     Plan,
     default_config,
     make_plan,
-    merge_programs,
-    merge_slots,
     supported,
 )
 from .device import Device
@@ -106,15 +103,12 @@ def launches(
     read = BATCH * (CODED * codes + heads * exact * HALF)
     numbers = BATCH * groups * plan.blocks * CODED * (k_width + v_width)
     each = 1 / device.conversions + plan.attend["M"] / device.products
-    slots = merge_slots(plan, config, device.multiprocessors)
-    programs, cells = merge_programs(plan, slots)
-    merged = BATCH * groups * programs * cells * max(slots, 64)
+    merged = BATCH * q_heads * queries * (splits + 1) * plan.merge["PARTS"] * v_width
     bases = [w * heads * s.layout.dim * FLOAT for w, s in ((k_width, k), (v_width, v))]
     return (
         Launch("fold", bases[0], 0),
         Launch("attend", read + left, numbers * each),
-        Launch("sum", left, merged / device.merges),
-        Launch("expand", bases[1], -(-v_width // CHUNK) * device.step),
+        Launch("merge", left + bases[1], merged / device.merges),
     )
 
 

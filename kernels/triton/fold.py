@@ -7,6 +7,19 @@ import triton.language as tl
 
 from .codes import OFFSET, OFFSET_8, component
 
+LARGEST = tl.constexpr(65504.0)
+
+
+@triton.jit
+def half(x):
+    """Float32 numbers that were bfloat16 or float16, as float16: exact from 2^-14 to 2^16.
+
+    Larger ones become the largest of float16, which is far beyond what a softmax tells apart.
+    """
+    x = tl.minimum(x, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.maximum(x, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(tl.float16)
+
 
 @triton.jit
 def fold_kernel(
@@ -44,13 +57,14 @@ def fold_kernel(
     basis = tl.load(
         synthesis + first + w[None, :] * n + d[:, None],
         mask=held[None, :] & (d < DK)[:, None], other=0.0,
-    ).to(tl.float32) * unit[None, :]  # [DKP, CHUNK]  # fmt: skip
+    )  # [DKP, CHUNK]  # fmt: skip
     x = tl.load(
         q + ((b * H + h) * ROWS + r)[:, None] * DK + d[None, :],
         mask=some[:, None] & (d < DK)[None, :], other=0.0,
     ).to(tl.float32)  # [X, DKP]  # fmt: skip
     scale2 = tl.full([], scale2, tl.float32)  # Inductor passes float64
-    folded = (tl.dot(x, basis, input_precision="tf32x3") * scale2).to(tl.float16)
+    folded = tl.dot(half(x), basis) * (unit * scale2)[None, :]
+    folded = folded.to(tl.float16)
     group = b * G + h // (H // G)
     row = h % (H // G) * ROWS + r
     tl.store(

@@ -1,4 +1,4 @@
-"""Packed attention by the Triton kernels: fold, attend, merge (sum and expand)."""
+"""Packed attention by the Triton kernels: fold, attend, merge."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from ...codec import Layout, parse_layout
 from ..side import Side
 from .attend import attend_kernel
 from .fold import fold_kernel
-from .merge import expand_kernel, sum_kernel
+from .merge import merge_kernel
 from .plan import (
     EXACT_ROWS,
     LEAST_ROWS,
-    MOST_CELLS,
+    MERGE,
     MOST_SPLITS,
     Config,
     Plan,
     default_config,
     make_plan,
-    merge_programs,
     merge_slots,
     supported,
 )
@@ -36,9 +35,6 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 INTERPRETED = not isinstance(attend_kernel, JITFunction)
 """Whether Triton interprets the kernels (TRITON_INTERPRET=1), on whatever device."""
-
-CELLS = 1 << 16 if INTERPRETED else MOST_CELLS
-"""Numbers that a program of ``sum_kernel`` holds at a time; the interpreter pays by program."""
 
 
 def takes(q: Tensor, k_layout: str, v_layout: str) -> bool:
@@ -121,7 +117,7 @@ def attend_packed(
         )  # fmt: skip
     elif values.params:
         table = torch.arange(LEAST_ROWS, dtype=torch.int32, device=q.device)
-    part = empty(batch, plan.groups, splits + 1, plan.attend["VW"], plan.rows)
+    part = empty(batch, plan.groups, splits + 1, plan.rows, plan.attend["VW"])
     stats = empty(batch, plan.groups, splits + 1, 4, plan.rows)
     exact = empty(batch, q_heads, queries, value.dim)
     bias = None if bias is None else bias.contiguous()
@@ -137,22 +133,20 @@ def attend_packed(
         **plan.attend, BIAS=kind, CAP=softcap, WHOLE=whole, ASM=not INTERPRETED,
         num_warps=config.warps, **limit,
     )  # fmt: skip
-    sums = empty(batch, plan.groups, plan.attend["VW"], plan.rows)
-    masses = empty(batch, plan.groups, 4, plan.rows)
-    slots = merge_slots(plan, config, multiprocessors(q.device))
-    chunks, cells = merge_programs(plan, slots, CELLS)
-    _kernel(sum_kernel)[(batch * plan.groups * chunks,)](
-        part, stats, sums, masses, splits, lengths if sinks is None else sinks.contiguous(),
-        **plan.sums, SINKS=int(sinks is not None), SLOTS=slots, CELLS=cells, CHUNKS=chunks,
-        num_warps=4,
-    )  # fmt: skip
     out = empty(batch, q_heads, queries, value.dim, dtype=q.dtype)
     mean, synthesis, units = part, part, part
     if values.params:
         mean, _, synthesis, units = values.params[:4]
-    _kernel(expand_kernel)[(head_blocks * plan.expand["PARTS"],)](
-        sums, masses, exact, mean, synthesis, units, out, batch, **plan.expand, num_warps=4
-    )
+    processors = multiprocessors(q.device)
+    rows, parts = batch * key.heads * plan.head_rows, plan.merge["PARTS"]
+    programs = processors * MERGE.fill // parts
+    each = (rows + programs - 1) // programs
+    _kernel(merge_kernel)[((rows + each - 1) // each * parts,)](
+        part, stats, exact, lengths if sinks is None else sinks.contiguous(),
+        mean, synthesis, units, out, splits, batch, each, **plan.merge,
+        SINKS=int(sinks is not None), SLOTS=merge_slots(plan, config, processors),
+        num_warps=MERGE.warps,
+    )  # fmt: skip
     return out
 
 

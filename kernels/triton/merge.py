@@ -1,7 +1,7 @@
-"""Splits of one step put together, and values out of the space of their codes.
+"""Splits of one step put together, and values out of the space of their codes, in one launch.
 
-Two launches: ``sum_kernel`` adds up what the splits left, with all splits of a row in flight at
-once; ``expand_kernel`` is one small matrix product a head.
+A program takes some channels of some query rows of one head. For each row it adds up what the
+splits left, all components at once, and multiplies the sum with the basis of the values.
 """
 
 from __future__ import annotations
@@ -13,112 +13,150 @@ from .codes import OFFSET, OFFSET_8, component
 
 
 @triton.jit
-def sum_kernel(
-    part, stats, sums, masses, splits, sinks,
-    G: tl.constexpr, HEADS: tl.constexpr, Q: tl.constexpr,
-    STRIDE: tl.constexpr, VX: tl.constexpr, VW: tl.constexpr,
-    POOLED: tl.constexpr, SINKS: tl.constexpr, SLOTS: tl.constexpr, CELLS: tl.constexpr,
-    CHUNKS: tl.constexpr,
+def _slots(
+    sums, stats, first, slots, cells, inside,
+    STRIDE: tl.constexpr, VW: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Weighted sums ``[B, G, VW, STRIDE]`` over all splits, and ``masses [B, G, 4, STRIDE]``.
+    """What some splits left of one row: references ``[TILE]``, sums ``[TILE, cells]``.
 
-    Relative to the largest score m of the row: the mass of all tokens, that of tokens whose values
-    are coded, that of them with gains, and the factor 2^(m_exact - m) of what ring and pool left.
-    With SINKS the score of its head's sink is one of the row's, and its mass one of all.
+    sums, stats: of the row in the first slot.
     """
-    chunk = tl.program_id(0) % CHUNKS
-    group = (tl.program_id(0) // CHUNKS).to(tl.int64)
-    cell = chunk * CELLS + tl.arange(0, CELLS)  # component and row
-    slot = tl.arange(0, SLOTS)
-    live = slot <= splits
-    base = group * (splits + 1)
-    at = stats + (base + slot)[:, None] * (4 * STRIDE) + (cell % STRIDE)[None, :]
-    m = tl.load(at, mask=live[:, None], other=-float("inf"))  # [SLOTS, CELLS]
-    top = tl.max(m, 0)
-    if SINKS:
-        head = group % G * HEADS + cell % STRIDE // Q
-        some = cell % STRIDE < HEADS * Q
-        sink = tl.load(sinks + head, mask=some, other=-float("inf")).to(tl.float32)
-        sink = sink * 1.4426950408889634
-        top = tl.maximum(top, sink)
-    base_m = tl.where(top == -float("inf"), 0.0, top)
-    f = tl.exp2(m - base_m[None, :])
-    if chunk * CELLS < STRIDE:
-        first = cell < STRIDE
-        out = masses + group * (4 * STRIDE) + cell
-        for i in tl.static_range(1, 4):
-            mass = tl.load(at + i * STRIDE, mask=live[:, None], other=0.0)
-            where = out + (i - 1) * STRIDE
-            whole = tl.sum(f * mass, 0)
-            if SINKS:  # noqa: SIM102  (known when the kernel is compiled)
-                if i == 1:
-                    whole += tl.exp2(sink - base_m)
-            tl.store(where, whole, mask=first)
-        exact = tl.sum(tl.where((slot == splits)[:, None], f, 0.0), 0)
-        tl.store(out + 3 * STRIDE, exact, mask=first)
-    if VX or not POOLED:
-        live = slot < splits  # programs over ring and pool leave no sums of codes
-    held = cell < VW * STRIDE
+    slot = first + tl.arange(0, TILE)
+    live = slot < slots
+    m = tl.load(stats + slot * (4 * STRIDE), mask=live, other=-float("inf"))
     x = tl.load(
-        part + (base + slot)[:, None] * (VW * STRIDE) + cell[None, :],
-        mask=live[:, None] & held[None, :], other=0.0,
-    )  # [SLOTS, CELLS]  # fmt: skip
-    total = tl.sum(tl.where(live[:, None], f, 0.0) * x, 0)
-    tl.store(sums + group * (VW * STRIDE) + cell, total, mask=held)
+        sums + slot[:, None] * (VW * STRIDE) + cells[None, :],
+        mask=live[:, None] & inside[None, :], other=0.0,
+    )  # fmt: skip
+    return m, x
 
 
 @triton.jit
-def expand_kernel(
-    sums, masses, exact, mean, synthesis, units, out, batch,
-    H: tl.constexpr, ROWS: tl.constexpr, G: tl.constexpr, STRIDE: tl.constexpr, VG: tl.constexpr,
-    VX: tl.constexpr, DV: tl.constexpr, VW: tl.constexpr,
-    V8: tl.constexpr, V4: tl.constexpr, V2: tl.constexpr,
-    CHUNK: tl.constexpr, X: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+def _added(
+    m, x, sums, stats, slots, base_m, cells, inside,
+    STRIDE: tl.constexpr, VW: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """``out [B, H, ROWS, DV]``: some columns of X rows of one head, of any sequences.
+    """The sum over all slots, relative to 2^base_m: ``[cells]``. m, x: of the first ones."""
+    acc = tl.exp2(m - base_m)[:, None] * x
+    for first in tl.range(TILE, slots, TILE, num_stages=3):
+        m, x = _slots(sums, stats, first, slots, cells, inside, STRIDE, VW, TILE)
+        acc += tl.exp2(m - base_m)[:, None] * x
+    return tl.sum(acc, 0)
 
-    out = (f exact + (sums - offset gained) synthesis + mass of coded values * mean) / mass
+
+@triton.jit
+def _four_sums(a, b, c, d, more_a, more_b, more_c, more_d):
+    return a + more_a, b + more_b, c + more_c, d + more_d
+
+
+@triton.jit
+def _basis(
+    synthesis, units, group, own, number, d, held, inside,
+    WIDTH: tl.constexpr, VG: tl.constexpr, VW: tl.constexpr,
+    V8: tl.constexpr, V4: tl.constexpr, V2: tl.constexpr,
+):  # fmt: skip
+    """The basis of some components, in the order of codes, ``[components, d]``; their units."""
+    w = component(number, V8, V4, V2)
+    first = synthesis + group * VW * WIDTH + own
+    mask = held[:, None] & inside[None, :]
+    basis = tl.load(first + w[:, None] * WIDTH + d[None, :], mask=mask, other=0.0)
+    return basis, tl.load(units + (VG + group) * VW + w, mask=held, other=0.0)
+
+
+@triton.jit
+def _expanded(x, gained, number, basis, unit, V8: tl.constexpr):
+    """Sums of codes ``x [components]`` as a value: ``[d]``."""
+    too_much = tl.where(number < V8, OFFSET_8, OFFSET)
+    x = (x - gained * too_much) * unit
+    return tl.sum(x[:, None] * basis.to(tl.float32), 0)
+
+
+@triton.jit
+def merge_kernel(
+    part, stats, exact, sinks, mean, synthesis, units, out, splits, batch, each,
+    H: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, STRIDE: tl.constexpr,
+    VG: tl.constexpr, VX: tl.constexpr, DV: tl.constexpr, VW: tl.constexpr,
+    V8: tl.constexpr, V4: tl.constexpr, V2: tl.constexpr,
+    POOLED: tl.constexpr, SINKS: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
+    CHUNK: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """``out [B, H, ROWS, DV]``, of ``part [B, G, splits + 1, STRIDE, VW]`` and ``stats``.
+
+    With m the largest score of a row, f = 2^(m_slot - m) of each slot, and sums, gained (the mass
+    of coded values times gains) and masses added up over slots with that factor,
+
+        out = (f_exact exact + (sums - offset gained) synthesis + mass of coded values mean) / mass
+
+    With SINKS the score of its head's sink is one of the row's, and its mass one of all.
+    A program takes ``each`` rows in turn, those of a head behind each other.
     """
-    part = tl.program_id(0) % PARTS
-    h = tl.program_id(0) // PARTS % H
-    i = tl.program_id(0) // (PARTS * H) * X + tl.arange(0, X)
-    some = i < batch * ROWS
-    b, r = (i // ROWS).to(tl.int64), i % ROWS
-    group = b * G + h // (H // G)
-    row = h % (H // G) * ROWS + r
-    at = masses + group * (4 * STRIDE) + row
-    mass = tl.load(at, mask=some, other=1.0)
-    coded_mass = tl.load(at + STRIDE, mask=some, other=0.0)
-    gained = tl.load(at + 2 * STRIDE, mask=some, other=0.0)
-    factor = tl.load(at + 3 * STRIDE, mask=some, other=0.0)
-    d = part * COLUMNS + tl.arange(0, COLUMNS)
-    inside = some[:, None] & (d < DV)[None, :]
-    where = ((b * H + h) * ROWS + r)[:, None] * DV + d[None, :]
-    acc = tl.load(exact + where, mask=inside, other=0.0) * factor[:, None]
-    cells = sums + group * (VW * STRIDE) + row
-    if VX:
-        acc += tl.load(cells[:, None] + d[None, :] * STRIDE, mask=inside, other=0.0)
-    else:
-        n: tl.constexpr = H // VG * DV
-        own = h % (H // VG) * DV
-        first = synthesis + (h // (H // VG)).to(tl.int64) * VW * n + own
-        for start in tl.range(0, VW, CHUNK, num_stages=3):
-            number = start + tl.arange(0, CHUNK)
+    column = tl.program_id(0) % PARTS
+    start = tl.program_id(0) // PARTS * each
+    d = column * COLUMNS + tl.arange(0, COLUMNS)
+    slot = tl.arange(0, SLOTS)
+    live = slot <= splits
+    for i in tl.range(start, tl.minimum(start + each, batch * (H * ROWS))):
+        h = i // (batch * ROWS)
+        b, r = (i // ROWS % batch).to(tl.int64), i % ROWS
+        group = b * G + h // (H // G)
+        row = h % (H // G) * ROWS + r
+        base = group * (splits + 1)
+        at = stats + base * (4 * STRIDE) + row
+        in_slots = at + slot * (4 * STRIDE)
+        where = ((b * H + h) * ROWS + r) * DV + d
+        inside = d < DV
+        sums = part + (base * STRIDE + row) * VW
+        slots = splits
+        if POOLED and not VX:
+            slots += 1  # programs over ring and pool leave sums of codes
+
+        # What is read is asked for before warps first wait for each other.
+        m = tl.load(in_slots, mask=live, other=-float("inf"))  # [SLOTS]
+        masses = tl.load(in_slots + STRIDE, mask=live, other=0.0)
+        coded_masses = tl.load(in_slots + 2 * STRIDE, mask=live, other=0.0)
+        gains = tl.load(in_slots + 3 * STRIDE, mask=live, other=0.0)
+        total = tl.load(exact + where, mask=inside, other=0.0)  # [COLUMNS]
+        if VX:
+            number, held = d, inside
+        else:
+            n: tl.constexpr = H // VG * DV
+            own = h % (H // VG) * DV
+            gv = (h // (H // VG)).to(tl.int64)
+            mu = tl.load(mean + gv * n + own + d, mask=inside, other=0.0)
+            number = tl.arange(0, CHUNK)
             held = number < VW
-            w = component(number, V8, V4, V2)
-            basis = tl.load(
-                first + w[:, None] * n + d[None, :],
-                mask=held[:, None] & (d < DV)[None, :], other=0.0,
-            ).to(tl.float32)  # [CHUNK, COLUMNS]  # fmt: skip
-            unit = tl.load(units + (VG + h // (H // VG)) * VW + w, mask=held, other=0.0)
-            x = tl.load(
-                cells[:, None] + number[None, :] * STRIDE,
-                mask=some[:, None] & held[None, :], other=0.0,
-            )  # [X, CHUNK]  # fmt: skip
-            too_much = tl.where(number < V8, OFFSET_8, OFFSET)
-            x = (x - gained[:, None] * too_much[None, :]) * unit[None, :]
-            acc = tl.dot(x, basis, acc, input_precision="tf32x3")
-        mu = tl.load(mean + h // (H // VG) * n + own + d, mask=d < DV, other=0.0)
-        acc += coded_mass[:, None] * mu[None, :]
-    acc = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
-    tl.store(out + where, acc.to(out.dtype.element_ty), mask=inside)
+            basis, unit = _basis(
+                synthesis, units, gv, own, number, d, held, inside, n, VG, VW, V8, V4, V2
+            )
+        first_m, first_x = _slots(sums, at, 0, slots, number, held, STRIDE, VW, TILE)
+
+        top = tl.max(m, 0)
+        if SINKS:
+            sink = tl.load(sinks + h * (ROWS // Q) + r // Q).to(tl.float32) * 1.4426950408889634
+            top = tl.maximum(top, sink)
+        base_m = tl.where(top == -float("inf"), 0.0, top)
+        f = tl.exp2(m - base_m)
+        f_exact = tl.where(slot == splits, f, 0.0)
+        mass, coded_mass, gained, factor = tl.reduce(
+            (f * masses, f * coded_masses, f * gains, f_exact), 0, _four_sums
+        )
+        if SINKS:
+            mass += tl.exp2(sink - base_m)
+        total *= factor
+        x = _added(first_m, first_x, sums, at, slots, base_m, number, held, STRIDE, VW, TILE)
+        if VX:
+            total += x
+        else:
+            total += coded_mass * mu
+            total += _expanded(x, gained, number, basis, unit, V8)
+            for first in tl.static_range(CHUNK, VW, CHUNK):
+                number = first + tl.arange(0, CHUNK)
+                held = number < VW
+                basis, unit = _basis(
+                    synthesis, units, gv, own, number, d, held, inside, n, VG, VW, V8, V4, V2
+                )
+                m, x = _slots(sums, at, 0, slots, number, held, STRIDE, VW, TILE)
+                x = _added(m, x, sums, at, slots, base_m, number, held, STRIDE, VW, TILE)
+                total += _expanded(x, gained, number, basis, unit, V8)
+        total = total / tl.where(mass == 0.0, 1.0, mass)
+        tl.store(out + where, total.to(out.dtype.element_ty), mask=inside)

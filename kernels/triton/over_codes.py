@@ -64,15 +64,16 @@ def _mix(
 
 @triton.jit
 def _store(
-    out, acc, rows, BITS: tl.constexpr, PART: tl.constexpr, START: tl.constexpr,
-    WIDTH: tl.constexpr, PAD: tl.constexpr, STACK: tl.constexpr, STRIDE: tl.constexpr,
+    out, acc, rows, some, BITS: tl.constexpr, PART: tl.constexpr, START: tl.constexpr,
+    WIDTH: tl.constexpr, PAD: tl.constexpr, STACK: tl.constexpr, VW: tl.constexpr,
 ):  # fmt: skip
-    """Sums of product ``PART`` of a run, to ``out [components in the order of codes, STRIDE]``."""
+    """Sums of product ``PART`` of a run, to ``out [rows, VW]``, in the order of codes."""
     r = tl.arange(0, STACK * PAD // 2)
     code = PART * STACK + r // (PAD // 2)
     word = r % (PAD // 2)
-    where = (START + code * (WIDTH // 2) + word) * STRIDE
-    tl.store(out + where[:, None] + rows[None, :], acc, mask=(word < WIDTH // 2)[:, None])
+    where = START + code * (WIDTH // 2) + word
+    held = (word < WIDTH // 2)[:, None] & some[None, :]
+    tl.store(out + rows[None, :] * VW + where[:, None], acc, mask=held)
 
 
 @triton.jit
@@ -93,7 +94,7 @@ def over_codes(
     BIAS: tl.constexpr, CAP: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
     WHOLE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Leaves ``part [B, G, splits + 1, VW, BLOCKS * M]`` and ``stats [.., 4, BLOCKS * M]``.
+    """Leaves ``part [B, G, splits + 1, BLOCKS * M, VW]`` and ``stats [.., 4, BLOCKS * M]``.
 
     WHOLE: the capacity is a multiple of N, so that no tile reaches past it.
     """
@@ -297,28 +298,29 @@ def over_codes(
     out = part + slot * (VW * STRIDE)
     if VX:
         dv = tl.arange(0, DVP)
-        tl.store(out + dv[:, None] * STRIDE + row[None, :], a16, mask=(dv < VW)[:, None])
+        held = (dv < VW)[:, None] & some[None, :]
+        tl.store(out + row[None, :] * VW + dv[:, None], a16, mask=held)
     if V8:
-        _store(out, a8_0, row, 8, 0, 0, V8, VP8, VS8, STRIDE)
+        _store(out, a8_0, row, some, 8, 0, 0, V8, VP8, VS8, VW)
         if VS8 < 2:
-            _store(out, a8_1, row, 8, 1, 0, V8, VP8, VS8, STRIDE)
+            _store(out, a8_1, row, some, 8, 1, 0, V8, VP8, VS8, VW)
     if V4:
-        _store(out, a4_0, row, 4, 0, V8, V4, VP4, VS4, STRIDE)
+        _store(out, a4_0, row, some, 4, 0, V8, V4, VP4, VS4, VW)
         if VS4 < 4:
-            _store(out, a4_1, row, 4, 1, V8, V4, VP4, VS4, STRIDE)
+            _store(out, a4_1, row, some, 4, 1, V8, V4, VP4, VS4, VW)
         if VS4 < 2:
-            _store(out, a4_2, row, 4, 2, V8, V4, VP4, VS4, STRIDE)
-            _store(out, a4_3, row, 4, 3, V8, V4, VP4, VS4, STRIDE)
+            _store(out, a4_2, row, some, 4, 2, V8, V4, VP4, VS4, VW)
+            _store(out, a4_3, row, some, 4, 3, V8, V4, VP4, VS4, VW)
     if V2:
         after: tl.constexpr = V8 + 2 * V4
-        _store(out, a2_0, row, 2, 0, after, V2, VP2, VS2, STRIDE)
+        _store(out, a2_0, row, some, 2, 0, after, V2, VP2, VS2, VW)
         if VS2 < 8:
-            _store(out, a2_1, row, 2, 1, after, V2, VP2, VS2, STRIDE)
+            _store(out, a2_1, row, some, 2, 1, after, V2, VP2, VS2, VW)
         if VS2 < 4:
-            _store(out, a2_2, row, 2, 2, after, V2, VP2, VS2, STRIDE)
-            _store(out, a2_3, row, 2, 3, after, V2, VP2, VS2, STRIDE)
+            _store(out, a2_2, row, some, 2, 2, after, V2, VP2, VS2, VW)
+            _store(out, a2_3, row, some, 2, 3, after, V2, VP2, VS2, VW)
         if VS2 < 2:
-            _store(out, a2_4, row, 2, 4, after, V2, VP2, VS2, STRIDE)
-            _store(out, a2_5, row, 2, 5, after, V2, VP2, VS2, STRIDE)
-            _store(out, a2_6, row, 2, 6, after, V2, VP2, VS2, STRIDE)
-            _store(out, a2_7, row, 2, 7, after, V2, VP2, VS2, STRIDE)
+            _store(out, a2_4, row, some, 2, 4, after, V2, VP2, VS2, VW)
+            _store(out, a2_5, row, some, 2, 5, after, V2, VP2, VS2, VW)
+            _store(out, a2_6, row, some, 2, 6, after, V2, VP2, VS2, VW)
+            _store(out, a2_7, row, some, 2, 7, after, V2, VP2, VS2, VW)

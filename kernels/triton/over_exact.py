@@ -29,11 +29,11 @@ SHIFT = tl.constexpr(14.0)
 @triton.jit
 def _store_sums(
     out, sums, rows, some, CODE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
-    PAD: tl.constexpr, STRIDE: tl.constexpr,
+    PAD: tl.constexpr, VW: tl.constexpr,
 ):  # fmt: skip
-    """Weighted sums of one code of each word, to ``out [components in the order of codes, ..]``."""
+    """Weighted sums of one code of each word, to ``out [rows, VW]``, in the order of codes."""
     word = tl.arange(0, PAD // 2)
-    where = out + (START + CODE * (WIDTH // 2) + word)[:, None] * STRIDE + rows[None, :]
+    where = out + rows[None, :] * VW + (START + CODE * (WIDTH // 2) + word)[:, None]
     tl.store(where, sums, mask=(word < WIDTH // 2)[:, None] & some[None, :])
 
 
@@ -75,6 +75,61 @@ def over_exact(
     rows_bias = (h * (ROWS // Q) + real // Q) * bias_h + real % Q * bias_q
     bias_row = bias + b.to(tl.int64) * bias_b
 
+    # Its rows among those of its group, in the slot behind the splits.
+    g = h // (H // G)
+    row = h % (H // G) * ROWS + r
+    group = (b * G + g).to(tl.int64)
+    slot = group * (splits + 1) + splits
+    gk, gv = g // (G // KG), g // (G // VG)
+    if VX:
+        v_base = v_codes + b.to(tl.int64) * capacity * VPITCH + gv * DV
+    else:
+        v_base = v_codes + b.to(tl.int64) * capacity * VPITCH + gv * (V8 + V4 + V2)
+    if EK + EV:
+        # Pool tokens: slots of the keys' pool, then those of the values' that it lacks. What they
+        # need takes several reads, each of which waits for another: asked for before the ring is.
+        i = tl.arange(0, LISTED)
+        token = tl.full([LISTED], -1, tl.int32)
+        if EK:
+            token = tl.load(k_pos + b * EK + i, mask=i < EK, other=-1).to(tl.int32)
+        if EV:
+            only = tl.load(v_pos + b * EV + i - EK, mask=(i >= EK) & (i < EK + EV), other=-1)
+            only = only.to(tl.int32)
+            if EK:
+                only = tl.where(listed(only, k_pos + b * EK, EK, EKP, coded), -1, only)
+            token = tl.where(i < EK, token, only)
+        listed_live = (token >= 0) & (token < coded)
+        by_code = listed_live
+        if EK:
+            k_pooled = tl.load(
+                k_pool + (head * EK + i)[:, None] * DK + d[None, :],
+                mask=(listed_live & (i < EK))[:, None] & (d < DK)[None, :], other=0.0,
+            )  # [LISTED, DKP]  # fmt: skip
+        if EV:
+            by_code = listed_live & (listed(token, v_pos + b * EV, EV, EVP, coded) == 0)
+            e = tl.arange(0, EVP)
+            held = tl.load(v_pos + b * EV + e, mask=e < EV, other=-1).to(tl.int32)
+            held = tl.where(held < coded, held, -1)
+            v_pooled = tl.load(
+                v_pool + (head * EV + e)[None, :] * DV + dv[:, None],
+                mask=(held >= 0)[None, :] & (dv < DV)[:, None], other=0.0,
+            )  # [DVP, EVP]  # fmt: skip
+        u = tl.full([LISTED], 1.0, tl.float32)
+        if VGAIN:
+            v_gains = v_gain + b.to(tl.int64) * capacity * VG + gv
+            u = gains(v_gains, token, by_code, VG).to(tl.float32)
+        if VX:
+            v_coded = tl.load(
+                v_base + token[None, :] * VPITCH + dv[:, None],
+                mask=by_code[None, :] & (dv < DV)[:, None], other=0.0,
+            )  # [DVP, LISTED]  # fmt: skip
+        if V8:
+            words8 = load_run(v_base, token, by_code, VPITCH, 0, V8, VP8, False, True)
+        if V4:
+            words4 = load_run(v_base, token, by_code, VPITCH, V8, V4, VP4, False, True)
+        if V2:
+            words2 = load_run(v_base, token, by_code, VPITCH, V8 + V4, V2, VP2, False, True)
+
     top = tl.full([X], -float("inf"), tl.float32)
     mass = tl.full([X], 0.0, tl.float32)
     acc = tl.full([DVP, X], 0.0, tl.float32)
@@ -102,37 +157,14 @@ def over_exact(
         )  # [DVP, XN]  # fmt: skip
         acc = product(v, p.to(v.dtype), acc * decay[None, :], ASM)
 
-    # Its rows among those of its group, in the slot behind the splits.
-    g = h // (H // G)
-    row = h % (H // G) * ROWS + r
-    group = (b * G + g).to(tl.int64)
-    slot = group * (splits + 1) + splits
     coded_mass = tl.full([X], 0.0, tl.float32)
     gained = tl.full([X], 0.0, tl.float32)
     if EK + EV:
-        # Pool tokens: slots of the keys' pool, then those of the values' that it lacks.
-        i = tl.arange(0, LISTED)
-        token = tl.full([LISTED], -1, tl.int32)
-        if EK:
-            token = tl.load(k_pos + b * EK + i, mask=i < EK, other=-1).to(tl.int32)
-        if EV:
-            only = tl.load(v_pos + b * EV + i - EK, mask=(i >= EK) & (i < EK + EV), other=-1)
-            only = only.to(tl.int32)
-            if EK:
-                only = tl.where(listed(only, k_pos + b * EK, EK, EKP, coded), -1, only)
-            token = tl.where(i < EK, token, only)
-        live = (token >= 0) & (token < coded)
         s = tl.full([LISTED, X], 0.0, tl.float32)
         if EK:
-            k_live = live & (i < EK)
-            k = tl.load(
-                k_pool + (head * EK + i)[:, None] * DK + d[None, :],
-                mask=k_live[:, None] & (d < DK)[None, :], other=0.0,
-            )  # [LISTED, DKP]  # fmt: skip
-            s = product(k, qx, s, ASM) * scale2
+            s = product(k_pooled, qx, s, ASM) * scale2
         if EV:
-            k_live = live & (i >= EK)
-            gk = g // (G // KG)
+            k_live = listed_live & (i >= EK)
             if KX:
                 k_base = k_codes + b.to(tl.int64) * capacity * KPITCH + gk * DK
                 k = tl.load(
@@ -168,16 +200,8 @@ def over_exact(
             s = tl.where((i < EK)[:, None], s, other)
         if CAP > 0:
             s = capped(s, CAP, ASM)
-        s = biased(s, bias_row, token, live, rows_bias, BIAS)
+        s = biased(s, bias_row, token, listed_live, rows_bias, BIAS)
 
-        by_code = live
-        if EV:
-            by_code = live & (listed(token, v_pos + b * EV, EV, EVP, coded) == 0)
-        gv = g // (G // VG)
-        u = tl.full([LISTED], 1.0, tl.float32)
-        if VGAIN:
-            v_gains = v_gain + b.to(tl.int64) * capacity * VG + gv
-            u = gains(v_gains, token, by_code, VG).to(tl.float32)
         more = tl.maximum(log2_bound(u), 0.0)  # p * u must fit float16 as well as p
         new = tl.maximum(top, tl.max(s + more[:, None], 0))
         base = tl.where(new == -float("inf"), 0.0, new)
@@ -187,48 +211,32 @@ def over_exact(
         mass = mass * decay + tl.sum(p, 0)
         acc = acc * decay[None, :]
         if EV:
-            e = tl.arange(0, EVP)
-            held = tl.load(v_pos + b * EV + e, mask=e < EV, other=-1).to(tl.int32)
-            held = tl.where(held < coded, held, -1)
-            v = tl.load(
-                v_pool + (head * EV + e)[None, :] * DV + dv[:, None],
-                mask=(held >= 0)[None, :] & (dv < DV)[:, None], other=0.0,
-            )  # [DVP, EVP]  # fmt: skip
-            same = (held[:, None] == token[None, :]) & live[None, :]  # [EVP, LISTED]
+            same = (held[:, None] == token[None, :]) & listed_live[None, :]  # [EVP, LISTED]
             by_slot = tl.full([EVP, X], 0.0, tl.float32)
-            same = same.to(tl.float32).to(v.dtype)
-            by_slot = product(same, p.to(v.dtype), by_slot, ASM)  # one term each: exact
-            acc = product(v, by_slot.to(v.dtype), acc, ASM)
+            same = same.to(tl.float32).to(v_pooled.dtype)
+            by_slot = product(same, p.to(v_pooled.dtype), by_slot, ASM)  # one term each: exact
+            acc = product(v_pooled, by_slot.to(v_pooled.dtype), acc, ASM)
         w = tl.where(by_code[:, None], p, 0.0)
         coded_mass = tl.sum(w, 0)
         w = w * u[:, None]
         out = part + slot * (VW * STRIDE)
         if VX:
-            v_base = v_codes + b.to(tl.int64) * capacity * VPITCH + gv * DV
-            v = tl.load(
-                v_base + token[None, :] * VPITCH + dv[:, None],
-                mask=by_code[None, :] & (dv < DV)[:, None], other=0.0,
-            )  # [DVP, LISTED]  # fmt: skip
-            acc = product(v, w.to(v.dtype), acc, ASM)
+            acc = product(v_coded, w.to(v_coded.dtype), acc, ASM)
         else:
-            v_base = v_codes + b.to(tl.int64) * capacity * VPITCH + gv * (V8 + V4 + V2)
             w16 = w.to(tl.float16)
             gained = tl.sum(w16.to(tl.float32), 0)
             if V8:
-                words = load_run(v_base, token, by_code, VPITCH, 0, V8, VP8, False, True)
                 for c in tl.static_range(2):
-                    sums = tl.dot(converted(words, 8, c, ASM), w16)
-                    _store_sums(out, sums, row, mine, c, 0, V8, VP8, STRIDE)
+                    sums = tl.dot(converted(words8, 8, c, ASM), w16)
+                    _store_sums(out, sums, row, mine, c, 0, V8, VP8, VW)
             if V4:
-                words = load_run(v_base, token, by_code, VPITCH, V8, V4, VP4, False, True)
                 for c in tl.static_range(4):
-                    sums = tl.dot(converted(words, 4, c, ASM), w16)
-                    _store_sums(out, sums, row, mine, c, V8, V4, VP4, STRIDE)
+                    sums = tl.dot(converted(words4, 4, c, ASM), w16)
+                    _store_sums(out, sums, row, mine, c, V8, V4, VP4, VW)
             if V2:
-                words = load_run(v_base, token, by_code, VPITCH, V8 + V4, V2, VP2, False, True)
                 for c in tl.static_range(8):
-                    sums = tl.dot(converted(words, 2, c, ASM), w16)
-                    _store_sums(out, sums, row, mine, c, V8 + 2 * V4, V2, VP2, STRIDE)
+                    sums = tl.dot(converted(words2, 2, c, ASM), w16)
+                    _store_sums(out, sums, row, mine, c, V8 + 2 * V4, V2, VP2, VW)
 
     at_stats = stats + slot * (4 * STRIDE) + row
     tl.store(at_stats, top - SHIFT, mask=mine)

@@ -31,7 +31,7 @@ def test_the_graph_launches_our_kernels(
         return torch.ops.apack.attend(q * 2, mask, k, v, lengths, 0.125, *specs)
 
     out, (code,) = run_and_get_code(torch.compile(attend), q, k, v)
-    for kernel in ("fold_kernel", "attend_kernel", "sum_kernel", "expand_kernel"):
+    for kernel in ("fold_kernel", "attend_kernel", "merge_kernel"):
         assert f"{kernel}_" in code
     assert "ops.apack.attend" not in code
     assert torch.equal(out, torch.compile(attend)(q, k, v))

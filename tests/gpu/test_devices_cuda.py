@@ -217,7 +217,7 @@ def test_kernels_run_on_the_device_of_each_layer(kind: str) -> None:
     events = [e for e in profiler.events() or () if e.device_type == DeviceType.CUDA]
     if not events:
         pytest.skip("the profiler sees no kernels on this machine")
-    for kernel in ("fold_kernel", "attend_kernel", "sum_kernel", "expand_kernel"):
+    for kernel in ("fold_kernel", "attend_kernel", "merge_kernel"):
         seen = sorted(e.device_index for e in events if kernel in e.name)
         names = sorted({e.name[:60] for e in events})
         assert seen == [0, 1], f"{kernel} ran on devices {seen}; there were {names}"

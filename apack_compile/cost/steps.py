@@ -94,7 +94,7 @@ def launches(
     heads, groups = plan.attend["H"], plan.groups
     k_width, v_width = plan.attend["KW"], plan.attend["VW"]
     splits = splits_of(plan, config, device)
-    left = BATCH * groups * (splits + 1) * (v_width + STATS) * plan.rows * FLOAT
+    left = BATCH * groups * (splits + plan.exacts) * (v_width + STATS) * plan.rows * FLOAT
     exact = sum(
         (slots + side.policy.ring) * side.layout.dim
         for slots, side in zip(pools, (k, v), strict=True)
@@ -103,7 +103,7 @@ def launches(
     read = BATCH * (CODED * codes + heads * exact * HALF)
     numbers = BATCH * groups * plan.blocks * CODED * (k_width + v_width)
     each = 1 / device.conversions + plan.attend["M"] / device.products
-    merged = BATCH * q_heads * queries * (splits + 1) * plan.merge["PARTS"] * v_width
+    merged = BATCH * q_heads * queries * (splits + plan.exacts) * plan.merge["PARTS"] * v_width
     bases = [w * heads * s.layout.dim * FLOAT for w, s in ((k_width, k), (v_width, v))]
     return (
         Launch("fold", bases[0], 0),

@@ -1,10 +1,10 @@
 """Packed attention of one decode step: one launch over codes, pool and ring.
 
-Programs of two kinds share the launch:
+Programs of three kinds share the launch:
 
 - ``over_codes``: one split of the coded tokens for one group of KV heads. All query rows of the
   group (query heads x queries) meet one tile of codes, so that each code is read once.
-- ``over_exact``: ring and pool of one KV head.
+- ``over_ring``, ``over_pool``: ring and pool of one KV head.
 
 Each leaves what softmax needs to be put together later (``merge.py``): a reference m, the masses
 and the weighted sums, all relative to 2^m. Scores are in units of log2. The maths is in
@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 from .over_codes import over_codes
-from .over_exact import over_exact
+from .over_pool import over_pool
+from .over_ring import over_ring
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def attend_kernel(
     STAGES: tl.constexpr,
     WHOLE: tl.constexpr, LAST: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Both kinds of programs, those over ring and pool last or first. Constants: ``plan.py``.
+    """All kinds of programs, those over ring and pool last or first. Constants: ``plan.py``.
 
     CAP: the softcap of the scores; 0: there is none.
     """
@@ -51,16 +52,25 @@ def attend_kernel(
         work += exact_programs
         work = tl.where(work < tl.num_programs(0), work, work - tl.num_programs(0))
     scale2 = tl.full([], scale2, tl.float32)  # Inductor passes float64
+    EXACTS: tl.constexpr = 2 if EK + EV else 1
     if work < exact_programs:
-        over_exact(
-            work, splits, q16, shift, centre, q, k_codes, k_gain, v_codes, v_gain, bias, lengths,
-            k_pos, v_pos, k_pool, v_pool, k_ring, v_ring, part, stats, exact,
-            capacity, bias_b, bias_h, bias_q, scale2,
-            H, ROWS, Q, G, M, BLOCKS, KG, VG,
-            KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, CHUNKS, CHUNKSP,
-            VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN,
-            EK, EKP, EV, EVP, RING, BIAS, CAP, X, XBLOCKS, XN, LISTED, ASM,
-        )  # fmt: skip
+        if work % EXACTS == EXACTS - 1:
+            over_ring(
+                work // EXACTS, splits, q, bias, lengths, k_ring, v_ring, stats, exact,
+                capacity, bias_b, bias_h, bias_q, scale2,
+                H, ROWS, Q, G, M, BLOCKS, DK, DKP, DV, DVP,
+                RING, BIAS, CAP, X, XBLOCKS, XN, EXACTS, ASM,
+            )  # fmt: skip
+        elif EK + EV:
+            over_pool(
+                work // EXACTS, splits, q16, shift, centre, q, k_codes, k_gain, v_codes, v_gain,
+                bias, lengths, k_pos, v_pos, k_pool, v_pool, part, stats, exact,
+                capacity, bias_b, bias_h, bias_q, scale2,
+                H, ROWS, Q, G, M, BLOCKS, KG, VG,
+                KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, CHUNKS, CHUNKSP,
+                VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN,
+                EK, EKP, EV, EVP, BIAS, CAP, X, XBLOCKS, LISTED, ASM,
+            )  # fmt: skip
     else:
         over_codes(
             work - exact_programs, splits, q16, shift, centre, table, q, k_codes, k_gain,

@@ -18,9 +18,9 @@ from .fold import fold_kernel
 from .merge import merge_kernel
 from .plan import (
     EXACT_ROWS,
-    LEAST_ROWS,
     MERGE,
     MOST_SPLITS,
+    MOST_STACKED,
     Config,
     Plan,
     default_config,
@@ -107,19 +107,19 @@ def attend_packed(
     head_blocks = plan.attend["H"] * ((batch * plan.head_rows + EXACT_ROWS - 1) // EXACT_ROWS)
     q16, shift, centre, table = q, lengths, lengths, lengths
     if keys.params:
-        table = empty(LEAST_ROWS, dtype=torch.int32)
+        table = empty(MOST_STACKED, dtype=torch.int32)
         q16 = empty(batch, plan.groups, plan.rows, plan.attend["KW"], dtype=torch.float16)
         shift = empty(batch, plan.groups, plan.rows)
         centre = empty(batch, plan.groups, plan.fold["CHUNKS"], plan.rows)
         _kernel(fold_kernel)[(head_blocks * plan.fold["CHUNKS"],)](
             q, keys.params[0], *keys.params[2:4], q16, shift, centre, table, factor, batch,
-            **plan.fold, STEPS=LEAST_ROWS, num_warps=4,
+            **plan.fold, STEPS=MOST_STACKED, num_warps=4,
         )  # fmt: skip
     elif values.params:
-        table = torch.arange(LEAST_ROWS, dtype=torch.int32, device=q.device)
-    part = empty(batch, plan.groups, splits + 1, plan.rows, plan.attend["VW"])
-    stats = empty(batch, plan.groups, splits + 1, 4, plan.rows)
-    exact = empty(batch, q_heads, queries, value.dim)
+        table = torch.arange(MOST_STACKED, dtype=torch.int32, device=q.device)
+    part = empty(batch, plan.groups, splits + plan.exacts, plan.rows, plan.attend["VW"])
+    stats = empty(batch, plan.groups, splits + plan.exacts, 4, plan.rows)
+    exact = empty(batch, q_heads, queries, plan.exacts, value.dim)
     bias = None if bias is None else bias.contiguous()
     strides, kind = _bias_strides(bias)
     whole = int(capacity % config.tokens == 0)

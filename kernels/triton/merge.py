@@ -45,8 +45,8 @@ def _added(
 
 
 @triton.jit
-def _four_sums(a, b, c, d, more_a, more_b, more_c, more_d):
-    return a + more_a, b + more_b, c + more_c, d + more_d
+def _five_sums(a, b, c, d, e, more_a, more_b, more_c, more_d, more_e):
+    return a + more_a, b + more_b, c + more_c, d + more_d, e + more_e
 
 
 @triton.jit
@@ -80,12 +80,13 @@ def merge_kernel(
     POOLED: tl.constexpr, SINKS: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
     CHUNK: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """``out [B, H, ROWS, DV]``, of ``part [B, G, splits + 1, STRIDE, VW]`` and ``stats``.
+    """``out [B, H, ROWS, DV]`` of what ``attend_kernel`` left.
 
     With m the largest score of a row, f = 2^(m_slot - m) of each slot, and sums, gained (the mass
     of coded values times gains) and masses added up over slots with that factor,
 
-        out = (f_exact exact + (sums - offset gained) synthesis + mass of coded values mean) / mass
+        out  =  (f_ring ring  +  f_pool pool  +  (sums - offset gained) synthesis
+                 +  mass of coded values * mean)  /  mass
 
     With SINKS the score of its head's sink is one of the row's, and its mass one of all.
     A program takes ``each`` rows in turn, those of a head behind each other.
@@ -94,28 +95,32 @@ def merge_kernel(
     start = tl.program_id(0) // PARTS * each
     d = column * COLUMNS + tl.arange(0, COLUMNS)
     slot = tl.arange(0, SLOTS)
-    live = slot <= splits
+    EXACTS: tl.constexpr = 2 if POOLED else 1
+    live = slot < splits + EXACTS
     for i in tl.range(start, tl.minimum(start + each, batch * (H * ROWS))):
         h = i // (batch * ROWS)
         b, r = (i // ROWS % batch).to(tl.int64), i % ROWS
         group = b * G + h // (H // G)
         row = h % (H // G) * ROWS + r
-        base = group * (splits + 1)
+        base = group * (splits + EXACTS)
         at = stats + base * (4 * STRIDE) + row
         in_slots = at + slot * (4 * STRIDE)
-        where = ((b * H + h) * ROWS + r) * DV + d
+        place = (b * H + h) * ROWS + r
         inside = d < DV
         sums = part + (base * STRIDE + row) * VW
         slots = splits
         if POOLED and not VX:
-            slots += 1  # programs over ring and pool leave sums of codes
+            slots += 1  # programs over pools leave sums of codes
 
         # What is read is asked for before warps first wait for each other.
         m = tl.load(in_slots, mask=live, other=-float("inf"))  # [SLOTS]
         masses = tl.load(in_slots + STRIDE, mask=live, other=0.0)
         coded_masses = tl.load(in_slots + 2 * STRIDE, mask=live, other=0.0)
         gains = tl.load(in_slots + 3 * STRIDE, mask=live, other=0.0)
-        total = tl.load(exact + where, mask=inside, other=0.0)  # [COLUMNS]
+        exacts = exact + place * (EXACTS * DV) + d
+        total = tl.load(exacts + (EXACTS - 1) * DV, mask=inside, other=0.0)  # [COLUMNS]
+        if POOLED:
+            pooled = tl.load(exacts, mask=inside, other=0.0)
         if VX:
             number, held = d, inside
         else:
@@ -136,13 +141,16 @@ def merge_kernel(
             top = tl.maximum(top, sink)
         base_m = tl.where(top == -float("inf"), 0.0, top)
         f = tl.exp2(m - base_m)
-        f_exact = tl.where(slot == splits, f, 0.0)
-        mass, coded_mass, gained, factor = tl.reduce(
-            (f * masses, f * coded_masses, f * gains, f_exact), 0, _four_sums
+        f_pool = tl.where(slot == splits, f, 0.0)
+        f_ring = tl.where(slot == splits + EXACTS - 1, f, 0.0)
+        mass, coded_mass, gained, f_pool, f_ring = tl.reduce(
+            (f * masses, f * coded_masses, f * gains, f_pool, f_ring), 0, _five_sums
         )
         if SINKS:
             mass += tl.exp2(sink - base_m)
-        total *= factor
+        total *= f_ring
+        if POOLED:
+            total += f_pool * pooled
         x = _added(first_m, first_x, sums, at, slots, base_m, number, held, STRIDE, VW, TILE)
         if VX:
             total += x
@@ -159,4 +167,4 @@ def merge_kernel(
                 x = _added(m, x, sums, at, slots, base_m, number, held, STRIDE, VW, TILE)
                 total += _expanded(x, gained, number, basis, unit, V8)
         total = total / tl.where(mass == 0.0, 1.0, mass)
-        tl.store(out + where, total.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + place * DV + d, total.to(out.dtype.element_ty), mask=inside)

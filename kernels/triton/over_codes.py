@@ -94,7 +94,9 @@ def over_codes(
     BIAS: tl.constexpr, CAP: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
     WHOLE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Leaves ``part [B, G, splits + 1, BLOCKS * M, VW]`` and ``stats [.., 4, BLOCKS * M]``.
+    """Leaves ``part [B, G, slots, BLOCKS * M, VW]`` and ``stats [.., 4, BLOCKS * M]``.
+
+    There is a slot for each split, then one for the pool if there is one, and one for the ring.
 
     WHOLE: the capacity is a multiple of N, so that no tile reaches past it.
     """
@@ -286,7 +288,8 @@ def over_codes(
                 a2_6 = _mix(p16, words, a2_6, t2, 2, 6, VP2, VS2, N, ASM)
                 a2_7 = _mix(p16, words, a2_7, t2, 2, 7, VP2, VS2, N, ASM)
 
-    slot = group * (splits + 1) + split
+    EXACTS: tl.constexpr = 2 if EK + EV else 1
+    slot = group * (splits + EXACTS) + split
     total = tl.sum(mass, 0)
     if not KX and CAP == 0:
         top += mean

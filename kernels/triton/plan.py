@@ -29,11 +29,11 @@ LEAST_BYTES = 32
 CHUNK = 64
 """Components that a program of the small kernels takes at a time."""
 
-LEAST_ROWS = 64
-"""Of a product's left operand, for the tensor cores of a warp group."""
+MOST_STACKED = 64
+"""Rows of a product's left operand that are stacked codes, at most."""
 
-MOST_SPLITS = 127
-"""The merge holds the references of this many splits, and one more, at a time."""
+MOST_SPLITS = 126
+"""The merge holds the references of this many splits, and two more, at a time."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ class Config:
         share: of the programs that run at once, those over codes at least.
         last: programs over ring and pool come last.
         registers: of a thread at most; 0: as many as the compiler likes.
+        stacked: rows that products over values shall have: codes of narrow runs are stacked. With
+            four warps and 64 rows a product is one of a warp group.
     """
 
     tokens: int = 64
@@ -84,6 +86,7 @@ class Config:
     share: float = 0.75
     last: bool = False
     registers: int = 0
+    stacked: int = 64
 
 
 @cache
@@ -91,7 +94,7 @@ def default_config(k_layout: str, v_layout: str) -> Config:
     """The configuration used without autotuning: the best of those measured on an H100."""
     layouts = parse_layout(k_layout), parse_layout(v_layout)
     if any(getattr(layout, "r4", 0) + getattr(layout, "r2", 0) for layout in layouts):
-        return Config(stages=2)
+        return Config(rows=16, warps=2, stages=2, fill=4, stacked=32)
     return Config()
 
 
@@ -107,7 +110,7 @@ def supported(layout: Layout) -> bool:
     return isinstance(layout, ExactLayout)
 
 
-def _side(letter: str, layout: Layout) -> dict[str, int]:
+def _side(letter: str, layout: Layout, stacked: int) -> dict[str, int]:
     """Constants of one side."""
     exact = isinstance(layout, ExactLayout)
     constants = {"X": int(exact), "G": layout.heads}
@@ -125,7 +128,7 @@ def _side(letter: str, layout: Layout) -> dict[str, int]:
     named |= {letter + "W": columns, letter + "PITCH": pitch, letter + "GAIN": gain}
     if letter == "V":
         for bits, pad in zip((8, 4, 2), pads, strict=True):
-            named[f"VS{bits}"] = min(max(LEAST_ROWS // (pad // 2), 1), 16 // bits) if pad else 0
+            named[f"VS{bits}"] = min(max(stacked // (pad // 2), 1), 16 // bits) if pad else 0
     return named | {"D" + letter: layout.dim, f"D{letter}P": dim}
 
 
@@ -137,6 +140,7 @@ class Plan:
         fold, attend, merge: keyword arguments of each.
         groups, blocks: of programs over codes of one sequence.
         rows: kept for each group.
+        exacts: slots behind those of the splits: the pool's, if there is one, and the ring's.
         exact_programs: over ring and pool of one sequence.
         head_rows: query rows of one KV head of one sequence.
     """
@@ -147,6 +151,7 @@ class Plan:
     groups: int
     blocks: int
     rows: int
+    exacts: int
     exact_programs: int
     head_rows: int
 
@@ -166,7 +171,7 @@ def make_plan(
         config: how to cut the work.
     """
     key, value = parse_layout(k_layout), parse_layout(v_layout)
-    k, v = _side("K", key), _side("V", value)
+    k, v = _side("K", key, config.stacked), _side("V", value, config.stacked)
     heads, rows = key.heads, q_heads // key.heads * queries
     groups = math.lcm(k["KG"], v["VG"])  # both divide the heads, so this does
     per_group = heads // groups * rows
@@ -194,12 +199,13 @@ def make_plan(
         "Q": queries, "POOLED": int(ek + ev > 0), "CHUNK": chunk, "COLUMNS": columns,
         "PARTS": -(-value.dim // columns), "TILE": max(MERGE.numbers // chunk, 1),
     }  # fmt: skip
-    exact_programs = heads * common["XBLOCKS"]
-    return Plan(fold, attend, merge, groups, blocks, blocks * m, exact_programs, rows)
+    exacts = 1 + (ek + ev > 0)
+    exact_programs = heads * common["XBLOCKS"] * exacts
+    return Plan(fold, attend, merge, groups, blocks, blocks * m, exacts, exact_programs, rows)
 
 
 def merge_slots(plan: Plan, config: Config, processors: int) -> int:
-    """A power of two that holds the most splits there can be, for any batch, and one more.
+    """A power of two that holds the most slots that there can be, for any batch.
 
     Args:
         plan: of the layer.
@@ -207,4 +213,4 @@ def merge_slots(plan: Plan, config: Config, processors: int) -> int:
         processors: multiprocessors of the device.
     """
     most = min(processors * config.fill // (plan.groups * plan.blocks), MOST_SPLITS)
-    return 1 << max(most, 1).bit_length()
+    return _power(max(most, 1) + plan.exacts, 2)

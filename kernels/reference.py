@@ -72,6 +72,8 @@ def unpack_reference(side: Sequence[Tensor], lengths: Tensor, length: int, layou
     code = parse_layout(layout)
     tensors = Side.of(side, code)
     decoded = decode_reference(code, tensors.payload, tensors.params)  # [B, H, C, D]
+    if isinstance(code, TransformLayout) and code.positional:
+        decoded = turn_reference(code, decoded, tensors.params[-1], tensors.pool_positions[:, 0])
     batch, heads, _, dim = tensors.ring.shape
     coded = int(lengths[0])
     out = torch.empty(batch, heads, length, dim, dtype=torch.float64)
@@ -101,6 +103,28 @@ def decode_reference(layout: Layout, payload: Sequence[Tensor], params: Sequence
                 assert isinstance(layout, ExactLayout)
                 x = payload[0][row, token].double()
             out[row, :, token] = x.view(layout.heads, layout.dim)
+    return out
+
+
+def turn_reference(layout: TransformLayout, x: Tensor, waves: Tensor, first: Tensor) -> Tensor:
+    """Decoded keys ``x [B, H, T, D]`` float64, each pair turned by the angle of its token.
+
+    Args:
+        layout: says how channels are paired.
+        x: of the tokens 0 .. T.
+        waves: radians a position and at position 0, ``[2, R]``; angles are float32.
+        first: the token that has position 0, ``[B]``.
+    """
+    out = x.clone()
+    half = layout.rotary // 2
+    for pair in range(half):
+        i, j = (2 * pair, 2 * pair + 1) if layout.interleaved else (pair, pair + half)
+        for row in range(len(x)):
+            positions = (torch.arange(x.shape[2]) - int(first[row])).float()
+            angles = (positions * float(waves[0, i]) + float(waves[1, i])).double()  # [T]
+            one, other = x[row, :, :, i], x[row, :, :, j]
+            out[row, :, :, i] = one * angles.cos() - other * angles.sin()
+            out[row, :, :, j] = other * angles.cos() + one * angles.sin()
     return out
 
 

@@ -46,6 +46,15 @@ def hand_code(layout: Layout, seed: int = 0) -> Code:
     return Code(layout, tuple(params))
 
 
+def pair_waves(layout: TransformLayout) -> Tensor:
+    """Radians a position and at position 0, ``[2, R]``: each pair has its own."""
+    pairs = layout.rotary // 2
+    waves = torch.stack([100.0 ** -(torch.arange(pairs) / pairs), torch.arange(pairs) % 7 / 3])
+    if layout.interleaved:
+        return waves.repeat_interleave(2, 1)
+    return waves.repeat(1, 2)
+
+
 def random_payload(layout: Layout, batch: int, tokens: int, dtype: torch.dtype) -> list[Tensor]:
     """Payload tensors with every code as likely as any other."""
     payload = []

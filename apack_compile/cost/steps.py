@@ -60,8 +60,11 @@ class Launch:
 
 
 def is_predicted(k: PackedSide, v: PackedSide) -> bool:
-    """Whether the model knows the kernels of these codes: fitted ones in 16 bits."""
-    return all(
+    """Whether the model knows the kernels of these codes: fitted ones in 16 bits.
+
+    It knows nothing of keys that are rebuilt and turned.
+    """
+    return not k.layout.positional and all(
         supported(side.layout) and side.layout.param_count > 0 and side.dtype.itemsize == HALF
         for side in (k, v)
     )

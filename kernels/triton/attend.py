@@ -3,7 +3,8 @@
 Programs of three kinds share the launch:
 
 - ``over_codes``: one split of the coded tokens for one group of KV heads. All query rows of the
-  group (query heads x queries) meet one tile of codes, so that each code is read once.
+  group (query heads x queries) meet one tile of codes, so that each code is read once. Keys that
+  were coded before their rotary embedding are rebuilt instead (``turned.py``), by KV head.
 - ``over_ring``, ``over_pool``: ring and pool of one KV head.
 
 Each leaves what softmax needs to be put together later (``merge.py``): a reference m, the masses
@@ -25,13 +26,14 @@ from .over_ring import over_ring
 @triton.jit
 def attend_kernel(
     q16, shift, centre, table, q, k_codes, k_gain, v_codes, v_gain, bias, lengths, k_pos, v_pos,
-    k_pool, v_pool, k_ring, v_ring, part, stats, exact,
-    splits, exact_programs, capacity, bias_b, bias_h, bias_q, scale2,
+    k_mean, k_basis, k_units, k_spans, k_waves, k_pool, v_pool, k_ring, v_ring,
+    part, stats, exact, splits, exact_programs, capacity, bias_b, bias_h, bias_q, scale2,
     H: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     BLOCKS: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
     KX: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, KW: tl.constexpr,
     KPITCH: tl.constexpr, K8: tl.constexpr, K4: tl.constexpr, K2: tl.constexpr,
     KP8: tl.constexpr, KP4: tl.constexpr, KP2: tl.constexpr, KGAIN: tl.constexpr,
+    KROT: tl.constexpr, KINTER: tl.constexpr, KHALF: tl.constexpr,
     CHUNKS: tl.constexpr, CHUNKSP: tl.constexpr,
     VX: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, VW: tl.constexpr,
     VPITCH: tl.constexpr, V8: tl.constexpr, V4: tl.constexpr, V2: tl.constexpr,
@@ -64,20 +66,22 @@ def attend_kernel(
         elif EK + EV:
             over_pool(
                 work // EXACTS, splits, q16, shift, centre, q, k_codes, k_gain, v_codes, v_gain,
-                bias, lengths, k_pos, v_pos, k_pool, v_pool, part, stats, exact,
-                capacity, bias_b, bias_h, bias_q, scale2,
+                bias, lengths, k_pos, v_pos, k_mean, k_basis, k_units, k_spans, k_waves,
+                k_pool, v_pool, part, stats, exact, capacity, bias_b, bias_h, bias_q, scale2,
                 H, ROWS, Q, G, M, BLOCKS, KG, VG,
-                KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, CHUNKS, CHUNKSP,
+                KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
+                CHUNKS, CHUNKSP,
                 VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN,
                 EK, EKP, EV, EVP, BIAS, CAP, X, XBLOCKS, LISTED, ASM,
             )  # fmt: skip
     else:
         over_codes(
             work - exact_programs, splits, q16, shift, centre, table, q, k_codes, k_gain,
-            v_codes, v_gain, bias, lengths, k_pos, v_pos, part, stats, capacity,
-            bias_b, bias_h, bias_q, scale2,
+            v_codes, v_gain, bias, lengths, k_pos, v_pos, k_mean, k_basis, k_units, k_spans,
+            k_waves, part, stats, capacity, bias_b, bias_h, bias_q, scale2,
             H, ROWS, Q, G, M, BLOCKS, KG, VG,
-            KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, CHUNKS, CHUNKSP,
+            KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
+            CHUNKS, CHUNKSP,
             VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN, VS8, VS4, VS2,
             EK, EKP, EV, EVP, BIAS, CAP, N, STAGES, WHOLE, ASM,
         )  # fmt: skip

@@ -26,6 +26,7 @@ from .plan import (
     default_config,
     make_plan,
     merge_slots,
+    shared_bytes,
     supported,
 )
 
@@ -39,8 +40,10 @@ INTERPRETED = not isinstance(attend_kernel, JITFunction)
 
 def takes(q: Tensor, k_layout: str, v_layout: str) -> bool:
     """Whether the kernels can attend with these queries and codes."""
-    layouts = parse_layout(k_layout), parse_layout(v_layout)
-    return q.dtype in DTYPES and all(supported(layout) for layout in layouts)
+    key, value = parse_layout(k_layout), parse_layout(v_layout)
+    known = supported(key) and supported(value) and not value.positional
+    fits = not key.positional or shared_bytes(key) <= shared_memory(q.device)
+    return known and fits and q.dtype in DTYPES
 
 
 @cache
@@ -49,6 +52,14 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have on a CUDA device; those of an H100 for the interpreter."""
+    if device.type != "cuda":
+        return 227 << 10
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def count_splits(
@@ -70,6 +81,14 @@ def _kernel(kernel: Any) -> Any:
 def _parts(side: Side, layout: Layout) -> tuple[Tensor, Tensor]:
     """Codes and gains (the codes again where there are none)."""
     return side.payload[0].contiguous(), side.payload[-1].contiguous()
+
+
+def _turning(side: Side, layout: Layout) -> list[Tensor]:
+    """Mean, synthesis, units, spans and waves of keys that are turned; stand-ins of others."""
+    if not layout.positional:
+        return [side.ring] * 5
+    mean, _, synthesis, units = side.params[:4]
+    return [t.contiguous() for t in (mean, synthesis, units, *side.params[-2:])]
 
 
 def attend_packed(
@@ -106,7 +125,7 @@ def attend_packed(
     exact_programs = batch * plan.exact_programs
     head_blocks = plan.attend["H"] * ((batch * plan.head_rows + EXACT_ROWS - 1) // EXACT_ROWS)
     q16, shift, centre, table = q, lengths, lengths, lengths
-    if keys.params:
+    if keys.params and not key.positional:
         table = empty(MOST_STACKED, dtype=torch.int32)
         q16 = empty(batch, plan.groups, plan.rows, plan.attend["KW"], dtype=torch.float16)
         shift = empty(batch, plan.groups, plan.rows)
@@ -128,7 +147,7 @@ def attend_packed(
         q16, shift, centre, table, q, k_codes, k_gain, v_codes, v_gain,
         lengths if bias is None else bias, lengths,
         keys.pool_positions.contiguous(), values.pool_positions.contiguous(),
-        k_pool, v_pool, k_ring, v_ring, part, stats, exact,
+        *_turning(keys, key), k_pool, v_pool, k_ring, v_ring, part, stats, exact,
         splits, exact_programs, capacity, *strides, factor,
         **plan.attend, BIAS=kind, CAP=softcap, WHOLE=whole, ASM=not INTERPRETED,
         num_warps=config.warps, **limit,

@@ -25,6 +25,7 @@ from .score import (
     product,
     span,
 )
+from .turned import load_turn, turned_scores
 
 SLACK = tl.constexpr(10.0)
 SHIFT = tl.constexpr(4.0)
@@ -79,12 +80,14 @@ def _store(
 @triton.jit
 def over_codes(
     work, splits, q16, shift, centre, table, q, k_codes, k_gain, v_codes, v_gain, bias, lengths,
-    k_pos, v_pos, part, stats, capacity, bias_b, bias_h, bias_q, scale2,
+    k_pos, v_pos, k_mean, k_basis, k_units, k_spans, k_waves, part, stats, capacity,
+    bias_b, bias_h, bias_q, scale2,
     H: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     BLOCKS: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
     KX: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, KW: tl.constexpr,
     KPITCH: tl.constexpr, K8: tl.constexpr, K4: tl.constexpr, K2: tl.constexpr,
     KP8: tl.constexpr, KP4: tl.constexpr, KP2: tl.constexpr, KGAIN: tl.constexpr,
+    KROT: tl.constexpr, KINTER: tl.constexpr, KHALF: tl.constexpr,
     CHUNKS: tl.constexpr, CHUNKSP: tl.constexpr,
     VX: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, VW: tl.constexpr,
     VPITCH: tl.constexpr, V8: tl.constexpr, V4: tl.constexpr, V2: tl.constexpr,
@@ -121,6 +124,14 @@ def over_codes(
         qx = tl.load(
             q_row[None, :] + d[:, None], mask=some[None, :] & (d < DK)[:, None], other=0.0
         )  # [DKP, M]  # fmt: skip
+    elif KROT:
+        k_base = k_codes + b.to(tl.int64) * capacity * KPITCH + gk * (K8 + K4 + K2)
+        turn = load_turn(
+            g, scale2, q + (group * ROWS + row) * DK, some,
+            k_mean, k_basis, k_units, k_spans, k_waves,
+            H, KG, DK, KW, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
+        )  # fmt: skip
+        origin = tl.load(k_pos + b * EK).to(tl.int32)
     else:
         k_base = k_codes + b.to(tl.int64) * capacity * KPITCH + gk * (K8 + K4 + K2)
         q_base = q16 + group * STRIDE * KW
@@ -195,6 +206,15 @@ def over_codes(
             in_keys = inside[:, None] & (d < DK)[None, :]
             k = tl.load(k_base + n[:, None] * KPITCH + d[None, :], mask=in_keys, other=0.0)
             s = product(k, qx, tl.full([N, M], 0.0, tl.float32), ASM) * scale2
+        elif KROT:
+            t = 1.0
+            if KGAIN:
+                t = next_t.to(tl.float32)
+                next_t = gains(k_gains, n + N, n + N < last, KG)
+            s = turned_scores(
+                turn, k_base, t, n, inside, origin,
+                N, KHALF, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, WHOLE, ASM,
+            )  # fmt: skip
         else:
             s = code_scores(
                 q8_0, q8_1, q4_0, q4_1, q4_2, q4_3,
@@ -291,7 +311,7 @@ def over_codes(
     EXACTS: tl.constexpr = 2 if EK + EV else 1
     slot = group * (splits + EXACTS) + split
     total = tl.sum(mass, 0)
-    if not KX and CAP == 0:
+    if not KX and KROT == 0 and CAP == 0:
         top += mean
     at_stats = stats + slot * (4 * STRIDE) + row
     tl.store(at_stats, top - SHIFT)

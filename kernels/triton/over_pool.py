@@ -22,6 +22,7 @@ from .score import (
     log2_bound,
     product,
 )
+from .turned import load_turn, turned_scores
 
 SHIFT = tl.constexpr(14.0)
 """Weights are multiplied by 2^14 before they become float16: small ones keep their digits."""
@@ -41,13 +42,14 @@ def _store_sums(
 @triton.jit
 def over_pool(
     work, splits, q16, shift, centre, q, k_codes, k_gain, v_codes, v_gain, bias, lengths,
-    k_pos, v_pos, k_pool, v_pool, part, stats, exact,
-    capacity, bias_b, bias_h, bias_q, scale2,
+    k_pos, v_pos, k_mean, k_basis, k_units, k_spans, k_waves, k_pool, v_pool,
+    part, stats, exact, capacity, bias_b, bias_h, bias_q, scale2,
     H: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     BLOCKS: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
     KX: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, KW: tl.constexpr,
     KPITCH: tl.constexpr, K8: tl.constexpr, K4: tl.constexpr, K2: tl.constexpr,
     KP8: tl.constexpr, KP4: tl.constexpr, KP2: tl.constexpr, KGAIN: tl.constexpr,
+    KROT: tl.constexpr, KINTER: tl.constexpr, KHALF: tl.constexpr,
     CHUNKS: tl.constexpr, CHUNKSP: tl.constexpr,
     VX: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, VW: tl.constexpr,
     VPITCH: tl.constexpr, V8: tl.constexpr, V4: tl.constexpr, V2: tl.constexpr,
@@ -112,6 +114,21 @@ def over_pool(
             )  # [LISTED, DKP]  # fmt: skip
             other = tl.full([LISTED, X], 0.0, tl.float32)
             other = product(k, qx, other, ASM) * scale2
+        elif KROT:
+            k_base = k_codes + b.to(tl.int64) * capacity * KPITCH + gk * (K8 + K4 + K2)
+            turn = load_turn(
+                h, scale2, q + (head * ROWS + r) * DK, mine,
+                k_mean, k_basis, k_units, k_spans, k_waves,
+                H, KG, DK, KW, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
+            )  # fmt: skip
+            t = 1.0
+            if KGAIN:
+                k_gains = k_gain + b.to(tl.int64) * capacity * KG + gk
+                t = gains(k_gains, token, k_live, KG).to(tl.float32)
+            other = turned_scores(
+                turn, k_base, t, token, k_live, tl.load(k_pos + b * EK).to(tl.int32),
+                LISTED, KHALF, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, False, ASM,
+            )  # fmt: skip
         else:
             k_base = k_codes + b.to(tl.int64) * capacity * KPITCH + gk * (K8 + K4 + K2)
             q_base = q16 + group * STRIDE * KW

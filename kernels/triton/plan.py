@@ -7,6 +7,8 @@ Constants of one side (K or V), by their names in the kernels:
     8 4 2   bytes of each run             P8 P4 P2  their widths in tiles, powers of two
     PITCH   payload width of a token      W         columns: the rank, or D if exact
     S8 S4 S2    (values) codes of a word that one product takes at once
+    ROT     (keys) channels that were rotated behind the code: such keys are rebuilt; 0: none
+    INTER   (keys) 1 if pairs are neighbours          HALF    (keys) pairs, a power of two
 
 ``H`` KV heads with ``ROWS`` query rows each (query heads x queries); ``G`` groups of programs,
 ``BLOCKS`` blocks of ``M`` rows in each; ``N`` tokens in a tile.
@@ -34,6 +36,9 @@ MOST_STACKED = 64
 
 MOST_SPLITS = 126
 """The merge holds the references of this many splits, and two more, at a time."""
+
+BESIDE_BASIS = 64 << 10
+"""Bytes of shared memory that a program wants besides the basis of keys that are turned."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,8 @@ class Config:
 def default_config(k_layout: str, v_layout: str) -> Config:
     """The configuration used without autotuning: the best of those measured on an H100."""
     layouts = parse_layout(k_layout), parse_layout(v_layout)
+    if layouts[0].positional:
+        return Config(stages=2)
     if any(getattr(layout, "r4", 0) + getattr(layout, "r2", 0) for layout in layouts):
         return Config(rows=16, warps=2, stages=2, fill=4, stacked=32)
     return Config()
@@ -105,9 +112,29 @@ def _power(n: int, least: int) -> int:
 def supported(layout: Layout) -> bool:
     """Whether the kernels know this kind of code."""
     if isinstance(layout, TransformLayout):
-        simple = not (layout.positional or layout.shares or layout.kept)
+        simple = not (layout.shares or layout.kept)
         return simple and all(count % 16 == 0 for _, count in layout.runs)
     return isinstance(layout, ExactLayout)
+
+
+def _widths(layout: TransformLayout) -> tuple[int, int, int]:
+    """Bytes of each run."""
+    return layout.r8, layout.r4 // 2, layout.r2 // 4
+
+
+def shared_bytes(layout: Layout) -> int:
+    """Shared memory that a program wants where keys are rebuilt: for the basis of one head, mostly.
+
+    0 if they are not: no more than any device has.
+    """
+    if not (isinstance(layout, TransformLayout) and layout.positional):
+        return 0
+    rows = sum(
+        _power(width, LEAST_BYTES) // 2 * (16 // bits)
+        for bits, width in zip((8, 4, 2), _widths(layout), strict=True)
+        if width
+    )
+    return BESIDE_BASIS + rows * 2 * _pairs(layout)["KHALF"] * 2
 
 
 def _side(letter: str, layout: Layout, stacked: int) -> dict[str, int]:
@@ -117,7 +144,7 @@ def _side(letter: str, layout: Layout, stacked: int) -> dict[str, int]:
     widths, gain, pitch = (0, 0, 0), 0, layout.heads * layout.dim
     if isinstance(layout, TransformLayout):
         constants["G"], gain = layout.groups, int(layout.gain > 0)
-        widths = (layout.r8, layout.r4 // 2, layout.r2 // 4)
+        widths = _widths(layout)
         pitch = layout.groups * sum(widths)
     pads = tuple(_power(width, LEAST_BYTES) if width else 0 for width in widths)
     named = {letter + name: value for name, value in constants.items()}
@@ -126,10 +153,20 @@ def _side(letter: str, layout: Layout, stacked: int) -> dict[str, int]:
     dim = _power(layout.dim, 16)
     columns = dim if exact else widths[0] + 2 * widths[1] + 4 * widths[2]
     named |= {letter + "W": columns, letter + "PITCH": pitch, letter + "GAIN": gain}
-    if letter == "V":
+    if letter == "K":
+        named |= _pairs(layout)
+    else:
         for bits, pad in zip((8, 4, 2), pads, strict=True):
             named[f"VS{bits}"] = min(max(stacked // (pad // 2), 1), 16 // bits) if pad else 0
     return named | {"D" + letter: layout.dim, f"D{letter}P": dim}
+
+
+def _pairs(layout: Layout) -> dict[str, int]:
+    """Constants of keys that were coded before their rotation; 0 if they were not."""
+    if not (isinstance(layout, TransformLayout) and layout.positional):
+        return {"KROT": 0, "KINTER": 0, "KHALF": 0}
+    pairs = (layout.dim + 1) // 2
+    return {"KROT": layout.rotary, "KINTER": layout.interleaved, "KHALF": _power(pairs, 16)}
 
 
 @dataclass(frozen=True)
@@ -173,7 +210,8 @@ def make_plan(
     key, value = parse_layout(k_layout), parse_layout(v_layout)
     k, v = _side("K", key, config.stacked), _side("V", value, config.stacked)
     heads, rows = key.heads, q_heads // key.heads * queries
-    groups = math.lcm(k["KG"], v["VG"])  # both divide the heads, so this does
+    # Both divide the heads, so their multiple does. Keys that are turned are rebuilt by head.
+    groups = heads if k["KROT"] else math.lcm(k["KG"], v["VG"])
     per_group = heads // groups * rows
     m = min(_power(per_group, config.least), config.rows)
     blocks = -(-per_group // m)

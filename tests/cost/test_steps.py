@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,8 @@ def test_kernels_that_were_not_measured_are_not_predicted() -> None:
     tiered = PackedSide(fitted_ref(4, DIM, tiers=True).layout, Policy(), torch.bfloat16)
     single = PackedSide(v.layout, v.policy, torch.float32)
     assert not any(is_predicted(k, other) for other in (exact, tiered, single))
+    turned = PackedSide(replace(k.layout, rotary=DIM), k.policy, torch.bfloat16)
+    assert not is_predicted(turned, v)
 
 
 def test_only_a_gpu_that_was_measured_is_known() -> None:

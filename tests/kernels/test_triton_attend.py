@@ -16,7 +16,7 @@ from apack_compile.kernels.reference import attend_reference, unpack_reference
 from apack_compile.kernels.triton.launch import INTERPRETED, attend_packed
 from apack_compile.kernels.triton.plan import Config
 
-from ..helpers import encoded, hand_code, poison
+from ..helpers import encoded, hand_code, pair_waves, poison
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 if not INTERPRETED and not torch.cuda.is_available():
@@ -40,12 +40,15 @@ def code_of(layout: Layout, seed: int = 0) -> Code:
     mean, analysis, synthesis, units, *rest = code.params
     size = (analysis.shape[1] * layout.rank) ** 0.5
     factors = torch.tensor([20.0, 1.0])[:, None, None] / size
+    if isinstance(layout, TransformLayout) and layout.positional:
+        rest[-1] = pair_waves(layout)
     return Code(layout, (mean, analysis, synthesis, units * factors, *rest))
 
 
 def case(
     k: Layout, v: Layout, *, batch: int = 2, repeat: int = 2, queries: int = 1, length: int = 50,
     policies: tuple[Policy, Policy] = (POOLED, POOLED), dtype: torch.dtype = torch.float16,
+    visible: Tensor | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     codes = code_of(k), code_of(v, 1)
     sides = []
@@ -53,7 +56,7 @@ def case(
         x = torch.randn(batch, code.layout.heads, length, code.layout.dim).to(dtype)
         if policy.extra and code.layout.kind != "exact":
             x[0, :, length // 2] *= 4  # far from the others
-        side, lengths = encoded(x, code, policy)
+        side, lengths = encoded(x, code, policy, visible)
         sides.append(side)
     q = torch.randn(batch, k.heads * repeat, queries, k.dim).to(dtype)
     return {"q": q, "mask": None, "k": sides[0], "v": sides[1], "lengths": lengths, "codes": codes}

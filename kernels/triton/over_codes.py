@@ -64,6 +64,13 @@ def _mix(
 
 
 @triton.jit
+def _paired(x, N: tl.constexpr, M: tl.constexpr):
+    """Numbers of tokens ``[N, M]`` summed in pairs, ``[N / 16, 8, M]``: those 8 tokens apart, which
+    one thread holds where x comes from a product. So a sum takes half the registers."""
+    return tl.sum(tl.reshape(x, (N // 16, 2, 8, M)), 1)
+
+
+@triton.jit
 def _store(
     out, acc, rows, some, BITS: tl.constexpr, PART: tl.constexpr, START: tl.constexpr,
     WIDTH: tl.constexpr, PAD: tl.constexpr, STACK: tl.constexpr, VW: tl.constexpr,
@@ -166,8 +173,9 @@ def over_codes(
         nearest, farthest = tl.minimum(nearest, lo), tl.maximum(farthest, hi)
 
     top = tl.full([M], LEAST, tl.float32)
-    mass = tl.full([N, M], 0.0, tl.float32)  # summed over tokens after the loop: no exchange in it
-    gained = tl.full([N, M], 0.0, tl.float32)
+    # Summed over all tokens after the loop: no exchange in it.
+    mass = tl.full([N // 16, 8, M], 0.0, tl.float32)
+    gained = tl.full([N // 16, 8, M], 0.0, tl.float32)
     if VX:
         a16 = tl.full([DVP, M], 0.0, tl.float32)
     if V8:
@@ -242,8 +250,8 @@ def over_codes(
             new = tl.maximum(top, tl.max(s + more[:, None], 0))
             decay = exp2(top - new, ASM)[None, :]
             top = new
-            mass = mass * decay
-            gained = gained * decay
+            mass = mass * decay[None, :, :]
+            gained = gained * decay[None, :, :]
             if VX:
                 a16 = a16 * decay
             if V8:
@@ -270,7 +278,7 @@ def over_codes(
                     a2_6 = a2_6 * decay
                     a2_7 = a2_7 * decay
         p = exp2(s - (top - SHIFT)[None, :], ASM)
-        mass += p
+        mass += _paired(p, N, M)
         if VGAIN:
             p = p * u[:, None]
         if VX:
@@ -280,7 +288,7 @@ def over_codes(
             a16 = product(v, p.to(v.dtype), a16, ASM)
         else:
             p16 = p.to(tl.float16)
-            gained += p16.to(tl.float32)
+            gained += _paired(p16.to(tl.float32), N, M)
         if V8:
             words = load_run(v_base, n, inside, VPITCH, 0, V8, VP8, WHOLE, True)
             a8_0 = _mix(p16, words, a8_0, t8, 8, 0, VP8, VS8, N, ASM)
@@ -310,14 +318,14 @@ def over_codes(
 
     EXACTS: tl.constexpr = 2 if EK + EV else 1
     slot = group * (splits + EXACTS) + split
-    total = tl.sum(mass, 0)
+    total = tl.sum(tl.sum(mass, 0), 0)
     if not KX and KROT == 0 and CAP == 0:
         top += mean
     at_stats = stats + slot * (4 * STRIDE) + row
     tl.store(at_stats, top - SHIFT)
     tl.store(at_stats + STRIDE, total)
     tl.store(at_stats + 2 * STRIDE, total)
-    tl.store(at_stats + 3 * STRIDE, tl.sum(gained, 0))
+    tl.store(at_stats + 3 * STRIDE, tl.sum(tl.sum(gained, 0), 0))
     out = part + slot * (VW * STRIDE)
     if VX:
         dv = tl.arange(0, DVP)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .turned import waves_at
+
 
 @triton.jit
 def _weights(base, rows, inside, START: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr,
@@ -28,6 +30,30 @@ def _columns(base, START: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr):
     """The same part of a row of numbers, one for each component."""
     c = tl.arange(0, PAD)
     return tl.load(base + START + c, mask=c < WIDTH, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _turned_back(
+    t, row, d, live, positions, waves, R: tl.constexpr, NEXT: tl.constexpr, ASM: tl.constexpr
+):  # fmt: skip
+    """Channels ``d`` of tokens, ``t [tokens, d]``, as they were before their rotation.
+
+    row: the addresses of the tokens, where the other channels of the pairs are read; numbers that
+    are not finite count as 0. R: rotated channels. NEXT: pairs are neighbours, not halves.
+    """
+    if NEXT:
+        is_first, distance = d % 2 == 0, 1
+    else:
+        is_first, distance = d < R // 2, R // 2
+    other = tl.where(is_first, d + distance, d - distance)
+    rotated = d < R
+    x = tl.load(row + other[None, :], mask=live[:, None] & rotated[None, :], other=0.0)
+    x = x.to(tl.float32)
+    x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
+    frequency = tl.load(waves + d, mask=rotated, other=0.0)
+    phase = tl.load(waves + R + d, mask=rotated, other=0.0)
+    cos, sin = waves_at(positions, frequency, phase, ASM)
+    return t * cos + x * tl.where(is_first[None, :], sin, -sin)
 
 
 @triton.jit
@@ -72,11 +98,12 @@ def _store(base, tokens, live, packed, START: tl.constexpr, WIDTH: tl.constexpr,
 @triton.jit(do_not_specialize=["tokens", "capacity", "batch"])
 def encode_kernel(
     x, mean, analysis, units, whiten, metric, scales, spans, codes, gains, judged,
-    x_b, x_h, x_t, begin, tokens, capacity, batch,
+    x_b, x_h, x_t, waves, origins, origin_b, begin, tokens, capacity, batch,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, RANK: tl.constexpr,
     R8: tl.constexpr, R4: tl.constexpr, R2: tl.constexpr,
     P8: tl.constexpr, P4: tl.constexpr, P2: tl.constexpr, GAIN: tl.constexpr,
     LEAST: tl.constexpr, MOST: tl.constexpr, TILE: tl.constexpr, K: tl.constexpr,
+    R: tl.constexpr, NEXT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """A tile of tokens of one group of heads, to places ``start ..`` of the payload.
 
@@ -85,7 +112,9 @@ def encode_kernel(
     ``judged [4, B, G, T]``: squares of size, stored components and errors (not yet those of
     components that are not stored), and how many numbers are not finite; they are coded as 0.
 
-    R*: components of each width. P*: bytes of a tile of them. K: channels taken at a time.
+    R*: components of each width. P*: bytes of a tile of them. K: channels taken at a time. R:
+    channels that are turned back by ``waves`` and the distance of a token from that of
+    ``origins [B]``, neighbours with NEXT; 0: none.
     """
     start = tl.load(begin).to(tl.int32)
     group = tl.program_id(0) % (batch * G)
@@ -110,18 +139,24 @@ def encode_kernel(
     broken = tl.full([TILE], 0, tl.int32)
     e = tl.arange(0, DP)
     span = tl.load(spans)
+    if R:
+        positions = (start + n - tl.load(origins + b * origin_b).to(tl.int32)).to(tl.float32)
     for j in tl.range(0, HEADS):
         h = g * HEADS + j
         z = tl.full([TILE, DP], 0.0, tl.float32)
         for first in tl.range(0, DP, K):
             d = first + tl.arange(0, K)
             inside = d < D
-            where = x + b * x_b + h.to(tl.int64) * x_h + n[:, None].to(tl.int64) * x_t + d[None, :]
-            t = tl.load(where, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            row = x + b * x_b + h.to(tl.int64) * x_h + n[:, None].to(tl.int64) * x_t
+            t = tl.load(row + d[None, :], mask=live[:, None] & inside[None, :], other=0.0)
+            t = t.to(tl.float32)
             finite = tl.abs(t) < float("inf")
             broken += tl.sum((finite == 0).to(tl.int32), 1)
             mu = tl.load(mean + h * D + d, mask=inside, other=0.0).to(tl.float32)
-            t = (tl.where(finite, t, 0.0) - mu[None, :]) * span
+            t = tl.where(finite, t, 0.0)
+            if R:
+                t = _turned_back(t, row, d, live, positions, waves, R, NEXT, ASM)
+            t = (t - mu[None, :]) * span
             t = tl.minimum(tl.maximum(t, -65504.0), 65504.0)
             high = t.to(tl.float16)
             low = (t - high.to(tl.float32)).to(tl.float16)

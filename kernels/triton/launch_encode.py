@@ -11,8 +11,9 @@ from torch import Tensor
 from ...codec import TransformLayout
 from ...codec.layout import SPARE, STRAINED
 from ...codec.transform import LEAST_GAIN, MOST_GAIN
+from ..pool import reserve_sinks
 from .encode import encode_kernel
-from .launch import DTYPES
+from .launch import DTYPES, INTERPRETED
 from .settle import FIELDS, settle_kernel, survey_kernel
 
 MOST_COLUMNS = 1024
@@ -66,9 +67,7 @@ def cut_for(tokens: int, columns: int, dim: int) -> Cut:
 
 def takes(x: Tensor, layout: object) -> bool:
     """Whether the kernels can code these tokens."""
-    if not isinstance(layout, TransformLayout):
-        return False
-    if layout.positional or layout.shares or layout.kept:
+    if not isinstance(layout, TransformLayout) or layout.shares or layout.kept:
         return False
     p8, p4, p2 = _columns(layout)
     fits = p8 + 2 * p4 + 4 * p2 + _pad(layout.dim) <= MOST_COLUMNS
@@ -161,6 +160,9 @@ def _launched(
     groups, padded = layout.groups, _pad(dim)
     p8, p4, p2 = _columns(layout)
     params = [p.contiguous() for p in params]
+    origins = positions  # positions count from the first slot
+    if layout.positional and sinks is not None:  # of a pool that is there
+        origins = reserve_sinks(visible, x, 1, 0).expand(batch, 1)
     mean, analysis, _, units = params[:4]
     metric, scales, spans = layout.judged_by(params)
     judged = torch.empty(4, batch, groups, tokens, device=x.device)
@@ -168,10 +170,12 @@ def _launched(
     cut = cut_for(tokens, columns, padded)
     encode_kernel[(batch * groups * -(-tokens // cut.tile),)](
         x, mean, analysis, units, params[4] if layout.gain else mean, metric, scales, spans,
-        payload[0], payload[-1], judged, *x.stride()[:3], begin, tokens, payload[0].shape[1], batch,
+        payload[0], payload[-1], judged, *x.stride()[:3], params[-1], origins, origins.stride(0),
+        begin, tokens, payload[0].shape[1], batch,
         H=heads, D=dim, DP=padded, G=groups, RANK=layout.rank,
         R8=layout.r8, R4=layout.r4, R2=layout.r2, P8=p8, P4=p4, P2=p2, GAIN=layout.gain,
         LEAST=LEAST_GAIN, MOST=MOST_GAIN, TILE=cut.tile, K=cut.channels,
+        R=layout.rotary, NEXT=layout.interleaved, ASM=not INTERPRETED,
         num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     tallies = torch.empty(batch, 3, device=x.device)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from apack_compile.cache import Policy, SideStore
+from apack_compile.codec import Code, CodeRef
 from apack_compile.runtime.flush import Flush
 
-from ..helpers import fitted_ref
+from ..helpers import fitted_ref, pair_waves
 
 pytestmark = pytest.mark.gpu
 
@@ -17,6 +20,8 @@ POLICY = Policy(window=16, block=16, chunk=64)
 
 def stores(inference: bool) -> list[SideStore]:
     refs = [fitted_ref(gain=False), fitted_ref(gain=True)]
+    layout = replace(refs[0].layout, rotary=refs[0].layout.dim)
+    refs.append(CodeRef(Code(layout, (*refs[0].code.params, pair_waves(layout)))))
     generator = torch.Generator("cuda").manual_seed(0)
     heads, dim = refs[0].layout.heads, refs[0].layout.dim
     with torch.inference_mode(inference):
@@ -25,7 +30,7 @@ def stores(inference: bool) -> list[SideStore]:
                 torch.randn(3, heads, 300, dim, device="cuda", generator=generator).bfloat16(),
                 ref, POLICY,
             )
-            for ref in refs * 3
+            for ref in refs * 2
         ]  # fmt: skip
 
 

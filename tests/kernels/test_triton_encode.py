@@ -20,7 +20,7 @@ from apack_compile.kernels.triton import launch, launch_encode
 from apack_compile.kernels.triton.launch import INTERPRETED
 from apack_compile.ops import encode_cuda
 
-from ..helpers import hand_code
+from ..helpers import hand_code, pair_waves
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 if not INTERPRETED and not torch.cuda.is_available():
@@ -33,13 +33,16 @@ NAN = float("nan")
 def judging_code(layout: TransformLayout) -> Code:
     """A code whose sizes and errors are numbers of the size that fitted codes give."""
     code = hand_code(layout)
-    mean, analysis, synthesis, units, *whiten, metric, scales, spans = code.params
+    waves = [pair_waves(layout)] if layout.positional else []
+    mean, analysis, synthesis, units, *whiten, metric, scales, spans = code.params[
+        : len(code.params) - len(waves)
+    ]
     generator = torch.Generator().manual_seed(5)
     metric = (torch.randn(metric.shape, generator=generator) / layout.dim).half()
     scales = torch.rand(scales.shape, generator=generator) / 8
     units = units * torch.tensor([20 / analysis.shape[1] ** 0.5, 1.0])[:, None, None]
     spans = torch.stack([spans[0], 0.7 / spans[0]])
-    return Code(layout, (mean, analysis, synthesis, units, *whiten, metric, scales, spans))
+    return Code(layout, (mean, analysis, synthesis, units, *whiten, metric, scales, spans, *waves))
 
 
 def on_device(tensors: list[Tensor]) -> list[Tensor]:
@@ -82,6 +85,49 @@ def test_a_prefill(layout: TransformLayout, seen: bool, length: int) -> None:
         visible = torch.ones(2, length, dtype=torch.bool)
         visible[0, : min(length - 1, 9)] = False
     run(x, visible, code)
+
+
+TURNED = [
+    TransformLayout(2, 16, 1, 16, 0, 0, 0, rotary=16),
+    TransformLayout(2, 40, 1, 8, 16, 24, 1, rotary=24, interleaved=1),
+    TransformLayout(4, 16, 2, 8, 16, 8, 2, rotary=10),
+]  # fmt: skip
+TURNED_REAL = [
+    TransformLayout(4, 128, 1, 32, 128, 128, 0, rotary=128),
+    TransformLayout(8, 80, 2, 32, 64, 32, 1, rotary=32),
+    TransformLayout(2, 256, 1, 64, 128, 128, 0, rotary=64, interleaved=1),
+]
+
+
+@pytest.mark.parametrize("layout", TURNED if INTERPRETED else TURNED + TURNED_REAL)
+@pytest.mark.parametrize("length", [70] if INTERPRETED else [1, 5, 70, 2100])
+def test_keys_are_turned_back(layout: TransformLayout, length: int) -> None:
+    """To positions that count from the first visible token; a pair with a broken number as well."""
+    x = torch.randn(2, layout.heads, length, layout.dim).bfloat16()
+    x[1, 0, length // 2, 3] = NAN
+    visible = torch.ones(2, length, dtype=torch.bool)
+    visible[0, : min(length - 1, 9)] = False
+    run(x, visible, judging_code(layout))
+    run(x, None, judging_code(layout))
+
+
+def test_keys_are_turned_back_from_far_positions() -> None:
+    """Angles of up to 30,000 radians."""
+    layout, start = TURNED[1], 30_000
+    code = judging_code(layout)
+    params = on_device(list(code.params))
+    x = torch.randn(2, 2, 20, 40, device=DEVICE).bfloat16()
+    payload = [
+        torch.zeros(2, start + 20, width, dtype=dtype, device=DEVICE)
+        for width, dtype in layout.payload_fields(x.dtype)
+    ]
+    pool = torch.zeros(2, 2, 9, 40, device=DEVICE).bfloat16()
+    positions = torch.tensor([[0, 1, 2, *[-1] * 6], [17, 18, 19, *[-1] * 6]], device=DEVICE)
+    parts, _ = encode_tokens(x, params, layout, positions.clone(), start)
+    begin = torch.tensor([start], dtype=torch.int32, device=DEVICE)
+    launch_encode.encode_more(x, params, layout, payload, pool, positions, begin)
+    for mine, theirs in zip(payload, parts, strict=True):
+        assert (mine[:, start:] == theirs).double().mean() > 0.995
 
 
 @pytest.mark.parametrize("power", [-13, 13])
@@ -164,8 +210,8 @@ def test_far_and_broken_tokens_take_slots_the_worst_first(broken: int, seen: boo
 
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("broken", [0, 7])
-def test_more_tokens_are_coded_in_place(broken: int) -> None:
-    layout = LAYOUTS[2]
+@pytest.mark.parametrize("layout", [LAYOUTS[2], TURNED[2]], ids=["as they are", "turned back"])
+def test_more_tokens_are_coded_in_place(layout: TransformLayout, broken: int) -> None:
     code = judging_code(layout)
     params = on_device(list(code.params))
     x = odd_tokens(layout, broken)[:, :, :48].to(DEVICE).transpose(1, 2).contiguous()
@@ -175,7 +221,8 @@ def test_more_tokens_are_coded_in_place(broken: int) -> None:
         for width, dtype in layout.payload_fields(x.dtype)
     ]
     pool = torch.randn(2, 4, 9, 16, device=DEVICE).bfloat16()
-    positions = torch.tensor([[0, 1, 35, 7, -1, -1, -1, -1, -1]] * 2, device=DEVICE)
+    taken = [[0, 1, 35, 7, -1, -1, -1, -1, -1], [11, 1, 35, 7, -1, -1, -1, -1, -1]]
+    positions = torch.tensor(taken, device=DEVICE)
     start = 33
     parts, judged = encode_tokens(x, params, layout, positions, start)
     assert judged is not None
@@ -190,13 +237,15 @@ def test_more_tokens_are_coded_in_place(broken: int) -> None:
     check([*payload, pool, positions, counted], wanted, 2)
 
 
-def test_a_compiled_graph_calls_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layout", [LAYOUTS[1], TURNED[1]], ids=["as they are", "turned back"])
+def test_a_compiled_graph_calls_the_kernels(
+    layout: TransformLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And a store that codes more does."""
 
     def by_kernels(x: Tensor, layout: Layout) -> Any:
         return launch_encode if launch_encode.takes(x, layout) else None
 
-    layout = LAYOUTS[1]
     code = judging_code(layout)
     params = on_device(list(code.params))
     p = POLICY

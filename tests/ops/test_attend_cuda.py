@@ -41,6 +41,8 @@ def test_keys_coded_before_their_rotation_are_for_kernels(monkeypatch: pytest.Mo
         assert attend_cuda.by_kernels(q, key.spec, value.spec)
         assert not attend_cuda.by_kernels(q, replace(key, exact=3).spec, value.spec)
         assert not attend_cuda.by_kernels(q.float(), key.spec, value.spec)
+        assert encode_cuda.encode_kernels(q, key) is not None
+        assert encode_cuda.encode_kernels(q, replace(key, exact=3)) is None
 
 
 def test_an_environment_that_asks_for_something_else_is_refused(

@@ -91,7 +91,7 @@ def launches(
         device: where it runs.
     """
     specs = k.layout.spec, v.layout.spec
-    config = default_config(*specs)
+    config = default_config(*specs, q_heads * queries)
     pools = [side.policy.sinks + side.layout.slots(side.policy.extra, 0) for side in (k, v)]
     plan = make_plan(*specs, q_heads, queries, (pools[0], pools[1]), k.policy.ring, config)
     heads, groups = plan.attend["H"], plan.groups

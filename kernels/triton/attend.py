@@ -26,8 +26,8 @@ from .over_ring import over_ring
 @triton.jit
 def attend_kernel(
     q16, shift, centre, table, q, k_codes, k_gain, v_codes, v_gain, bias, lengths, k_pos, v_pos,
-    k_mean, k_basis, k_units, k_spans, k_waves, k_pool, v_pool, k_ring, v_ring,
-    part, stats, exact, splits, exact_programs, capacity, bias_b, bias_h, bias_q, scale2,
+    k_basis, k_offsets, k_spans, k_waves, k_pool, v_pool, k_ring, v_ring,
+    part, stats, exact, splits, apart, exact_programs, capacity, bias_b, bias_h, bias_q, scale2,
     H: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     BLOCKS: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
     KX: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, KW: tl.constexpr,
@@ -47,7 +47,8 @@ def attend_kernel(
 ):  # fmt: skip
     """All kinds of programs, those over ring and pool last or first. Constants: ``plan.py``.
 
-    CAP: the softcap of the scores; 0: there is none.
+    CAP: the softcap of the scores; 0: there is none. apart: 2 if ring and pool of a head have a
+    program each, 1 if they share one.
     """
     work = tl.program_id(0)
     if LAST:  # as if they were first
@@ -56,28 +57,29 @@ def attend_kernel(
     scale2 = tl.full([], scale2, tl.float32)  # Inductor passes float64
     EXACTS: tl.constexpr = 2 if EK + EV else 1
     if work < exact_programs:
-        if work % EXACTS == EXACTS - 1:
+        if work % apart == 0:
             over_ring(
-                work // EXACTS, splits, q, bias, lengths, k_ring, v_ring, stats, exact,
+                work // apart, splits, q, bias, lengths, k_ring, v_ring, stats, exact,
                 capacity, bias_b, bias_h, bias_q, scale2,
                 H, ROWS, Q, G, M, BLOCKS, DK, DKP, DV, DVP,
                 RING, BIAS, CAP, X, XBLOCKS, XN, EXACTS, ASM,
             )  # fmt: skip
-        elif EK + EV:
-            over_pool(
-                work // EXACTS, splits, q16, shift, centre, q, k_codes, k_gain, v_codes, v_gain,
-                bias, lengths, k_pos, v_pos, k_mean, k_basis, k_units, k_spans, k_waves,
-                k_pool, v_pool, part, stats, exact, capacity, bias_b, bias_h, bias_q, scale2,
-                H, ROWS, Q, G, M, BLOCKS, KG, VG,
-                KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
-                CHUNKS, CHUNKSP,
-                VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN,
-                EK, EKP, EV, EVP, BIAS, CAP, X, XBLOCKS, LISTED, ASM,
-            )  # fmt: skip
+        if EK + EV:  # noqa: SIM102  (known when the kernel is compiled)
+            if work % apart == apart - 1:
+                over_pool(
+                    work // apart, splits, q16, shift, centre, q, k_codes, k_gain, v_codes, v_gain,
+                    bias, lengths, k_pos, v_pos, k_basis, k_offsets, k_spans, k_waves,
+                    k_pool, v_pool, part, stats, exact, capacity, bias_b, bias_h, bias_q, scale2,
+                    H, ROWS, Q, G, M, BLOCKS, KG, VG,
+                    KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
+                    CHUNKS, CHUNKSP,
+                    VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN,
+                    EK, EKP, EV, EVP, BIAS, CAP, X, XBLOCKS, LISTED, ASM,
+                )  # fmt: skip
     else:
         over_codes(
             work - exact_programs, splits, q16, shift, centre, table, q, k_codes, k_gain,
-            v_codes, v_gain, bias, lengths, k_pos, v_pos, k_mean, k_basis, k_units, k_spans,
+            v_codes, v_gain, bias, lengths, k_pos, v_pos, k_basis, k_offsets, k_spans,
             k_waves, part, stats, capacity, bias_b, bias_h, bias_q, scale2,
             H, ROWS, Q, G, M, BLOCKS, KG, VG,
             KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,

@@ -29,6 +29,7 @@ from .plan import (
     shared_bytes,
     supported,
 )
+from .turned import basis_kernel
 
 LOG2_E = 1.4426950408889634
 
@@ -62,6 +63,12 @@ def shared_memory(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
+def programs_apart(batch: int, plan: Plan, device: torch.device) -> int:
+    """Programs for ring and pool of a head: two where multiprocessors have nothing else to do."""
+    few = multiprocessors(device) // 4
+    return plan.exacts if isinstance(batch, int) and batch * plan.exact_programs <= few else 1
+
+
 def count_splits(
     batch: int, capacity: int, plan: Plan, config: Config, device: torch.device
 ) -> int:
@@ -83,12 +90,19 @@ def _parts(side: Side, layout: Layout) -> tuple[Tensor, Tensor]:
     return side.payload[0].contiguous(), side.payload[-1].contiguous()
 
 
-def _turning(side: Side, layout: Layout) -> list[Tensor]:
-    """Mean, synthesis, units, spans and waves of keys that are turned; stand-ins of others."""
+def _turning(side: Side, layout: Layout, plan: Plan) -> list[Tensor]:
+    """Basis, offsets, spans and waves of keys that are turned; stand-ins of others."""
     if not layout.positional:
-        return [side.ring] * 5
+        return [side.ring] * 4
     mean, _, synthesis, units = side.params[:4]
-    return [t.contiguous() for t in (mean, synthesis, units, *side.params[-2:])]
+    spans, waves = (t.contiguous() for t in side.params[-2:])
+    channels, width = 2 * plan.basis["HALF"], plan.basis["KW"]
+    basis = mean.new_empty(layout.heads, channels, width, dtype=torch.float16)
+    offsets = mean.new_empty(layout.heads, 2, channels)
+    _kernel(basis_kernel)[(layout.heads * plan.basis["PARTS"],)](
+        mean, synthesis, units, spans, basis, offsets, **plan.basis, num_warps=4
+    )
+    return [basis, offsets, spans, waves]
 
 
 def attend_packed(
@@ -108,7 +122,7 @@ def attend_packed(
     keys, values = Side.of(k, key), Side.of(v, value)
     batch, q_heads, queries = q.shape[0], int(q.shape[1]), int(q.shape[2])
     if config is None:
-        config = default_config(k_layout, v_layout)
+        config = default_config(k_layout, v_layout, q_heads * queries)
     capacity, ring = keys.capacity, keys.ring.shape[2]
     pools = keys.pool.shape[2], values.pool.shape[2]
     plan = make_plan(k_layout, v_layout, q_heads, queries, pools, ring, config)
@@ -122,7 +136,8 @@ def attend_packed(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=q.device)
 
-    exact_programs = batch * plan.exact_programs
+    apart = programs_apart(batch, plan, q.device)
+    exact_programs = batch * plan.exact_programs * apart
     head_blocks = plan.attend["H"] * ((batch * plan.head_rows + EXACT_ROWS - 1) // EXACT_ROWS)
     q16, shift, centre, table = q, lengths, lengths, lengths
     if keys.params and not key.positional:
@@ -147,8 +162,8 @@ def attend_packed(
         q16, shift, centre, table, q, k_codes, k_gain, v_codes, v_gain,
         lengths if bias is None else bias, lengths,
         keys.pool_positions.contiguous(), values.pool_positions.contiguous(),
-        *_turning(keys, key), k_pool, v_pool, k_ring, v_ring, part, stats, exact,
-        splits, exact_programs, capacity, *strides, factor,
+        *_turning(keys, key, plan), k_pool, v_pool, k_ring, v_ring, part, stats, exact,
+        splits, apart, exact_programs, capacity, *strides, factor,
         **plan.attend, BIAS=kind, CAP=softcap, WHOLE=whole, ASM=not INTERPRETED,
         num_warps=config.warps, **limit,
     )  # fmt: skip

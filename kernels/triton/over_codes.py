@@ -87,7 +87,7 @@ def _store(
 @triton.jit
 def over_codes(
     work, splits, q16, shift, centre, table, q, k_codes, k_gain, v_codes, v_gain, bias, lengths,
-    k_pos, v_pos, k_mean, k_basis, k_units, k_spans, k_waves, part, stats, capacity,
+    k_pos, v_pos, k_basis, k_offsets, k_spans, k_waves, part, stats, capacity,
     bias_b, bias_h, bias_q, scale2,
     H: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     BLOCKS: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
@@ -135,8 +135,8 @@ def over_codes(
         k_base = k_codes + b.to(tl.int64) * capacity * KPITCH + gk * (K8 + K4 + K2)
         turn = load_turn(
             g, scale2, q + (group * ROWS + row) * DK, some,
-            k_mean, k_basis, k_units, k_spans, k_waves,
-            H, KG, DK, KW, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
+            k_basis, k_offsets, k_spans, k_waves,
+            DK, KW, K8, K4, K2, KP8, KP4, KP2, KROT, KINTER, KHALF,
         )  # fmt: skip
         origin = tl.load(k_pos + b * EK).to(tl.int32)
     else:

@@ -42,7 +42,7 @@ def _store_sums(
 @triton.jit
 def over_pool(
     work, splits, q16, shift, centre, q, k_codes, k_gain, v_codes, v_gain, bias, lengths,
-    k_pos, v_pos, k_mean, k_basis, k_units, k_spans, k_waves, k_pool, v_pool,
+    k_pos, v_pos, k_basis, k_offsets, k_spans, k_waves, k_pool, v_pool,
     part, stats, exact, capacity, bias_b, bias_h, bias_q, scale2,
     H: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     BLOCKS: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
@@ -118,8 +118,8 @@ def over_pool(
             k_base = k_codes + b.to(tl.int64) * capacity * KPITCH + gk * (K8 + K4 + K2)
             turn = load_turn(
                 h, scale2, q + (head * ROWS + r) * DK, mine,
-                k_mean, k_basis, k_units, k_spans, k_waves,
-                H, KG, DK, KW, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
+                k_basis, k_offsets, k_spans, k_waves,
+                DK, KW, K8, K4, K2, KP8, KP4, KP2, KROT, KINTER, KHALF,
             )  # fmt: skip
             t = 1.0
             if KGAIN:

@@ -34,6 +34,8 @@ CHUNK = 64
 MOST_STACKED = 64
 """Rows of a product's left operand that are stacked codes, at most."""
 
+BASIS = ("KG", "DK", "KW", "K8", "K4", "K2", "KGAIN", "KROT", "KINTER")
+
 MOST_SPLITS = 126
 """The merge holds the references of this many splits, and two more, at a time."""
 
@@ -95,14 +97,33 @@ class Config:
 
 
 @cache
-def default_config(k_layout: str, v_layout: str) -> Config:
-    """The configuration used without autotuning: the best of those measured on an H100."""
-    layouts = parse_layout(k_layout), parse_layout(v_layout)
-    if layouts[0].positional:
+def default_config(k_layout: str, v_layout: str, rows: int) -> Config:
+    """The configuration used without autotuning: the best of those measured on an H100.
+
+    Two warps wait less for each other than four and have fewer instructions in all, but a program's
+    sums must fit into their registers: 16 rows of queries do, 32 do not.
+
+    Args:
+        k_layout, v_layout: specs of the codes.
+        rows: query rows, of all heads of a sequence.
+    """
+    key, value = parse_layout(k_layout), parse_layout(v_layout)
+    if key.positional:
         return Config(stages=2)
-    if any(getattr(layout, "r4", 0) + getattr(layout, "r2", 0) for layout in layouts):
-        return Config(rows=16, warps=2, stages=2, fill=4, stacked=32)
-    return Config()
+    narrow = Config(rows=16, warps=2, stages=2, fill=4, stacked=32)
+    if any(getattr(layout, "r4", 0) + getattr(layout, "r2", 0) for layout in (key, value)):
+        return narrow
+    exact = isinstance(key, ExactLayout) or isinstance(value, ExactLayout)
+    few = rows <= narrow.rows * program_groups(key, value)
+    return narrow if few and not exact else Config()
+
+
+def program_groups(key: Layout, value: Layout) -> int:
+    """Groups of KV heads that have programs of their own. Keys that are turned are rebuilt by head;
+    else it is a multiple of the groups of both codes, which divide the heads, so this does."""
+    if key.positional:
+        return key.heads
+    return math.lcm(*(getattr(layout, "groups", layout.heads) for layout in (key, value)))
 
 
 def _power(n: int, least: int) -> int:
@@ -171,18 +192,19 @@ def _pairs(layout: Layout) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """The constants of the three kernels.
+    """The constants of the kernels.
 
     Attributes:
-        fold, attend, merge: keyword arguments of each.
+        fold, basis, attend, merge: keyword arguments of each.
         groups, blocks: of programs over codes of one sequence.
         rows: kept for each group.
         exacts: slots behind those of the splits: the pool's, if there is one, and the ring's.
-        exact_programs: over ring and pool of one sequence.
+        exact_programs: over ring and pool of one sequence, if each does both.
         head_rows: query rows of one KV head of one sequence.
     """
 
     fold: dict[str, int]
+    basis: dict[str, int]
     attend: dict[str, int]
     merge: dict[str, int]
     groups: int
@@ -210,8 +232,7 @@ def make_plan(
     key, value = parse_layout(k_layout), parse_layout(v_layout)
     k, v = _side("K", key, config.stacked), _side("V", value, config.stacked)
     heads, rows = key.heads, q_heads // key.heads * queries
-    # Both divide the heads, so their multiple does. Keys that are turned are rebuilt by head.
-    groups = heads if k["KROT"] else math.lcm(k["KG"], v["VG"])
+    groups = program_groups(key, value)
     per_group = heads // groups * rows
     m = min(_power(per_group, config.least), config.rows)
     blocks = -(-per_group // m)
@@ -229,6 +250,10 @@ def make_plan(
     head = {"H": heads, "ROWS": rows, "G": groups, "STRIDE": blocks * m, "X": EXACT_ROWS}
     fold = head | {name: k[name] for name in ("KG", "DK", "DKP", "KW", "K8", "K4", "K2")}
     fold |= {"CHUNK": CHUNK, "CHUNKS": chunks}
+    basis = {name: k[name] for name in BASIS}
+    basis |= {
+        "H": heads, "HALF": k["KHALF"], "CHUNK": CHUNK, "COLUMNS": 16, "PARTS": k["KHALF"] // 8,
+    }  # fmt: skip
     merge = {name: head[name] for name in ("H", "ROWS", "G", "STRIDE")}
     merge |= {name: v[name] for name in ("VG", "VX", "DV", "VW", "V8", "V4", "V2")}
     columns = min(MERGE.columns, v["DVP"])
@@ -238,8 +263,10 @@ def make_plan(
         "PARTS": -(-value.dim // columns), "TILE": max(MERGE.numbers // chunk, 1),
     }  # fmt: skip
     exacts = 1 + (ek + ev > 0)
-    exact_programs = heads * common["XBLOCKS"] * exacts
-    return Plan(fold, attend, merge, groups, blocks, blocks * m, exacts, exact_programs, rows)
+    exact_programs = heads * common["XBLOCKS"]
+    return Plan(
+        fold, basis, attend, merge, groups, blocks, blocks * m, exacts, exact_programs, rows
+    )
 
 
 def merge_slots(plan: Plan, config: Config, processors: int) -> int:

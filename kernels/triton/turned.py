@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .codes import OFFSET, OFFSET_8, component
-from .score import code_scores
+from .score import code_scores, load_queries
 
 LOWER = tl.constexpr(0.25)
 """Rebuilt numbers are at most 65504 times their span, as those that were coded; a turned one can be
@@ -76,113 +76,85 @@ def pair_channels(
 
 
 @triton.jit
-def _load_part(x, rows, some, channels, DK: tl.constexpr, ROW: tl.constexpr):
-    """Some rows and channels of ``synthesis``."""
-    return tl.load(
-        x + rows[:, None] * ROW + channels[None, :],
-        mask=some[:, None] & (channels < DK)[None, :], other=0.0,
-    )  # fmt: skip
-
-
-@triton.jit
-def _load_tile(
-    synthesis, units, span, CODE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
-    PAD: tl.constexpr, W8: tl.constexpr, W4: tl.constexpr, W2: tl.constexpr,
-    DK: tl.constexpr, ROW: tl.constexpr, KROT: tl.constexpr, KINTER: tl.constexpr,
-    HALF: tl.constexpr,
+def channel_at(
+    i, DK: tl.constexpr, KROT: tl.constexpr, KINTER: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """The basis of one code of each word of a run, ``[PAD / 2, 2 HALF]``, pairs side by side."""
-    word = tl.arange(0, PAD // 2)
-    some = word < WIDTH // 2
-    w = component(START + CODE * (WIDTH // 2) + word, W8, W4, W2)
-    first, second = pair_channels(tl.arange(0, HALF), DK, KROT, KINTER, HALF)
-    one = _load_part(synthesis, w, some, first, DK, ROW)
-    other = _load_part(synthesis, w, some, second, DK, ROW)
-    both = tl.reshape(tl.join(one, other), (PAD // 2, 2 * HALF))
-    # Behind the reshape, which Triton would move into shared memory, where it is not allowed.
-    unit = tl.load(units + w, mask=some, other=0.0) * span
-    return (both.to(tl.float32) * unit[:, None]).to(tl.float16)
+    """The channel at place i, pairs side by side."""
+    first, second = pair_channels(i // 2, DK, KROT, KINTER, HALF)
+    return tl.where(i % 2 == 0, first, second)
 
 
 @triton.jit
-def _sum_of(tile):
-    return tl.sum(tile.to(tl.float32), 0)
-
-
-@triton.jit
-def load_basis(
-    x, u, span, W8: tl.constexpr, W4: tl.constexpr, W2: tl.constexpr,
-    P8: tl.constexpr, P4: tl.constexpr, P2: tl.constexpr, D: tl.constexpr, ROW: tl.constexpr,
-    R: tl.constexpr, NEXT: tl.constexpr, HALF: tl.constexpr,
+def basis_kernel(
+    mean, synthesis, units, spans, basis16, offsets,
+    H: tl.constexpr, KG: tl.constexpr, DK: tl.constexpr, KW: tl.constexpr,
+    K8: tl.constexpr, K4: tl.constexpr, K2: tl.constexpr, KGAIN: tl.constexpr,
+    KROT: tl.constexpr, KINTER: tl.constexpr, HALF: tl.constexpr,
+    CHUNK: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The basis as tiles by code, 0.0 where there is no run; and what they have too much of.
+    """The basis of each head as :func:`load_turn` reads it, before the kernel over tokens.
 
-    x: ``synthesis`` of the head, a row of ROW numbers for each component. u: units. R: rotated
-    channels. NEXT: pairs are neighbours.
+    Leaves ``basis16 [H, 2 HALF, KW]`` float16, channels in pairs and components in the order of
+    codes, and ``offsets [H, 2, 2 HALF]``: what codes have too much, which is taken from rebuilt
+    numbers before the gain, and what is added behind it.
     """
-    at: tl.constexpr = W8 + 2 * W4
-    b8_0, b8_1, b4_0, b4_1, b4_2, b4_3 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    b2_0, b2_1, b2_2, b2_3, b2_4, b2_5, b2_6, b2_7 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    excess = tl.full([2 * HALF], 0.0, tl.float32)
-    if W8:
-        b8_0 = _load_tile(x, u, span, 0, 0, W8, P8, W8, W4, W2, D, ROW, R, NEXT, HALF)
-        b8_1 = _load_tile(x, u, span, 1, 0, W8, P8, W8, W4, W2, D, ROW, R, NEXT, HALF)
-        excess += OFFSET_8 * (_sum_of(b8_0) + _sum_of(b8_1))
-    if W4:
-        b4_0 = _load_tile(x, u, span, 0, W8, W4, P4, W8, W4, W2, D, ROW, R, NEXT, HALF)
-        b4_1 = _load_tile(x, u, span, 1, W8, W4, P4, W8, W4, W2, D, ROW, R, NEXT, HALF)
-        b4_2 = _load_tile(x, u, span, 2, W8, W4, P4, W8, W4, W2, D, ROW, R, NEXT, HALF)
-        b4_3 = _load_tile(x, u, span, 3, W8, W4, P4, W8, W4, W2, D, ROW, R, NEXT, HALF)
-        excess += OFFSET * (_sum_of(b4_0) + _sum_of(b4_1) + _sum_of(b4_2) + _sum_of(b4_3))
-    if W2:
-        b2_0 = _load_tile(x, u, span, 0, at, W2, P2, W8, W4, W2, D, ROW, R, NEXT, HALF)
-        b2_1 = _load_tile(x, u, span, 1, at, W2, P2, W8, W4, W2, D, ROW, R, NEXT, HALF)
-        b2_2 = _load_tile(x, u, span, 2, at, W2, P2, W8, W4, W2, D, ROW, R, NEXT, HALF)
-        b2_3 = _load_tile(x, u, span, 3, at, W2, P2, W8, W4, W2, D, ROW, R, NEXT, HALF)
-        b2_4 = _load_tile(x, u, span, 4, at, W2, P2, W8, W4, W2, D, ROW, R, NEXT, HALF)
-        b2_5 = _load_tile(x, u, span, 5, at, W2, P2, W8, W4, W2, D, ROW, R, NEXT, HALF)
-        b2_6 = _load_tile(x, u, span, 6, at, W2, P2, W8, W4, W2, D, ROW, R, NEXT, HALF)
-        b2_7 = _load_tile(x, u, span, 7, at, W2, P2, W8, W4, W2, D, ROW, R, NEXT, HALF)
-        excess += OFFSET * (_sum_of(b2_0) + _sum_of(b2_1) + _sum_of(b2_2) + _sum_of(b2_3))
-        excess += OFFSET * (_sum_of(b2_4) + _sum_of(b2_5) + _sum_of(b2_6) + _sum_of(b2_7))
-    tiles = (
-        b8_0, b8_1, b4_0, b4_1, b4_2, b4_3, b2_0, b2_1, b2_2, b2_3, b2_4, b2_5, b2_6, b2_7,
-    )  # fmt: skip
-    return tiles, excess
+    part = tl.program_id(0) % PARTS
+    h = tl.program_id(0) // PARTS
+    i = part * COLUMNS + tl.arange(0, COLUMNS)
+    channel = channel_at(i, DK, KROT, KINTER, HALF)
+    there = channel < DK
+    row: tl.constexpr = H // KG * DK
+    gk = (h // (H // KG)).to(tl.int64)
+    own = h % (H // KG) * DK
+    span = tl.load(spans) * LOWER
+    excess = tl.full([COLUMNS], 0.0, tl.float32)
+    for start in tl.range(0, KW, CHUNK, num_stages=3):
+        number = start + tl.arange(0, CHUNK)
+        held = number < KW
+        w = component(number, K8, K4, K2)
+        unit = tl.load(units + (KG + gk) * KW + w, mask=held, other=0.0) * span
+        x = tl.load(
+            synthesis + gk * (KW * row) + own + w[:, None] * row + channel[None, :],
+            mask=held[:, None] & there[None, :], other=0.0,
+        )  # [CHUNK, COLUMNS]  # fmt: skip
+        x16 = (x.to(tl.float32) * unit[:, None]).to(tl.float16)
+        where = basis16 + (h * (2 * HALF) + i)[None, :] * KW + number[:, None]
+        tl.store(where, x16, mask=held[:, None])
+        too_much = tl.where(number < K8, OFFSET_8, OFFSET)
+        excess += tl.sum(x16.to(tl.float32) * too_much[:, None], 0)
+    add = tl.load(mean + gk * row + own + channel, mask=there, other=0.0) * span
+    if not KGAIN:
+        add -= excess
+    at = offsets + h * (4 * HALF) + i
+    tl.store(at, excess)
+    tl.store(at + 2 * HALF, add)
 
 
 @triton.jit
 def load_turn(
-    h, scale2, q_rows, some, mean, synthesis, units, spans, waves,
-    H: tl.constexpr, KG: tl.constexpr, DK: tl.constexpr, KW: tl.constexpr,
-    K8: tl.constexpr, K4: tl.constexpr, K2: tl.constexpr,
-    KP8: tl.constexpr, KP4: tl.constexpr, KP2: tl.constexpr, KGAIN: tl.constexpr,
+    h, scale2, q_rows, some, basis16, offsets, spans, waves,
+    DK: tl.constexpr, KW: tl.constexpr, K8: tl.constexpr, K4: tl.constexpr, K2: tl.constexpr,
+    KP8: tl.constexpr, KP4: tl.constexpr, KP2: tl.constexpr,
     KROT: tl.constexpr, KINTER: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """What :func:`turned_scores` needs of one KV head, in its order.
 
-    The basis; what is taken from rebuilt numbers before the gain, and added behind it; frequencies
-    and phases; queries, and the factor of their products with keys.
+    The basis, whose columns take the place of queries; what is taken from rebuilt numbers before
+    the gain, and added behind it; frequencies and phases; queries, and the factor of their products
+    with keys.
 
     q_rows: the address of each query row.
     """
-    row: tl.constexpr = H // KG * DK
-    gk = h // (H // KG)
-    own = h % (H // KG) * DK
-    span = tl.load(spans) * LOWER
-    tiles, excess = load_basis(
-        synthesis + gk.to(tl.int64) * (KW * row) + own, units + (KG + gk) * KW, span,
-        K8, K4, K2, KP8, KP4, KP2, DK, row, KROT, KINTER, HALF,
-    )  # fmt: skip
     i = tl.arange(0, 2 * HALF)
-    first, second = pair_channels(i // 2, DK, KROT, KINTER, HALF)
-    channel = tl.where(i % 2 == 0, first, second)
+    basis = load_queries(
+        basis16 + h.to(tl.int64) * (2 * HALF * KW), i, i >= 0, K8, K4, K2, KP8, KP4, KP2, KW
+    )
+    at = offsets + h * (4 * HALF) + i
+    excess, add = tl.load(at), tl.load(at + 2 * HALF)
+    channel = channel_at(i, DK, KROT, KINTER, HALF)
     there = channel < DK
-    add = tl.load(mean + gk * row + own + channel, mask=there, other=0.0) * span
-    if not KGAIN:
-        add -= excess
     pair = tl.arange(0, HALF)
-    first, second = pair_channels(pair, DK, KROT, KINTER, HALF)
+    first, _ = pair_channels(pair, DK, KROT, KINTER, HALF)
     frequency = tl.load(waves + first, mask=pair < KROT // 2, other=0.0)
     phase = tl.load(waves + KROT + first, mask=pair < KROT // 2, other=0.0)
     x = tl.load(
@@ -192,10 +164,8 @@ def load_turn(
     exponent = tl.minimum(tl.maximum(exponent, -100), 100)
     into = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
     back = ((127 + exponent) << 23).to(tl.float32, bitcast=True)
-    return (
-        tiles, excess, add, frequency, phase,
-        (x * into[None, :]).to(tl.float16), back * (scale2 / span),
-    )  # fmt: skip
+    factor = back * (scale2 / (tl.load(spans) * LOWER))
+    return basis, excess, add, frequency, phase, (x * into[None, :]).to(tl.float16), factor
 
 
 @triton.jit
@@ -211,10 +181,10 @@ def turned_scores(
     turn: of :func:`load_turn`. k_gains: gains of the tokens, float32, where there are any. origin:
     the token whose position is 0.
     """
-    tiles, excess, add, frequency, phase, q16, factor = turn
+    basis, excess, add, frequency, phase, q16, factor = turn
     z = code_scores(
-        tiles[0], tiles[1], tiles[2], tiles[3], tiles[4], tiles[5], tiles[6], tiles[7],
-        tiles[8], tiles[9], tiles[10], tiles[11], tiles[12], tiles[13], base, tokens, live,
+        basis[0], basis[1], basis[2], basis[3], basis[4], basis[5], basis[6], basis[7],
+        basis[8], basis[9], basis[10], basis[11], basis[12], basis[13], base, tokens, live,
         2 * HALF, TILE, PITCH, W8, W4, W2, P8, P4, P2, ALL, ASM,
     )  # fmt: skip
     if KGAIN:

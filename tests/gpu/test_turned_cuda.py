@@ -38,7 +38,7 @@ def test_the_graph_launches_our_kernel_and_makes_no_dense_keys(
 
     compiled = torch.compile(attend)
     out, (code,) = run_and_get_code(compiled, q, k, v)
-    for kernel in ("attend_kernel", "sum_kernel", "expand_kernel"):
+    for kernel in ("basis_kernel", "attend_kernel", "merge_kernel"):
         assert f"{kernel}_" in code
     assert "fold_kernel_" not in code and "ops.apack.attend" not in code
     assert "extern_kernels." not in code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from apack_compile.cache import Policy
 from apack_compile.codec import Code, ExactLayout, Layout, TransformLayout
 from apack_compile.kernels.reference import attend_reference, unpack_reference
+from apack_compile.kernels.triton import launch
 from apack_compile.kernels.triton.launch import INTERPRETED, attend_packed
-from apack_compile.kernels.triton.plan import Config
+from apack_compile.kernels.triton.plan import Config, default_config, make_plan
 
 from ..helpers import encoded, hand_code, pair_waves, poison
 
@@ -243,6 +245,36 @@ def test_a_token_that_is_not_a_number_spoils_its_row_alone() -> None:
     assert out[0, 2:].isnan().all() and out[0, :2].isfinite().all() and out[1].isfinite().all()
 
 
+@pytest.mark.parametrize("apart", [1, 2])
+@pytest.mark.parametrize("last", [False, True])
+def test_ring_and_pool_share_programs_or_do_not(
+    apart: int, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "programs_apart", lambda *_: apart)
+    check(case(transform(), transform(gain=1), batch=1), replace(SMALL, last=last))
+
+
+def test_programs_are_apart_where_there_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(transform(heads=4).spec, transform(heads=4).spec, 28, 1, (4, 4), 96, SMALL)
+    device = torch.device(DEVICE)
+    monkeypatch.setattr(launch, "multiprocessors", lambda _: 132)
+    few = 132 // 4 // 4
+    assert launch.programs_apart(few, plan, device) == 2
+    assert launch.programs_apart(few + 1, plan, device) == 1
+    alone = make_plan(transform().spec, transform().spec, 28, 1, (0, 0), 96, SMALL)
+    assert launch.programs_apart(1, alone, device) == 1
+
+
+def test_the_work_is_cut_by_rows() -> None:
+    """Two warps hold the sums of 16 rows, and codes of 4 and 2 bits have no more in a program."""
+    wide, mixed = transform(4, 128, 1, (128, 0, 0)).spec, transform(4, 128, 1).spec
+    assert default_config(wide, wide, 16).warps == 2
+    assert default_config(wide, wide, 17).warps == 4
+    assert default_config(wide, mixed, 28).warps == default_config(mixed, wide, 28).warps == 2
+    exact = ExactLayout(4, 128).spec
+    assert default_config(exact, wide, 4) == default_config(wide, exact, 4) == Config()
+
+
 def test_results_repeat_to_the_bit() -> None:
     given = case(transform(), transform(gain=1), batch=1)
     assert torch.equal(attend(**given), attend(**given))
@@ -251,7 +283,8 @@ def test_results_repeat_to_the_bit() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="needs compiled kernels")
 @pytest.mark.parametrize("config", [
-    Config(), Config(tokens=64), Config(tokens=128, warps=8, stages=2),
+    Config(), Config(rows=16, warps=2, stages=2, fill=4, stacked=32),
+    Config(tokens=128, warps=8, stages=2),
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_tiles_of_real_size(config: Config, dtype: torch.dtype) -> None:

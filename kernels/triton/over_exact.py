@@ -23,7 +23,7 @@ from .score import (
 )
 from .turned import load_turn, turned_scores
 
-SHIFT = tl.constexpr(14.0)
+LIFT = tl.constexpr(14.0)
 """Weights are multiplied by 2^14 before they become float16: small ones keep their digits."""
 
 
@@ -95,7 +95,7 @@ def over_exact(
         new = tl.maximum(top, tl.max(s, 0))
         base = tl.where(new == -float("inf"), 0.0, new)
         decay = exp2(top - base, ASM)
-        p = exp2(s - (base - SHIFT)[None, :], ASM)
+        p = exp2(s - (base - LIFT)[None, :], ASM)
         top = new
         mass = mass * decay + tl.sum(p, 0)
         v = tl.load(
@@ -199,7 +199,7 @@ def over_exact(
         new = tl.maximum(top, tl.max(s + more[:, None], 0))
         base = tl.where(new == -float("inf"), 0.0, new)
         decay = exp2(top - base, ASM)
-        p = exp2(s - (base - SHIFT)[None, :], ASM)
+        p = exp2(s - (base - LIFT)[None, :], ASM)
         top = new
         mass = mass * decay + tl.sum(p, 0)
         acc = acc * decay[None, :]
@@ -248,7 +248,7 @@ def over_exact(
                     _store_sums(out, sums, row, mine, c, V8 + 2 * V4, V2, VP2, STRIDE)
 
     at_stats = stats + slot * (4 * STRIDE) + row
-    tl.store(at_stats, top - SHIFT, mask=mine)
+    tl.store(at_stats, top - LIFT, mask=mine)
     tl.store(at_stats + STRIDE, mass, mask=mine)
     tl.store(at_stats + 2 * STRIDE, coded_mass, mask=mine)
     tl.store(at_stats + 3 * STRIDE, gained, mask=mine)

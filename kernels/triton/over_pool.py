@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .codes import converted, load_run
 from .score import (
+    LIFT,
     biased,
     capped,
     code_scores,
@@ -23,9 +24,6 @@ from .score import (
     product,
 )
 from .turned import load_turn, turned_scores
-
-SHIFT = tl.constexpr(14.0)
-"""Weights are multiplied by 2^14 before they become float16: small ones keep their digits."""
 
 
 @triton.jit
@@ -169,7 +167,7 @@ def over_pool(
     more = tl.maximum(log2_bound(u), 0.0)  # p * u must fit float16 as well as p
     top = tl.max(s + more[:, None], 0)
     base = tl.where(top == -float("inf"), 0.0, top)
-    p = exp2(s - (base - SHIFT)[None, :], ASM)
+    p = exp2(s - (base - LIFT)[None, :], ASM)
     mass = tl.sum(p, 0)
     acc = tl.full([DVP, X], 0.0, tl.float32)
     if EV:
@@ -217,7 +215,7 @@ def over_pool(
                 _store_sums(out, sums, row, mine, c, V8 + 2 * V4, V2, VP2, VW)
 
     at_stats = stats + slot * (4 * STRIDE) + row
-    tl.store(at_stats, top - SHIFT, mask=mine)
+    tl.store(at_stats, top - LIFT, mask=mine)
     tl.store(at_stats + STRIDE, mass, mask=mine)
     tl.store(at_stats + 2 * STRIDE, coded_mass, mask=mine)
     tl.store(at_stats + 3 * STRIDE, gained, mask=mine)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .score import biased, capped, exp2, product
-
-SHIFT = tl.constexpr(14.0)
-"""Weights are multiplied by 2^14 before they become float16: small ones keep their digits."""
+from .score import LIFT, biased, capped, exp2, product
 
 
 @triton.jit
@@ -56,7 +53,7 @@ def over_ring(
         new = tl.maximum(top, tl.max(s, 0))
         base = tl.where(new == -float("inf"), 0.0, new)
         decay = exp2(top - base, ASM)
-        p = exp2(s - (base - SHIFT)[None, :], ASM)
+        p = exp2(s - (base - LIFT)[None, :], ASM)
         top = new
         mass = mass * decay + tl.sum(p, 0)
         v = tl.load(
@@ -70,7 +67,7 @@ def over_ring(
     STRIDE: tl.constexpr = BLOCKS * M
     slot = (b * G + g).to(tl.int64) * (splits + EXACTS) + splits + EXACTS - 1
     at_stats = stats + slot * (4 * STRIDE) + row
-    tl.store(at_stats, top - SHIFT, mask=mine)
+    tl.store(at_stats, top - LIFT, mask=mine)
     tl.store(at_stats + STRIDE, mass, mask=mine)
     tl.store(at_stats + 2 * STRIDE, tl.zeros_like(mass), mask=mine)
     tl.store(at_stats + 3 * STRIDE, tl.zeros_like(mass), mask=mine)

@@ -39,3 +39,19 @@ def test_the_graph_launches_our_kernels(
     plain = attend(q, k, v)
     error = (out.double() - plain.double()).norm() / plain.double().norm()
     assert error < torch.finfo(dtype).eps
+
+
+def test_scores_that_rise_late_fit_float16_in_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: in graphs, ``SHIFT`` of the programs over codes was that of the other programs."""
+    monkeypatch.setenv("APACK_ATTEND", "triton_op")
+    given = case(transform(), transform(gain=1), batch=4, length=9000)
+    specs = [code.layout.spec for code in given["codes"]]
+    q, lengths = 16 * given["q"].cuda(), given["lengths"].cuda()
+    k, v = ([t.cuda() for t in given[side]] for side in "kv")
+
+    def attend(q: Tensor, k: list[Tensor], v: list[Tensor]) -> Tensor:
+        return torch.ops.apack.attend(q, None, k, v, lengths, 0.125, *specs)
+
+    out, eager = torch.compile(attend)(q, k, v), attend(q, k, v)
+    assert eager.isfinite().all()
+    assert (out.double() - eager.double()).norm() < torch.finfo(out.dtype).eps * eager.norm()

@@ -104,8 +104,8 @@ def encode(
     slots = coded + torch.arange(ring, device=x.device)
     recent = x.index_select(2, slots.clamp(max=length - 1))  # slots past the end: stale
     told = levels if code.plane_kinds else None
-    results = [*payload, pool, positions, recent, tally(judged, seen, positions, 0, told)]
-    return results + [recent_importance(importance, x, coded, ring)] * code.tracks_importance
+    made = [*payload, pool, positions, recent, tally(judged, seen, positions, 0, told)]
+    return made + [recent_importance(importance, x, coded, ring)] * code.tracks_importance
 
 
 def token_sizes(x: Tensor) -> Tensor:

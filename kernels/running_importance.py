@@ -55,7 +55,7 @@ def running_importance(
     known = (before >= 0) & (own < 0)  # [B, ring]
     behind = row[:, None] - own.clamp(min=0)  # [Q, ring]: queries behind the first
     share = torch.where(known[:, None] | (behind > 0), 1 - KEEP, 1.0)  # [B, Q, ring]
-    left = KEEP ** (queries - 1 - row)  # [Q]: of what a query gives, behind the last one
+    left = KEEP ** (queries - 1 - row).to(mass.dtype)  # [Q]: of what a query gives, in the end
     given = torch.where(behind >= 0, share * left[:, None] * mass, 0.0).sum(1)
     return (torch.where(known, before * KEEP**queries, 0.0) + given).float()
 

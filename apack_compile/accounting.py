@@ -26,7 +26,7 @@ class CacheBytes:
         codes: quantised coefficients, capacity slack and bases of single sequences included.
         gains: per-token scales, and levels of tokens where bits come in planes.
         exact_tokens: sinks and other tokens kept exact, with their positions.
-        window: the ring of recent tokens.
+        window: the ring of recent tokens, and what attention they receive, with tiers.
         unpacked: tensors in the cache that are not packed.
         bases: parameters of the codes. They belong to the model and serve every sequence; they
             are not part of ``packed``.
@@ -184,6 +184,7 @@ def cache_bytes(cache: Any) -> CacheBytes:
         gains += sum(map(_storage, rest))
         exact += _storage(store.side.pool) + _storage(store.side.pool_positions)
         window += _storage(store.side.ring)
+        window += 0 if store.importance is None else _storage(store.importance)
         refs.append(store.ref)
     plain = [t for t in tensors if not isinstance(t, PackedKV)]
     unpacked = {t.untyped_storage().data_ptr(): _storage(t) for t in plain}

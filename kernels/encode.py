@@ -17,6 +17,7 @@ from .kinds import all_text
 from .planes import capacity_for, in_plane, members, quotas, rows_at
 from .pool import pooled_tokens, reserve_sinks
 from .positions import positions_of
+from .running_importance import recent_importance
 
 
 def encode(
@@ -52,7 +53,9 @@ def encode(
 
     Returns:
         Payload tensors ``[B, C, width]`` (planes have fewer rows), pool ``[B, H, E, D]``, its
-        positions ``[B, E]``, ring ``[B, H, ring, D]``, and the :func:`tally` of the coded tokens.
+        positions ``[B, E]``, ring ``[B, H, ring, D]``, the :func:`tally` of the coded tokens; and
+        with tiers the importance of the tokens in the ring ``[B, ring]``
+        (:func:`.running_importance.recent_importance`).
         Tokens ``0 .. max(S - window, 0)`` count as coded; those in the ring are coded too, and
         coded again when they leave it.
     """
@@ -101,7 +104,8 @@ def encode(
     slots = coded + torch.arange(ring, device=x.device)
     recent = x.index_select(2, slots.clamp(max=length - 1))  # slots past the end: stale
     told = levels if code.plane_kinds else None
-    return [*payload, pool, positions, recent, tally(judged, seen, positions, 0, told)]
+    made = [*payload, pool, positions, recent, tally(judged, seen, positions, 0, told)]
+    return made + [recent_importance(importance, x, coded, ring)] * code.tracks_importance
 
 
 def token_sizes(x: Tensor) -> Tensor:
@@ -132,6 +136,11 @@ def encode_tokens(
     if pool_positions is not None:
         positions = positions_of(layout, pool_positions, start, x.shape[2])
     return layout.encode_and_judge(x, params, positions, levels)
+
+
+def results(layout: Layout) -> int:
+    """Tensors that :func:`encode` returns."""
+    return len(layout.payload_fields(torch.float32)) + 4 + layout.tracks_importance
 
 
 def tallies(layout: Layout) -> int:

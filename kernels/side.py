@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..codec import Layout
@@ -37,6 +38,21 @@ class Side(NamedTuple):
         n = len(layout.payload_fields(tensors[0].dtype))
         pool, positions, ring, *params = tensors[n:]
         return cls(tuple(tensors[:n]), pool, positions, ring, tuple(params))
+
+    def to(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> Side:
+        """A copy of a cache in another dtype or on another device; codes keep their dtype."""
+
+        def move(t: Tensor, kind: torch.dtype) -> Tensor:
+            return t.to(device=device, dtype=kind, copy=True)
+
+        kinds = [kind for _, kind in layout.payload_fields(dtype)]
+        return Side(
+            tuple(move(t, kind) for t, kind in zip(self.payload, kinds, strict=True)),
+            move(self.pool, dtype),
+            move(self.pool_positions, self.pool_positions.dtype),
+            move(self.ring, dtype),
+            (),
+        )
 
     @property
     def capacity(self) -> int:

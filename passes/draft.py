@@ -9,7 +9,8 @@ graph takes and returns plain tensors only. Every input of the new graph is an e
                        grow and of those that do not ([2])
     table 2            on each device on which the graph encodes, the tokens of the prompt by kind
                        (``kernels/kinds.py``), where codes want to know
-    table 3 + i        packed input i: the store's tensors, then the parameters of its code
+    table 3 + i        packed input i: the store's tensors, then the parameters of its code, then
+                       the importance of the tokens in its ring, if later ones have bits by it
     table 3 + H + j    parameters of code j, with which the graph encodes
 """
 
@@ -59,10 +60,14 @@ class AppendedOutput:
 
 @dataclass(frozen=True)
 class ExtendedOutput:
-    """Packed input ``handle``, which the runtime extends by result ``value``, new tokens."""
+    """Packed input ``handle``, which the runtime extends by result ``value``, new tokens.
+
+    Result ``importance`` is that of all tokens, where later ones have bits by it; else None.
+    """
 
     handle: int
     value: int
+    importance: int | None = None
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,10 @@ class Draft:
         """The ring of a packed input."""
         layout = parse_layout(self.layouts[number])
         return self.side(number)[len(layout.payload_fields(torch.float32)) + 2]
+
+    def importance(self, number: int) -> fx.Node:
+        """The importance of the tokens in the ring of a packed input."""
+        return self.input(HANDLES + number, len(self.side(number)))
 
     def code(self, number: int, layout: str) -> list[fx.Node]:
         """The parameters of a code to encode with."""

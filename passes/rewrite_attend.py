@@ -5,16 +5,24 @@
     o = sdpa(q, repeat_kv(keys), ...)               o = attend(q, mask, side_k, side_v, ...)
     return o, keys, values                          return o      + handles grown by the runtime
 
-``append_`` stands where the cat stood; a cache that does not grow (cross-attention) has none.
+``append_`` stands where the cat stood; a cache that does not grow (cross-attention) has none. Where
+bits of later tokens go by attention (``tiers``), the first site that reads a cache also weighs the
+tokens of its ring:
+
+    update_importance_(importance_v, q, score_bias(mask, ...), ring_k, ...)
+
 Views and casts between cache and attention vanish with their last user, and so does a softmax that
 is written out.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
+from ..codec import parse_layout
 from .base import PassReport, same_size, shape_of, value_of
 from .draft import AFTER, AppendedOutput, Draft
 from .find_attention import AttentionSite
@@ -25,32 +33,48 @@ def rewrite_attend(draft: Draft) -> PassReport:
     """Rewrite every site that the plan wants attended on codes."""
     sites = draft.plan.having("attend")
     appended: set[fx.Node] = set()
+    biases: dict[Any, fx.Node] = {}
     for planned in sites:
-        cached = planned.cached
+        cached, site = planned.cached, planned.cached.site
+        weighed: list[int] = []
         for update in (cached.k, cached.v):
             if update.kind == "packed" and update.node not in appended:
                 appended.add(update.node)
                 _append(draft, update)
-        site = cached.site
+                number = draft.number(update.past)
+                weighed += [number] * parse_layout(draft.layouts[number]).tracks_importance
         k, v = draft.number(cached.k.past), draft.number(cached.v.past)
         old = draft.map[site.node]
         with draft.graph.inserting_before(old):
+            q, mask, lengths = draft.queries(site), draft.mask(site), draft.lengths(k, AFTER)
+            more = more_of(draft, site)
+            for number in weighed:
+                bias = _ring_bias(draft, mask, k, lengths, value_of(site.q).dtype, biases)
+                draft.graph.call_function(
+                    torch.ops.apack.update_importance_.default,
+                    (draft.importance(number), q, bias, draft.ring(k), lengths, site.scale, *more),
+                )
             new = draft.graph.call_function(
                 torch.ops.apack.attend.default,
-                (
-                    draft.queries(site),
-                    draft.mask(site),
-                    draft.side(k),
-                    draft.side(v),
-                    draft.lengths(k, AFTER),
-                    site.scale,
-                    draft.layouts[k],
-                    draft.layouts[v],
-                    *more_of(draft, site),
-                ),
-            )
+                (q, mask, draft.side(k), draft.side(v), lengths, site.scale, draft.layouts[k],
+                 draft.layouts[v], *more),
+            )  # fmt: skip
         put_in_place(draft, site, new)
     return PassReport("rewrite_attend", len(sites))
+
+
+def _ring_bias(
+    draft: Draft, mask: fx.Node | None, number: int, lengths: fx.Node, dtype: torch.dtype,
+    made: dict[Any, fx.Node],
+) -> fx.Node:  # fmt: skip
+    """What is added to scores over the ring of a packed input; once for layers that share it."""
+    ring = draft.ring(number)
+    key = mask, lengths, dtype  # packed inputs with common lengths have rings of one size
+    if key not in made:
+        call = draft.graph.call_function
+        slots = call(torch.ops.aten.sym_size.int, (ring, 2))
+        made[key] = call(torch.ops.apack.score_bias.default, (mask, lengths, 0, slots, dtype))
+    return made[key]
 
 
 def put_in_place(draft: Draft, site: AttentionSite, new: fx.Node) -> None:

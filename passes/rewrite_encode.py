@@ -24,6 +24,7 @@ from torch import fx
 from ..cache import Policy
 from ..codec import parse_layout
 from ..codec.kinds import KINDS
+from ..kernels.encode import results
 from .ancestry import as_networkx
 from .base import PassReport, same_size, shape_of, value_of
 from .draft import ARGUMENTS, SORTED_TOKENS, DenseOutput, Draft, EncodedOutput
@@ -91,7 +92,7 @@ def rewrite_encode(
             site = planned.cached.site.node
             if site not in told:  # keys and values may both ask
                 with draft.graph.inserting_before(last.next):
-                    told[site] = _importance(draft, planned)
+                    told[site] = importance_of(draft, planned)
             last = told[site]
             more = [last]
         with draft.graph.inserting_after(last):
@@ -100,7 +101,7 @@ def rewrite_encode(
                 (x, visible, draft.code(number, layout), layout, policy.sinks, policy.extra,
                  policy.window, policy.ring, policy.chunk, *more),
             )  # fmt: skip
-        count = len(parse_layout(layout).payload_fields(torch.float32)) + 4
+        count = results(code)
         pieces = []
         last = call
         for i in range(count):
@@ -121,8 +122,11 @@ def _return_pieces(draft: Draft, update: CacheUpdate, code: int, pieces: list[fx
     draft.result(update.node, recipe)
 
 
-def _importance(draft: Draft, planned: PlannedSite) -> fx.Node:
-    """How much attention the tokens of a site receive, at the current insertion point."""
+def importance_of(draft: Draft, planned: PlannedSite) -> fx.Node:
+    """How much attention the tokens of a site receive, at the current insertion point.
+
+    Of the last queries, among dense keys (``apack::importance``).
+    """
     site = planned.cached.site
     return draft.graph.call_function(
         torch.ops.apack.importance.default,
@@ -169,7 +173,7 @@ def collect(draft: Draft, sinks: int, visual: bool = False, weigh: bool = False)
                 (draft.queries(cached.site), draft.map[cached.k.node], draft.map[cached.v.node],
                  visible, kinds, cos, sin, interleaved, sinks),
             )  # fmt: skip
-            weight = _importance(draft, planned) if weigh else None
+            weight = importance_of(draft, planned) if weigh else None
         draft.extra += [moments, visible, cos, sin, interleaved, weight]
     return PassReport("collect", len(sites))
 

@@ -5,6 +5,9 @@
     return o, keys                         o = sdpa(q, keys, ...)
                                            return o, k       + the runtime extends the handle by k
 
+Where later tokens have bits by the attention that they receive, ``importance(q, keys, ...)`` is
+returned with k.
+
 A packed input that the graph writes to is returned as well, and takes that content over.
 
 Where tokens of the packed input were dropped, attention hides them:
@@ -18,7 +21,10 @@ cats are gone unless something else reads them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import fx
 
 from ..codec import parse_layout
 from .base import PassReport
@@ -26,6 +32,7 @@ from .draft import BEFORE, Draft, ExtendedOutput
 from .find_updates import CacheUpdate
 from .find_writes import is_written
 from .rewrite_attend import more_of, put_in_place
+from .rewrite_encode import importance_of
 
 
 def rewrite_unpack(draft: Draft) -> PassReport:
@@ -89,5 +96,15 @@ def _hide_dropped(draft: Draft) -> None:
 
 def _extend(draft: Draft, update: CacheUpdate) -> None:
     number = draft.number(update.past)
-    new = draft.map[update.new]
-    draft.result(update.node, lambda number_of: ExtendedOutput(number, number_of(new)))
+    new, weight = draft.map[update.new], None
+    if parse_layout(draft.layouts[number]).tracks_importance:
+        sites = draft.plan.having("unpack")
+        planned = next(s for s in sites if update in (s.cached.k, s.cached.v))
+        with draft.graph.inserting_before(draft.map[planned.cached.site.node].next):
+            weight = importance_of(draft, planned)
+
+    def recipe(number_of: Callable[[fx.Node], int]) -> ExtendedOutput:
+        known = None if weight is None else number_of(weight)
+        return ExtendedOutput(number, number_of(new), known)
+
+    draft.result(update.node, recipe)

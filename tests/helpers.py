@@ -70,12 +70,13 @@ def encoded(
     x: Tensor, code: Code, policy: Policy, visible: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor]:
     """One side, flat, as ops take it, and its lengths."""
-    *tensors, _ = torch.ops.apack.encode(
+    tensors = torch.ops.apack.encode(
         x, visible, list(code.params), code.layout.spec, policy.sinks, policy.extra,
         policy.window, policy.ring, policy.chunk,
     )  # fmt: skip
     coded = max(x.shape[2] - policy.window, 0)
-    return [*tensors, *code.params], torch.tensor([coded, x.shape[2] - coded])
+    count = len(code.layout.payload_fields(x.dtype)) + 3
+    return [*tensors[:count], *code.params], torch.tensor([coded, x.shape[2] - coded])
 
 
 def poison(side: list[Tensor], lengths: Tensor, layout: Layout) -> list[Tensor]:

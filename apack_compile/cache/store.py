@@ -17,11 +17,12 @@ from torch import Tensor
 from ..codec import CodeRef
 from ..codec.layout import SPARE
 from ..codec.lowrank import REFACTOR
-from ..kernels.encode import encode_tokens, tallies, tally, token_sizes
+from ..kernels.encode import encode_tokens, tallies, tally
 from ..kernels.factor import refactored
 from ..kernels.kinds import sort_tokens
 from ..kernels.planes import capacity_for, later_levels, quotas, write_later
 from ..kernels.pool import fill_pool, resized
+from ..kernels.running_importance import of_run, worth
 from ..kernels.side import Side
 from ..ops.encode_cuda import encode_kernels
 from .lease import Lease, writing
@@ -45,6 +46,8 @@ class SideStore:
         kinds: of each kind, the coded tokens of the prompt in the sequence that has the most, where
             kinds have codes of their own (``kernels/kinds.py``).
         rows: of each plane, the most that are in use.
+        importance: of the tokens in the ring, ``[B, ring]`` float32, where later tokens have bits
+            by it (``kernels/running_importance.py``); else None.
         name: of the site and side that the store was made for.
     """
 
@@ -58,6 +61,7 @@ class SideStore:
         self.tally = torch.zeros(tallies(ref.layout))
         self.kinds: tuple[int, ...] = (coded, 0)
         self.rows = quotas(ref.layout, coded)
+        self.importance: Tensor | None = None
         self.factored = coded  # with a basis of its own: tokens that the basis was made from
         self._leases: WeakSet[Lease] = WeakSet()
         self._lists: list[WeakSet[SideStore]] = []
@@ -89,11 +93,11 @@ class SideStore:
         kinds: tuple[int, ...] | None = None,
     ) -> SideStore:  # fmt: skip
         """Adopt what ``apack::encode`` returned for ``length`` tokens, so many of each kind."""
-        *tensors, tally = tensors
-        store = cls(
-            ref, policy, Side.of(tensors, ref.layout), max(length - policy.window, 0), length
-        )
+        count = len(ref.layout.payload_fields(tensors[0].dtype)) + 3
+        side, (tally, *importance) = Side.of(tensors[:count], ref.layout), tensors[count:]
+        store = cls(ref, policy, side, max(length - policy.window, 0), length)
         store.tally = tally
+        store.importance = importance[0] if importance else None
         if kinds is not None:
             store.kinds = kinds
             store.rows = quotas(ref.layout, store.coded, kinds=kinds)
@@ -119,10 +123,14 @@ class SideStore:
         side = self.side
         return [*side.payload, side.pool, side.pool_positions, side.ring]
 
+    def owned(self) -> list[Tensor]:
+        """Every physical tensor: those, and what no op reads by the side."""
+        return self.tensors() + ([] if self.importance is None else [self.importance])
+
     @property
     def nbytes(self) -> int:
         """Bytes of every physical tensor, slack included, bases of the model not."""
-        return sum(t.untyped_storage().nbytes() for t in self.tensors()) + self.ref.cache_bytes
+        return sum(t.untyped_storage().nbytes() for t in self.owned()) + self.ref.cache_bytes
 
     def known_to(self, stores: WeakSet[SideStore]) -> None:
         """Be in this set, with all stores that are made of this one."""
@@ -191,42 +199,47 @@ class SideStore:
 
     def code_oldest(self, tokens: int) -> None:
         """Move the oldest ``tokens`` of the ring into the codes."""
-        ring, live = self.side.ring, self.recent
-        with writing(self.tensors(), self.device):
-            rest = ring[:, :, tokens:live].clone()  # before anything changes: this may fail
-            self._code(ring[:, :, :tokens])
-            ring[:, :, : live - tokens] = rest
+        live = self.recent
+        with writing(self.owned(), self.device):
+            run = self.side.ring[:, :, :live].clone()  # before anything changes: this may fail
+            self._code_first(tokens, run, of_run(self.importance, live))
 
     def free_ring(self) -> None:
         """Let graphs that run in the current mode write to the ring: one made in inference mode
         may not be written outside of it."""
         if self.side.ring.is_inference() and not torch.is_inference_mode_enabled():
             self.side = self.side._replace(ring=self.side.ring.clone())
+            self.importance = None if self.importance is None else self.importance.clone()
 
     def advance(self, tokens: int) -> None:
         """``tokens`` have been written behind the live slots of the ring."""
         self.length += tokens
 
-    def extend(self, new: Tensor) -> None:
-        """Append ``new [B, H, T, D]``, however long."""
-        with writing(self.tensors(), self.device):
-            self._extend(new)
+    def extend(self, new: Tensor, importance: Tensor | None = None) -> None:
+        """Append ``new [B, H, T, D]``, however long.
 
-    def _extend(self, new: Tensor) -> None:
-        tokens = new.shape[2]
-        ring, live = self.side.ring, self.recent
-        new = new.to(ring.dtype)
-        if live + tokens <= ring.shape[2]:
-            ring[:, :, live : live + tokens] = new
+        Args:
+            new: the tokens.
+            importance: of all tokens then, ``[B, length]``; None: of the new ones it is not known.
+        """
+        with writing(self.owned(), self.device):
+            ring, live, tokens = self.side.ring, self.recent, new.shape[2]
+            run = torch.cat([ring[:, :, :live], new.to(ring.dtype)], 2)
+            fits = live + tokens <= ring.shape[2]
+            weights = of_run(self.importance, live, tokens, importance, self.coded)
+            self._code_first(0 if fits else live + tokens - self.policy.window, run, weights)
             self.length += tokens
-            return
-        run = torch.cat([ring[:, :, :live], new], 2)
-        old = run.shape[2] - self.policy.window
-        self._code(run[:, :, :old])
-        self.length += tokens
-        ring[:, :, : self.policy.window] = run[:, :, old:]
 
-    def _code(self, x: Tensor) -> None:
+    def _code_first(self, tokens: int, run: Tensor, weights: Tensor | None) -> None:
+        """Code the first ``tokens`` of ``run [B, H, T, D]``; the others are the ring then."""
+        if tokens:
+            self._code(run[:, :, :tokens], None if weights is None else weights[:, :tokens])
+        left = run.shape[2] - tokens
+        self.side.ring[:, :, :left] = run[:, :, tokens:]
+        if self.importance is not None and weights is not None:
+            self.importance[:, :left] = weights[:, tokens:]
+
+    def _code(self, x: Tensor, weights: Tensor | None) -> None:
         start, end = self.coded, self.coded + x.shape[2]
         code = self.ref.code
         payload = self._with_room(end)
@@ -248,7 +261,8 @@ class SideStore:
             code = ref.code
         levels = None
         if code.layout.shares:
-            levels = later_levels(token_sizes(x), code.layout)
+            first = positions[:, :1] if self.policy.sinks else 0  # what is before is padding
+            levels = later_levels(worth(weights, x, start, first), code.layout)
         parts, judged = encode_tokens(
             x, code.on(self.device), code.layout, positions, start, levels
         )
@@ -340,13 +354,14 @@ class SideStore:
             each(self.side.ring),
             (),
         )
-        return self._heir(side)
+        return self._heir(side, each)
 
-    def _heir(self, side: Side) -> SideStore:
-        """A store with the same tokens in other tensors."""
+    def _heir(self, side: Side, each: Callable[[Tensor], Tensor]) -> SideStore:
+        """A store with the same tokens in other tensors, each made by ``each``."""
         heir = SideStore(self.ref, self.policy, side, self.coded, self.length)
         heir.factored, heir.prompt, heir.tally = self.factored, self.prompt, self.tally.clone()
         heir.rows, heir.kinds = list(self.rows), self.kinds
+        heir.importance = None if self.importance is None else each(self.importance)
         self.introduce(heir)
         return heir
 
@@ -366,20 +381,8 @@ class SideStore:
 
     def to(self, length: int, dtype: torch.dtype, device: torch.device) -> SideStore:
         """A copy in another dtype or on another device; codes and gains keep their dtype."""
-
-        def move(t: Tensor, kind: torch.dtype) -> Tensor:
-            return t.to(device=device, dtype=kind, copy=True)
-
-        payload, pool, positions, ring, _ = self.side
-        kinds = [kind for _, kind in self.ref.layout.payload_fields(dtype)]
-        side = Side(
-            tuple(move(t, kind) for t, kind in zip(payload, kinds, strict=True)),
-            move(pool, dtype),
-            move(positions, positions.dtype),
-            move(ring, dtype),
-            (),
-        )
-        moved = self._heir(side)
+        side = self.side.to(self.ref.layout, dtype, device)
+        moved = self._heir(side, lambda t: t.to(device=device, copy=True))
         moved._truncate(length)
         return moved
 

@@ -125,14 +125,18 @@ class PackedKV(torch.Tensor):
             return self._anchor.new_empty(self.shape, dtype=self.dtype)
         return self.store.dense(self.shape[2])
 
-    def append(self, new: Tensor) -> PackedKV:
+    def append(self, new: Tensor, importance: Tensor | None = None) -> PackedKV:
         """This tensor with ``new [B, H, T, D]`` behind it, as ``cat`` along dim 2; packed.
 
         This handle stays valid: storage is shared, or copied where histories part.
+
+        Args:
+            new: the tokens.
+            importance: of all tokens then: ``[B, S + T]``, where it is known.
         """
         assert self.store is not None
         store = self.store.branch(self.shape[2])
-        store.extend(new)
+        store.extend(new, importance)
         return PackedKV.of(store)
 
     def replace(self, x: Tensor) -> None:

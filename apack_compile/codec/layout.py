@@ -98,6 +98,11 @@ class Layout(ABC):
         return ()
 
     @property
+    def tracks_importance(self) -> bool:
+        """Whether bits of later tokens go by the attention that they receive in the ring."""
+        return bool(self.tier_shares)
+
+    @property
     def later_shares(self) -> tuple[int, ...]:
         """The same of tokens that are coded behind the prompt."""
         return self.shares

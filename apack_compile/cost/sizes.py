@@ -1,8 +1,9 @@
 """Bytes of one packed side, as expressions of batch B, prompt S and later tokens T.
 
-A side is its payload, pool, positions, ring, and for some codes a basis of each sequence
-(``cache/store.py``). Exact right behind prefill. Later the payload grows by a little more than is
-needed at a time, and the expressions are the mean over what it may be just then:
+A side is its payload, pool, positions, ring, for some codes a basis of each sequence, and with
+tiers the importance of the tokens in the ring (``cache/store.py``). Exact right behind prefill.
+Later the payload grows by a little more than is needed at a time, and the expressions are the mean
+over what it may be just then:
 
     coded(S, T)    =  c + block max(0, ceil((S + T - c - ring) / block)),  c = max(S - window, 0)
     rows(first, n) =  first while n <= first, then n in whole chunks + n / (2 SLACK)
@@ -114,12 +115,13 @@ def side_bytes(side: PackedSide) -> SideBytes:
     more = policy.sinks + layout.slots(policy.extra, rows)
     slots = sympy.Piecewise((slots, wanted <= slots), (more, True))
     token = layout.heads * layout.dim * size
+    slot = token + layout.tracks_importance * torch.float32.itemsize
     each, once = side.own
     return SideBytes(
         BATCH * (codes * rows + planes + each) + once,
         BATCH * sum(rest) * rows,
         BATCH * slots * (token + torch.int64.itemsize),
-        BATCH * policy.ring * token,
+        BATCH * policy.ring * slot,
     )
 
 

@@ -21,6 +21,7 @@ from .values import is_mapped, symbols
 
 ATTENDS = (torch.ops.apack.attend.default, torch.ops.apack.attend_with_bias.default)
 APPEND = torch.ops.apack.append_.default
+UPDATE = torch.ops.apack.update_importance_.default
 
 Place = tuple[str, Any]
 """A value: ``("args", i)``, ``("head", i)``, ``("body", i)`` or ``("constant", value)``."""
@@ -115,11 +116,13 @@ def split(gm: fx.GraphModule, values: dict[fx.Node, Any]) -> Halves:
 
 
 def _storage(calls: Iterable[fx.Node]) -> set[fx.Node]:
-    """Placeholders that attention reads keys and values from."""
+    """Placeholders that attention reads keys and values from, and the importance of tokens."""
     found: set[fx.Node] = set()
     for node in calls:
         if node.target in ATTENDS:
             found |= {t for side in node.args[2:4] for t in side}
+        elif node.target is UPDATE:
+            found.add(node.args[0])
     return found
 
 
@@ -148,7 +151,7 @@ def _check_writes(
     given = storages(arguments)
     in_head, in_body = storages(head), storages(n for n in calls if n not in head)
     for node in calls:
-        if node.target is APPEND:
+        if node.target in (APPEND, UPDATE):
             if node in head:
                 raise Inseparable(f"{node.name} depends on the length of the sequence")
             continue

@@ -31,12 +31,14 @@ from ..kernels.attend import attend_biased as _attend_biased
 from ..kernels.attend_dense import attend_dense as _attend_dense
 from ..kernels.attend_dense import present as _present
 from ..kernels.encode import encode as _plain_encode
-from ..kernels.encode import tallies
+from ..kernels.encode import results, tallies
 from ..kernels.importance import importance as _importance
 from ..kernels.moments import moments as _moments
 from ..kernels.planes import capacity_for, quotas
 from ..kernels.planes import token_levels as _token_levels
 from ..kernels.pool import make_pool as _make_pool
+from ..kernels.running_importance import running_importance as _running_importance
+from ..kernels.running_importance import update_importance_ as _update_importance_
 from ..kernels.score_bias import score_bias as _score_bias
 from ..kernels.unpack import unpack as _unpack
 from ..kernels.visible import visible as _visible
@@ -140,7 +142,7 @@ def _encode_grows(
 def _encode_results(
     x: Tensor, visible: Tensor | None, params: Sequence[Tensor], layout: str, *settings: Any
 ) -> int:
-    return len(parse_layout(layout).payload_fields(x.dtype)) + 4
+    return results(parse_layout(layout))
 
 
 def _score_bias_fake(
@@ -166,6 +168,7 @@ def _encode_fake(
     else:
         rows += [capacity_for(quota, chunk) for quota in quotas(code, coded)]
     slots = sinks + code.slots(extra, coded)
+    weights = [x.new_empty(batch, ring, dtype=torch.float32)] * code.tracks_importance
     return [
         *(
             x.new_empty(batch, count, width, dtype=dtype)
@@ -175,7 +178,19 @@ def _encode_fake(
         x.new_empty(batch, slots, dtype=torch.int64),
         x.new_empty(batch, heads, ring, dim),
         x.new_empty(tallies(code), dtype=torch.float32),
+        *weights,
     ]
+
+
+def _running_fake(before: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(before)
+
+
+def _running_grows(
+    before: Tensor, q: Tensor, bias: Tensor, ring: Tensor, lengths: Tensor, *rest: Any
+) -> list[Grows]:
+    more = [Grows() for x in rest if isinstance(x, Tensor)]
+    return [*[Grows(True)] * 4, Grows(), *more]
 
 
 def _make_pool_fake(
@@ -215,9 +230,14 @@ _ENCODE = (
     "(Tensor x, Tensor? visible, Tensor[] params, str layout, int sinks, int extra, int window, "
     "int ring, int chunk, Tensor? importance=None, Tensor[]? kinds=None) -> Tensor[]"
 )
+_RUNNING = (
+    "(Tensor before, Tensor q, Tensor bias, Tensor ring, Tensor lengths, float scale, "
+    "float softcap=0.0, Tensor? sinks=None)"
+)
 
 _define_composite(f"attend_biased(Tensor q, Tensor bias, {_ATTEND}", _attend_biased)
 _define_composite(f"encode_plain{_ENCODE}", _plain_encode)
+_define_composite(f"running_importance_plain{_RUNNING} -> Tensor", _running_importance)
 _define(
     f"attend_region(Tensor q, Tensor bias, {_ATTEND}",
     Region(torch.ops.apack.attend_biased.default, _attend_grows),
@@ -227,6 +247,17 @@ _define(
     f"encode_region{_ENCODE}",
     Region(torch.ops.apack.encode_plain.default, _encode_grows, _encode_results),
     _encode_fake,
+)
+_define(
+    f"running_importance_region{_RUNNING} -> Tensor",
+    Region(torch.ops.apack.running_importance_plain.default, _running_grows),
+    _running_fake,
+)
+_define(
+    f"running_importance{_RUNNING} -> Tensor",
+    _running_importance,
+    _running_fake,
+    lambda *args: torch.ops.apack.running_importance_region(*args),
 )
 _define(
     f"attend(Tensor q, Tensor? mask, {_ATTEND}", eager_attend, _attend_fake, _attend_for_inductor
@@ -282,4 +313,9 @@ _define_composite(
     _attend_dense,
 )
 _define_composite("append_(Tensor(a!) ring, Tensor new, Tensor lengths) -> ()", _append_)
+_define_composite(
+    "update_importance_(Tensor(a!) importance, Tensor q, Tensor bias, Tensor ring, "
+    "Tensor lengths, float scale, float softcap=0.0, Tensor? sinks=None) -> ()",
+    _update_importance_,
+)
 _define_composite("visible(Tensor mask, SymInt batch, SymInt length) -> Tensor", _visible)

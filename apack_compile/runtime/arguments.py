@@ -63,6 +63,8 @@ class Dynamics:
             return None
         layout = parse_layout(layouts[number])
         payloads = len(layout.payload_fields(torch.float32))
+        if index == payloads + 3 + layout.param_count:  # importance of the tokens in the ring
+            return (self._batches[number], STATIC)
         if index > payloads + 3 or (index == payloads + 3 and not layout.per_sequence):
             return None  # parameters of the code that belong to the model
         rest = [STATIC] * (value.dim() - 1)
@@ -153,10 +155,13 @@ def lengths_of(handles: Sequence[PackedKV], appends: Sequence[int]) -> list[Any]
 
 
 def in_step(handles: Sequence[PackedKV], appends: Sequence[int]) -> tuple[bool, bool]:
-    """Whether the packed inputs that grow have the same lengths and grow alike; the others."""
+    """Whether the packed inputs that grow have the same lengths and grow alike; the others.
+
+    With rings of one size: what is computed of lengths is by slot of the ring.
+    """
     states: dict[bool, set[Any]] = {True: set(), False: set()}
     for handle, tokens in zip(handles, appends, strict=True):
         store = handle.store
         assert store is not None
-        states[tokens > 0].add((store.coded, store.recent, tokens))
+        states[tokens > 0].add((store.coded, store.recent, store.policy.ring, tokens))
     return len(states[True]) <= 1, len(states[False]) <= 1

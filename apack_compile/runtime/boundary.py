@@ -138,7 +138,8 @@ class Boundary:
         tables: list[Sequence[Any]] = [args, lengths_of(handles, self.appends), kinds]
         for handle in handles:
             store = handle.store
-            tables.append((*store.tensors(), *store.ref.code.on(store.device)))
+            more = [] if store.importance is None else [store.importance]
+            tables.append((*store.tensors(), *store.ref.code.on(store.device), *more))
         for update, ref in zip(self.updates, refs, strict=False):
             tables.append(ref.code.on(value_of(update.node).device))
         return [tables[table][index] for table, index in interface.slots]
@@ -182,7 +183,8 @@ class Boundary:
             store.advance(self.appends[recipe.handle])
             return PackedKV.of(store)
         if isinstance(recipe, ExtendedOutput):
-            return args[self.handles[recipe.handle]].append(results[recipe.value])
+            known = None if recipe.importance is None else results[recipe.importance]
+            return args[self.handles[recipe.handle]].append(results[recipe.value], known)
         ref, policy = refs[recipe.code], self.policies_for(refs)[recipe.code]
         if isinstance(recipe, EncodedOutput):
             tensors = results[recipe.value : recipe.value + recipe.count]

@@ -40,7 +40,7 @@ def test_a_store_counts_what_is_behind_the_window_as_coded(kind: str, length: in
     store = SideStore.encode(tokens(length), REFS[kind], POLICY)
     assert state(store) == (max(length - 8, 0), min(length, 8), -(-length // 16) * 16)
     assert store.dtype == torch.float32
-    assert store.nbytes == sum(t.nbytes for t in store.tensors())
+    assert store.nbytes == sum(t.nbytes for t in store.owned())
 
 
 def test_an_exact_store_has_no_pool() -> None:
@@ -138,8 +138,8 @@ def test_a_clone_has_no_more_than_it_needs(kind: str, length: int) -> None:
     assert clone.length == length
     assert clone.side.capacity == -(-length // 16) * 16
     assert torch.equal(clone.dense(length), store.dense(length))
-    pointers = {t.untyped_storage().data_ptr() for t in store.tensors() if t.numel()}
-    assert not pointers & {t.untyped_storage().data_ptr() for t in clone.tensors() if t.numel()}
+    pointers = {t.untyped_storage().data_ptr() for t in store.owned() if t.numel()}
+    assert not pointers & {t.untyped_storage().data_ptr() for t in clone.owned() if t.numel()}
 
 
 @every_code

@@ -132,6 +132,25 @@ def test_importance(masked: bool) -> None:
     check(torch.ops.apack.importance, q, k, mask, not masked, 0.5, *more)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("op", ["running_importance", "running_importance_plain"])
+def test_running_importance(op: str, masked: bool) -> None:
+    lengths = torch.tensor([8, 5])
+    mask = torch.rand(2, 1, 3, 13) < 0.8 if masked else None
+    more = (20.0, torch.randn(4)) if masked else ()
+    q, ring = by_token(2, 4, 3, 4), torch.randn(2, 2, 6, 4)
+    bias = torch.ops.apack.score_bias(mask, lengths, 0, 6, q.dtype)
+    called = getattr(torch.ops.apack, op)
+    check(called, torch.rand(2, 6) - 0.1, q, bias, ring, lengths, 0.5, *more)
+
+
+def test_update_importance_writes_to_its_first_argument_alone() -> None:
+    lengths = torch.tensor([8, 5])
+    q, ring = by_token(2, 4, 3, 4), torch.randn(2, 2, 6, 4)
+    bias = torch.ops.apack.score_bias(None, lengths, 0, 6, q.dtype)
+    check(torch.ops.apack.update_importance_, torch.rand(2, 6), q, bias, ring, lengths, 0.5)
+
+
 def test_token_levels() -> None:
     check(torch.ops.apack.token_levels, torch.rand(2, 40), [26, 16, 6, 2])
 

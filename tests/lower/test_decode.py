@@ -51,6 +51,30 @@ def test_captured_steps_give_the_tokens_of_eager_mode(monkeypatch: pytest.Monkey
     assert apack_compile.report(cases[0].model).recompiles == 0
 
 
+@pytest.mark.skipif(versions.BEFORE_5, reason="masks are made by vmap: nothing is captured")
+def test_captured_steps_know_of_tokens_what_uncaptured_ones_know(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A recording writes the importance where it is, once a step; over two flushes of the ring."""
+    case = zoo.llama(2, True, text=90)
+    options = {"ratio": 4, "fit_tokens": 64, "window": 8, "block": 32, "tiers": True}
+    fake, found = None, []
+    for inner in ("eager", "inductor"):
+        torch._dynamo.reset()
+        ours = compiled(case, codec="transform", inner=inner, profile_cache=False, **options)
+        generate(ours, case, 1)
+        fake = pretend(monkeypatch) if inner == "inductor" else None
+        found.append(generate(ours, case, 70))
+    assert fake is not None and fake.launches > 40
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    for one, two in zip(*(out.past_key_values.layers for out in found), strict=True):
+        mine, theirs = one.values.store, two.values.store
+        assert mine.coded == theirs.coded >= 83 + 64
+        torch.testing.assert_close(mine.importance, theirs.importance)
+        for a, b in zip(mine.side.payload, theirs.side.payload, strict=True):
+            assert torch.equal(a[:, : mine.coded], b[:, : mine.coded])
+
+
 def test_a_step_with_a_vmap_is_packed_and_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: no step of transformers 4.57 was compiled for a GPU, and its caches were dense."""
     torch.manual_seed(0)

@@ -11,32 +11,37 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 
+from apack_compile.cache import PackedKV
 from apack_compile.lower.share_bias import share_bias
 from apack_compile.lower.split import Halves, Inseparable, split
 from apack_compile.lower.values import symbols, values_of
 from apack_compile.runtime.arguments import Dynamics, lengths_of
 from apack_compile.runtime.specialise import Specialised
 
-from ..passes.capture import calls, capture, grown, packed, rewrite, tokens
+from ..helpers import fitted_ref
+from ..passes.capture import POLICY, calls, capture, grown, packed, rewrite, table_of, tokens
 
 sdpa = F.scaled_dot_product_attention
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def decode(
-    fn: Callable[..., Any], *extra: Any, dynamic: Sequence[int] = ()
+    fn: Callable[..., Any], *extra: Any, dynamic: Sequence[int] = (), tiers: bool = False
 ) -> tuple[fx.GraphModule, list[Any], dict[fx.Node, Any]]:
     """The rewritten graph of ``fn``, its arguments, and its values.
 
-    dynamic: those of ``extra`` whose last size is a symbol.
+    dynamic: those of ``extra`` whose last size is a symbol; tiers: of the values.
     """
     for i in dynamic:
         torch._dynamo.mark_dynamic(extra[i], extra[i].dim() - 1)
-    captured = capture(fn, tokens(1), tokens(1), tokens(1), packed(30), packed(30), *extra)
+    values = packed(30)
+    if tiers:
+        values = PackedKV.pack(tokens(30), fitted_ref(ratio=2, tiers=True), POLICY)
+    captured = capture(fn, tokens(1), tokens(1), tokens(1), packed(30), values, *extra)
     new = rewrite(captured, in_step=True)
     handles = [captured.args[i] for i in new.interface.handles]
     tables = [captured.args, lengths_of(handles, new.interface.appends), ()]
-    tables += [[*h.store.tensors(), *h.store.ref.code.params] for h in handles]
+    tables += [table_of(h.store) for h in handles]
     args = [tables[table][index] for table, index in new.interface.slots]
     known = Dynamics(captured.graph, captured.plan.handles, captured.plan.fixed)
     layouts = [h.store.ref.layout.spec for h in handles]
@@ -89,6 +94,23 @@ def test_masks_are_made_in_the_head_and_layers_in_the_body() -> None:
     slow = symbols(fixed)
     for fake in halves.body_fakes:
         assert symbols(fake) <= slow
+    torch.testing.assert_close(run(halves, args), list(expected), **CLOSE)
+
+
+def test_importance_is_updated_in_the_body_where_it_is() -> None:
+    gm, args, values = decode(masked, torch.rand(2, 31), dynamic=[0], tiers=True)
+    share_bias(gm.graph, values)
+    gm.recompile()
+    expected = gm(*[a.clone() if isinstance(a, Tensor) else a for a in args])
+    halves = split(gm, values)
+    head, body = calls(halves.head.graph), calls(halves.body.graph)
+    assert body["apack::update_importance_"] == 1 and not head["apack::update_importance_"]
+    assert head["apack::score_bias"] == 1 and not body["apack::score_bias"]
+    (update,) = halves.body.graph.find_nodes(
+        op="call_function", target=torch.ops.apack.update_importance_.default
+    )
+    inputs = [n for n in halves.body.graph.nodes if n.op == "placeholder"]
+    assert inputs.index(update.args[0]) in halves.storage
     torch.testing.assert_close(run(halves, args), list(expected), **CLOSE)
 
 

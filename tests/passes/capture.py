@@ -121,6 +121,12 @@ def rewrite(
     return Rewritten(gm, interface, reports, codes)
 
 
+def table_of(store: SideStore) -> list[Tensor]:
+    """What graphs read of a packed input."""
+    more = [] if store.importance is None else [store.importance]
+    return [*store.tensors(), *store.ref.code.params, *more]
+
+
 def run(
     captured: Captured, new: Rewritten, prompt: SortedTokens | None = None
 ) -> tuple[list[Any], list[Any]]:
@@ -132,7 +138,7 @@ def run(
     handles = [captured.args[i] for i in interface.handles]
     kinds = () if prompt is None else prompt.tensors(torch.device("cpu"))
     tables = [captured.args, lengths_of(handles, interface.appends), kinds]
-    tables += [[*h.store.tensors(), *h.store.ref.code.params] for h in handles]
+    tables += [table_of(h.store) for h in handles]
     tables += [ref.code.params for ref in refs]
     results = gm(*(tables[table][index] for table, index in interface.slots))
     for handle, tokens in zip(handles, interface.appends, strict=True):
@@ -146,7 +152,8 @@ def run(
         if isinstance(out, AppendedOutput):
             return handles[out.handle].store.dense(handles[out.handle].store.length)
         if isinstance(out, ExtendedOutput):
-            return handles[out.handle].append(results[out.value]).unpack()
+            known = None if out.importance is None else results[out.importance]
+            return handles[out.handle].append(results[out.value], known).unpack()
         assert isinstance(out, EncodedOutput)
         tensors = list(results[out.value : out.value + out.count])
         length = results[out.value + out.count]

@@ -8,9 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from apack_compile.cache import PackedKV
 from apack_compile.passes.draft import AppendedOutput, PlainOutput
 
-from .capture import capture, check, grown, ours, packed, repeat_kv, tokens
+from ..helpers import fitted_ref
+from .capture import (
+    POLICY,
+    capture,
+    check,
+    grown,
+    ours,
+    packed,
+    repeat_kv,
+    rewrite,
+    tokens,
+)
 
 sdpa = F.scaled_dot_product_attention
 
@@ -81,6 +93,66 @@ def test_one_cache_for_keys_and_values_appends_once() -> None:
 
     new = check(capture(fn, tokens(1), tokens(1), packed(30)), [PlainOutput, AppendedOutput])
     assert ours(new) == {"apack::append_": 1, "apack::attend": 1}
+
+
+def tiered(count: int = 30) -> PackedKV:
+    """Values whose later tokens have bits by attention."""
+    return PackedKV.pack(tokens(count), fitted_ref(ratio=2, tiers=True), POLICY)
+
+
+@pytest.mark.parametrize("in_step", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_values_in_tiers_weigh_the_tokens_of_their_ring(masked: bool, in_step: bool) -> None:
+    """Each layer those that its own queries see; what is added to scores is made once."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor, m: Tensor | None, *past: Tensor) -> Any:
+        a, b = grown(past[0], past[1], k, v), grown(past[2], past[3], v, k)
+        q = sdpa(q, repeat_kv(a[0]), repeat_kv(a[1]), m, scale=0.3)
+        return sdpa(q, repeat_kv(b[0]), repeat_kv(b[1]), m, scale=0.3), *a, *b
+
+    caches = [packed(30), tiered(), packed(30), tiered()]
+    mask = torch.rand(2, 1, 2, 32) < 0.8 if masked else None
+    q = tokens(2, 4)
+    captured = capture(fn, q, tokens(2), tokens(2), mask, *caches)
+    stores = [cache.store for cache in caches]
+    for store in (stores[1], stores[3]):
+        assert store.importance is not None
+        store.importance.copy_(torch.rand(2, POLICY.ring))
+    before = [None if s.importance is None else s.importance.clone() for s in stores]
+    assert before[0] is None and before[2] is None
+    new = check(captured, [PlainOutput] + [AppendedOutput] * 4, in_step)
+    shared = 1 if in_step else 2
+    assert ours(new) == {
+        "apack::append_": 4, "apack::attend": 2, "apack::update_importance_": 2,
+        "apack::score_bias": shared,
+    }  # fmt: skip
+    lengths = torch.tensor([22, 10])
+    bias = torch.ops.apack.score_bias(mask, lengths, 0, POLICY.ring, torch.float32)
+    ring = stores[0].side.ring
+    want = torch.ops.apack.running_importance(before[1], q, bias, ring, lengths, 0.3)
+    assert stores[1].importance is not None
+    torch.testing.assert_close(stores[1].importance, want)
+    assert not torch.equal(want, stores[3].importance)
+
+
+def test_layers_that_share_values_in_tiers_weigh_them_once() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> Any:
+        keys, values = grown(pk, pv, k, v)
+        return sdpa(sdpa(q, keys, values), keys, values), keys, values
+
+    captured = capture(fn, tokens(1), tokens(1), tokens(1), packed(30), tiered())
+    new = check(captured, [PlainOutput, AppendedOutput, AppendedOutput])
+    assert new.calls["apack::update_importance_"] == 1
+
+
+def test_values_in_tiers_that_do_not_grow_are_not_weighed() -> None:
+    def fn(q: Tensor, pk: Tensor, pv: Tensor) -> Any:
+        return sdpa(q, pk, pv)
+
+    fixed = PackedKV.pack(tokens(30), fitted_ref(ratio=2, tiers=True), POLICY.fixed)
+    captured = capture(fn, tokens(1), packed(30), fixed)
+    assert captured.treatments == ["attend"]
+    assert ours(rewrite(captured)) == {"apack::attend": 1}
 
 
 def test_a_cat_that_something_else_reads_too_is_still_right() -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from apack_compile.cache import PackedKV
+from apack_compile.kernels.planes import token_levels
 from apack_compile.passes.draft import ExtendedOutput, PlainOutput
 
 from ..helpers import dropped_tokens, fitted_ref
@@ -59,6 +60,34 @@ def test_a_packed_input_that_is_not_used_leaves_no_trace() -> None:
 def thinned(count: int, values: bool) -> PackedKV:
     """A packed cache of which two tokens in five were dropped."""
     return PackedKV.pack(tokens(count), fitted_ref(gain=values, evict=0.4), POLICY)
+
+
+@pytest.mark.parametrize("tiers", [False, True])
+def test_with_tiers_the_importance_of_many_new_tokens_comes_with_them(tiers: bool) -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor) -> Any:
+        keys, values = grown(pk, pv, k, v)
+        return sdpa(q, keys, values, mask, scale=0.4), keys, values
+
+    mask = visible(60, 90)
+    q, k, past = tokens(60), tokens(60), packed(30)
+    values = PackedKV.pack(tokens(30), fitted_ref(ratio=2, tiers=tiers), POLICY)
+    captured = capture(fn, q, k, tokens(60), past, values)
+    new = rewrite(captured)
+    want = {"apack::unpack": 2, **({"apack::importance": 1} if tiers else {})}
+    assert ours(new) == want
+    keys = torch.cat([past.unpack(), k], 2)
+    run(captured, new)
+    store = values.store
+    assert store is not None
+    assert (store.coded, store.length) == (82, 90)
+    if not tiers:
+        assert store.importance is None
+        return
+    told = torch.ops.apack.importance(q, keys, mask, False, 0.4)
+    shares = told / told[:, 22:].sum(1, keepdim=True)  # of those in the ring and behind it
+    torch.testing.assert_close(store.importance[:, :8], shares[:, 82:])
+    levels = token_levels(told[:, 22:82], store.ref.layout.later_shares)
+    assert torch.equal(store.side.payload[2][:, 22:82, 0], levels)
 
 
 def visible(new: int, length: int) -> Tensor:

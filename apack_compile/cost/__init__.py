@@ -1,6 +1,6 @@
 """A cost model in sympy: bytes of a packed cache, and time of packed attention in a step."""
 
-from .device import H100, Device, device_named, device_of
+from .device import H100, H200, Device, device_named, device_of
 from .live import predicted_bytes, predicted_step
 from .predict import predict
 from .sizes import PackedSide, SideBytes, bytes_of, side_bytes
@@ -8,6 +8,7 @@ from .steps import is_predicted, launches, seconds_of
 
 __all__ = [
     "H100",
+    "H200",
     "Device",
     "PackedSide",
     "SideBytes",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,10 +16,8 @@ class Device:
         multiprocessors: how many programs can run at once follows from them.
         bandwidth: bytes read and written by a large copy.
         launch: from the end of one kernel to the end of a next one that does nothing.
-        conversions: codes that are made numbers.
-        products: numbers multiplied and added in the small products over codes.
-        merges: numbers of splits put together.
-        step: one step of a loop in which little is read and much waited for.
+        conversions: codes of a tile of keys or values that are made numbers and multiplied, with at
+            most 16 rows of queries.
     """
 
     name: str
@@ -27,30 +25,23 @@ class Device:
     bandwidth: float
     launch: float
     conversions: float
-    products: float
-    merges: float
-    step: float
 
 
-# Measured in benchmarks/results/attend-h100.json. The bandwidth is that of its copy. The other five
-# solve five equations of three of its nine shapes:
-#   step         expand_kernel, B8 32/32 S8192, mixed less 8 bit: 5.7 us for five steps more
-#   merges       sum_kernel, mixed, B8 32/32 S8192 less B1 28/4 S4096: 13.7 us, 16.8e6 numbers more
-#   launch       B1 28/4 S4096, 8 bit, whole: 21.03 us
-#   conversions, products    B8 28/4 S32768 and B8 32/32 S8192, mixed, whole: 96.66 and 129.32 us,
-#                with 32 and 8 rows of queries
-H100 = Device(
-    name="NVIDIA H100 80GB HBM3",
+# Bandwidths are those of copies, in benchmarks/results/attend-h200.json and attend-h100.json. The
+# other two are the same for both cards, whose multiprocessors are alike, and solve two equations of
+# two of the eighteen cases on the H200:
+#   launch         B1 28/4 S4096, 8 bit, whole: 15.25 us
+#   conversions    B8 28/4 S32768, mixed, whole: 77.19 us
+H200 = Device(
+    name="NVIDIA H200",
     multiprocessors=132,
-    bandwidth=2.423e12,
-    launch=4.35e-6,
-    conversions=4.55e12,
-    products=1.26e14,
-    merges=1.22e12,
-    step=1.14e-6,
+    bandwidth=2.766e12,
+    launch=4.70e-6,
+    conversions=4.75e12,
 )
+H100 = replace(H200, name="NVIDIA H100 80GB HBM3", bandwidth=2.423e12)
 
-KNOWN = (H100,)
+KNOWN = (H100, H200)
 
 
 def device_named(name: str) -> Device | None:

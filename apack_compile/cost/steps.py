@@ -1,12 +1,11 @@
 """Time of packed attention in one decode step, as an expression of batch B and coded tokens C.
 
-Each of the four launches takes ``launch + max(bytes / bandwidth, work)`` (roofline):
+Each of the three launches takes ``launch + max(bytes / bandwidth, work)`` (roofline):
 
     launch   bytes                                                    work
     fold     basis of the keys                                        none
-    attend   codes of C tokens; ring and pool; what splits leave      conversions and products
-    sum      what splits left                                         slots x numbers of a row
-    expand   basis of the values                                      steps of its loop
+    attend   codes of C tokens; ring and pool; what splits leave      conversions
+    merge    what splits left; basis of the values                    none
 
 Sizes and splits are those of ``kernels/triton/plan.py`` and ``launch.py``.
 """
@@ -31,13 +30,13 @@ from .sizes import PackedSide
 from .symbols import BATCH, CODED, Expr, value_of
 
 FLOAT = 4
-"""Bytes of a number of the bases, and of what splits leave."""
+"""Bytes of a number that splits leave."""
 
 STATS = 4
 """Numbers that a split leaves of each row besides the weighted sums."""
 
 HALF = 2
-"""Bytes of an exact number: the kernels attend in 16 bits."""
+"""Bytes of an exact number, as the kernels attend in 16 bits, and of one of the bases."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Launch:
     """One kernel of a step.
 
     Attributes:
-        name: ``fold``, ``attend``, ``sum`` or ``expand``.
+        name: ``fold``, ``attend`` or ``merge``.
         moved: bytes.
         work: seconds of what is not the moving of bytes.
     """
@@ -97,7 +96,7 @@ def launches(
     heads, groups = plan.attend["H"], plan.groups
     k_width, v_width = plan.attend["KW"], plan.attend["VW"]
     splits = splits_of(plan, config, device)
-    left = BATCH * groups * (splits + plan.exacts) * (v_width + STATS) * plan.rows * FLOAT
+    left = BATCH * q_heads * queries * (splits + plan.exacts) * (v_width + STATS) * FLOAT
     exact = sum(
         (slots + side.policy.ring) * side.layout.dim
         for slots, side in zip(pools, (k, v), strict=True)
@@ -105,13 +104,11 @@ def launches(
     codes = sum(sympy.Rational(side.layout.token_bytes(side.dtype)) for side in (k, v))
     read = BATCH * (CODED * codes + heads * exact * HALF)
     numbers = BATCH * groups * plan.blocks * CODED * (k_width + v_width)
-    each = 1 / device.conversions + plan.attend["M"] / device.products
-    merged = BATCH * q_heads * queries * (splits + plan.exacts) * plan.merge["PARTS"] * v_width
-    bases = [w * heads * s.layout.dim * FLOAT for w, s in ((k_width, k), (v_width, v))]
+    bases = [w * heads * s.layout.dim * HALF for w, s in ((k_width, k), (v_width, v))]
     return (
         Launch("fold", bases[0], 0),
-        Launch("attend", read + left, numbers * each),
-        Launch("merge", left + bases[1], merged / device.merges),
+        Launch("attend", read + left, numbers / device.conversions),
+        Launch("merge", left + bases[1], 0),
     )
 
 

@@ -101,8 +101,8 @@ def default_config(k_layout: str, v_layout: str, rows: int) -> Config:
     """The configuration used without autotuning: the best of those measured on an H100.
 
     Two warps wait less for each other than four and have fewer instructions in all, but a program's
-    sums must fit into their registers: 16 rows of queries do, 32 do not. Keys that are rebuilt want
-    four: with 16 rows all products are those of warp groups.
+    sums must fit into their registers: 16 rows of queries do, 32 do not, nor do keys that are
+    rebuilt.
 
     Args:
         k_layout, v_layout: specs of the codes.
@@ -110,7 +110,7 @@ def default_config(k_layout: str, v_layout: str, rows: int) -> Config:
     """
     key, value = parse_layout(k_layout), parse_layout(v_layout)
     if key.positional:
-        return Config(stages=2, least=16)
+        return Config(stages=2)
     narrow = Config(rows=16, warps=2, stages=2, fill=4, stacked=32)
     if any(getattr(layout, "r4", 0) + getattr(layout, "r2", 0) for layout in (key, value)):
         return narrow

@@ -61,7 +61,7 @@ def test_a_step_reads_every_layer_once() -> None:
         for site, (k, v), batch, tokens in (("one", one, 1, 200), ("two", two, 3, 900))
     ]
     assert total == pytest.approx(sum(each))
-    assert total > 8 * H100.launch
+    assert total > 2 * 3 * H100.launch
     assert predicted_step(one[::-1] + stores("one"), heads, H100) == pytest.approx(2 * each[0])
 
 

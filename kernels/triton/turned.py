@@ -22,8 +22,8 @@ from .codes import OFFSET, OFFSET_8, component
 from .score import code_scores, load_queries
 
 LOWER = tl.constexpr(0.25)
-"""Rebuilt numbers are at most 65504 times their span, as those that were coded; a turned one can be
-greater by the root of two, and has a mean."""
+"""Numbers that were coded are at most 65504 times the span about their mean; turned ones can be
+greater by the root of two, and have the mean in them."""
 
 LARGEST = tl.constexpr(8)
 """A query's largest number becomes 2^8 to 2^9."""
@@ -140,8 +140,8 @@ def load_turn(
     """What :func:`turned_scores` needs of one KV head, in its order.
 
     The basis, whose columns take the place of queries; what is taken from rebuilt numbers before
-    the gain, and added behind it; frequencies and phases; queries, and the factor of their products
-    with keys.
+    the gain, and added behind it; frequencies and phases, which both channels of a pair share;
+    queries, and the factor of their products with keys.
 
     q_rows: the address of each query row.
     """

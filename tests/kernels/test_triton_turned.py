@@ -63,10 +63,10 @@ def test_every_way_to_pair_channels(dim: int, rotary: int, interleaved: int) -> 
     check(case(keys(rotary, interleaved, dim=dim), transform(), batch=1, length=40))
 
 
-GROUPS = [(k, v, repeat) for k in (1, 2, 4) for v in (1, 2, 4) for repeat in (1, 3, 7)]
+GROUPS = [(1, 1, 3), (1, 2, 7), (1, 4, 1), (2, 1, 1), (2, 4, 3), (4, 1, 7), (4, 4, 1)]
 
 
-@pytest.mark.parametrize(("k_groups", "v_groups", "repeat"), every(GROUPS, (1, 2, 3), (4, 1, 1)))
+@pytest.mark.parametrize(("k_groups", "v_groups", "repeat"), every(GROUPS, (1, 2, 7), (4, 1, 7)))
 def test_heads_share_groups_of_codes(k_groups: int, v_groups: int, repeat: int) -> None:
     k = keys(16, heads=4, dim=32, groups=k_groups)
     check(case(k, transform(4, 32, v_groups, gain=1), batch=1, repeat=repeat, length=40))

@@ -174,7 +174,7 @@ def attend_packed(
     processors = multiprocessors(q.device)
     rows, parts = batch * key.heads * plan.head_rows, plan.merge["PARTS"]
     programs = processors * MERGE.fill // parts
-    each = (rows + programs - 1) // programs
+    each = torch.sym_max((rows + programs - 1) // programs, 1)
     _kernel(merge_kernel)[((rows + each - 1) // each * parts,)](
         part, stats, exact, lengths if sinks is None else sinks.contiguous(),
         mean, synthesis, units, out, splits, batch, each, **plan.merge,

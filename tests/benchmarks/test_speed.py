@@ -36,7 +36,7 @@ def test_time_is_the_mean_of_all_layers_with_the_default_policy_in_16_bits() -> 
         ]
         times.append(1e6 * seconds_of(*sides, 4, H100, BATCH, TOKENS))
     assert us == pytest.approx(sum(times) / 2)
-    assert len(times) == 2 and us is not None and us > 4 * 1e6 * H100.launch
+    assert len(times) == 2 and us is not None and us > 3 * 1e6 * H100.launch
 
 
 @pytest.mark.parametrize("options", [{"k_code": "pre-rope"}, {"codec": "svd"}])

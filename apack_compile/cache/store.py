@@ -22,7 +22,7 @@ from ..kernels.factor import refactored
 from ..kernels.kinds import sort_tokens
 from ..kernels.planes import capacity_for, later_levels, quotas, write_later
 from ..kernels.pool import fill_pool, resized
-from ..kernels.running_importance import of_run, worth
+from ..kernels.running_importance import UNKNOWN, of_run, worth
 from ..kernels.side import Side
 from ..ops.encode_cuda import encode_kernels
 from .lease import Lease, writing
@@ -398,3 +398,7 @@ class SideStore:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, _leases=WeakSet(), _lists=[])
+        if "importance" not in state:  # of a version before there was one
+            ring = self.side.ring
+            unknown = ring.new_full((len(ring), ring.shape[2]), UNKNOWN, dtype=torch.float32)
+            self.importance = unknown if self.ref.layout.tracks_importance else None

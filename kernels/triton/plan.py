@@ -39,7 +39,7 @@ BASIS = ("KG", "DK", "KW", "K8", "K4", "K2", "KGAIN", "KROT", "KINTER")
 MOST_SPLITS = 126
 """The merge holds the references of this many splits, and two more, at a time."""
 
-BESIDE_BASIS = 64 << 10
+BESIDE_BASIS = 88 << 10
 """Bytes of shared memory that a program wants besides the basis of keys that are turned."""
 
 

@@ -22,7 +22,7 @@ from ..kernels.factor import refactored
 from ..kernels.kinds import sort_tokens
 from ..kernels.planes import capacity_for, later_levels, quotas, write_later
 from ..kernels.pool import fill_pool, resized
-from ..kernels.running_importance import UNKNOWN, of_run, worth
+from ..kernels.running_importance import of_run, recent_importance, worth
 from ..kernels.side import Side
 from ..ops.encode_cuda import encode_kernels
 from .lease import Lease, writing
@@ -79,13 +79,12 @@ class SideStore:
         """
         policy = policy.for_code(ref)
         arguments = encode_arguments(ref, policy, x.device)
-        if visual is None or not ref.layout.plane_kinds:
-            tensors = torch.ops.apack.encode(x, visible, *arguments, importance)
-            return cls.from_encoded(tensors, ref, policy, x.shape[2])
-        tokens = sort_tokens(visual, max(x.shape[2] - policy.window, 0), policy.chunk)
-        kinds = tokens.tensors(x.device)
+        counts = kinds = None
+        if visual is not None and ref.layout.plane_kinds:
+            tokens = sort_tokens(visual, max(x.shape[2] - policy.window, 0), policy.chunk)
+            counts, kinds = tokens.counts, tokens.tensors(x.device)
         tensors = torch.ops.apack.encode(x, visible, *arguments, importance, kinds)
-        return cls.from_encoded(tensors, ref, policy, x.shape[2], tokens.counts)
+        return cls.from_encoded(tensors, ref, policy, x.shape[2], counts)
 
     @classmethod
     def from_encoded(
@@ -228,13 +227,13 @@ class SideStore:
             fits = live + tokens <= ring.shape[2]
             weights = of_run(self.importance, live, tokens, importance, self.coded)
             self._code_first(0 if fits else live + tokens - self.policy.window, run, weights)
-            self.length += tokens
 
     def _code_first(self, tokens: int, run: Tensor, weights: Tensor | None) -> None:
         """Code the first ``tokens`` of ``run [B, H, T, D]``; the others are the ring then."""
         if tokens:
             self._code(run[:, :, :tokens], None if weights is None else weights[:, :tokens])
         left = run.shape[2] - tokens
+        self.length = self.coded + left  # with what is coded, should the rest fail
         self.side.ring[:, :, :left] = run[:, :, tokens:]
         if self.importance is not None and weights is not None:
             self.importance[:, :left] = weights[:, tokens:]
@@ -349,11 +348,8 @@ class SideStore:
         end = self.ref.layout.tokenwise
         side = Side(
             (*map(payload, self.side.payload[:end]), *map(each, self.side.payload[end:])),
-            each(self.side.pool),
-            each(self.side.pool_positions),
-            each(self.side.ring),
-            (),
-        )
+            each(self.side.pool), each(self.side.pool_positions), each(self.side.ring), (),
+        )  # fmt: skip
         return self._heir(side, each)
 
     def _heir(self, side: Side, each: Callable[[Tensor], Tensor]) -> SideStore:
@@ -399,6 +395,5 @@ class SideStore:
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, _leases=WeakSet(), _lists=[])
         if "importance" not in state:  # of a version before there was one
-            ring = self.side.ring
-            unknown = ring.new_full((len(ring), ring.shape[2]), UNKNOWN, dtype=torch.float32)
-            self.importance = unknown if self.ref.layout.tracks_importance else None
+            ring, tracks = self.side.ring, self.ref.layout.tracks_importance
+            self.importance = recent_importance(None, ring, 0, ring.shape[2]) if tracks else None

@@ -40,8 +40,8 @@ def attend_kernel(
     VP8: tl.constexpr, VP4: tl.constexpr, VP2: tl.constexpr, VGAIN: tl.constexpr,
     VS8: tl.constexpr, VS4: tl.constexpr, VS2: tl.constexpr,
     EK: tl.constexpr, EKP: tl.constexpr, EV: tl.constexpr, EVP: tl.constexpr,
-    RING: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, X: tl.constexpr,
-    XBLOCKS: tl.constexpr, XN: tl.constexpr, LISTED: tl.constexpr, N: tl.constexpr,
+    EXACTS: tl.constexpr, RING: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
+    X: tl.constexpr, XBLOCKS: tl.constexpr, XN: tl.constexpr, LISTED: tl.constexpr, N: tl.constexpr,
     STAGES: tl.constexpr,
     WHOLE: tl.constexpr, LAST: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +55,6 @@ def attend_kernel(
         work += exact_programs
         work = tl.where(work < tl.num_programs(0), work, work - tl.num_programs(0))
     scale2 = tl.full([], scale2, tl.float32)  # Inductor passes float64
-    EXACTS: tl.constexpr = 2 if EK + EV else 1
     if work < exact_programs:
         if work % apart == 0:
             over_ring(
@@ -64,7 +63,7 @@ def attend_kernel(
                 H, ROWS, Q, G, M, BLOCKS, DK, DKP, DV, DVP,
                 RING, BIAS, CAP, X, XBLOCKS, XN, EXACTS, ASM,
             )  # fmt: skip
-        if EK + EV:  # noqa: SIM102  (known when the kernel is compiled)
+        if EXACTS == 2:  # noqa: SIM102  (known when the kernel is compiled)
             if work % apart == apart - 1:
                 over_pool(
                     work // apart, splits, q16, shift, centre, q, k_codes, k_gain, v_codes, v_gain,
@@ -85,5 +84,5 @@ def attend_kernel(
             KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
             CHUNKS, CHUNKSP,
             VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN, VS8, VS4, VS2,
-            EK, EKP, EV, EVP, BIAS, CAP, N, STAGES, WHOLE, ASM,
+            EK, EKP, EV, EVP, EXACTS, BIAS, CAP, N, STAGES, WHOLE, ASM,
         )  # fmt: skip

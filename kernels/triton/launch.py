@@ -85,7 +85,7 @@ def _kernel(kernel: Any) -> Any:
     return kernel if INTERPRETED else wrap_triton(kernel)
 
 
-def _parts(side: Side, layout: Layout) -> tuple[Tensor, Tensor]:
+def _parts(side: Side) -> tuple[Tensor, Tensor]:
     """Codes and gains (the codes again where there are none)."""
     return side.payload[0].contiguous(), side.payload[-1].contiguous()
 
@@ -129,8 +129,8 @@ def attend_packed(
     splits = count_splits(batch, capacity, plan, config, q.device)
     q, k_ring, v_ring = q.contiguous(), keys.ring.contiguous(), values.ring.contiguous()
     k_pool, v_pool = keys.pool.contiguous(), values.pool.contiguous()
-    k_codes, k_gain = _parts(keys, key)
-    v_codes, v_gain = _parts(values, value)
+    k_codes, k_gain = _parts(keys)
+    v_codes, v_gain = _parts(values)
     factor = scale * LOG2_E
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

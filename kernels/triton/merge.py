@@ -77,7 +77,7 @@ def merge_kernel(
     H: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, STRIDE: tl.constexpr,
     VG: tl.constexpr, VX: tl.constexpr, DV: tl.constexpr, VW: tl.constexpr,
     V8: tl.constexpr, V4: tl.constexpr, V2: tl.constexpr,
-    POOLED: tl.constexpr, SINKS: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
+    EXACTS: tl.constexpr, SINKS: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
     CHUNK: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """``out [B, H, ROWS, DV]`` of what ``attend_kernel`` left.
@@ -95,7 +95,6 @@ def merge_kernel(
     start = tl.program_id(0) // PARTS * each
     d = column * COLUMNS + tl.arange(0, COLUMNS)
     slot = tl.arange(0, SLOTS)
-    EXACTS: tl.constexpr = 2 if POOLED else 1
     live = slot < splits + EXACTS
     for i in tl.range(start, tl.minimum(start + each, batch * (H * ROWS))):
         h = i // (batch * ROWS)
@@ -109,7 +108,7 @@ def merge_kernel(
         inside = d < DV
         sums = part + (base * STRIDE + row) * VW
         slots = splits
-        if POOLED and not VX:
+        if EXACTS == 2 and not VX:
             slots += 1  # programs over pools leave sums of codes
 
         # What is read is asked for before warps first wait for each other.
@@ -119,7 +118,7 @@ def merge_kernel(
         gains = tl.load(in_slots + 3 * STRIDE, mask=live, other=0.0)
         exacts = exact + place * (EXACTS * DV) + d
         total = tl.load(exacts + (EXACTS - 1) * DV, mask=inside, other=0.0)  # [COLUMNS]
-        if POOLED:
+        if EXACTS == 2:
             pooled = tl.load(exacts, mask=inside, other=0.0)
         if VX:
             number, held = d, inside
@@ -149,7 +148,7 @@ def merge_kernel(
         if SINKS:
             mass += tl.exp2(sink - base_m)
         total *= f_ring
-        if POOLED:
+        if EXACTS == 2:
             total += f_pool * pooled
         x = _added(first_m, first_x, sums, at, slots, base_m, number, held, STRIDE, VW, TILE)
         if VX:

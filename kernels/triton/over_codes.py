@@ -72,8 +72,8 @@ def _paired(x, N: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def _store(
-    out, acc, rows, some, BITS: tl.constexpr, PART: tl.constexpr, START: tl.constexpr,
-    WIDTH: tl.constexpr, PAD: tl.constexpr, STACK: tl.constexpr, VW: tl.constexpr,
+    out, acc, rows, some, PART: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
+    PAD: tl.constexpr, STACK: tl.constexpr, VW: tl.constexpr,
 ):  # fmt: skip
     """Sums of product ``PART`` of a run, to ``out [rows, VW]``, in the order of codes."""
     r = tl.arange(0, STACK * PAD // 2)
@@ -101,8 +101,8 @@ def over_codes(
     VP8: tl.constexpr, VP4: tl.constexpr, VP2: tl.constexpr, VGAIN: tl.constexpr,
     VS8: tl.constexpr, VS4: tl.constexpr, VS2: tl.constexpr,
     EK: tl.constexpr, EKP: tl.constexpr, EV: tl.constexpr, EVP: tl.constexpr,
-    BIAS: tl.constexpr, CAP: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
-    WHOLE: tl.constexpr, ASM: tl.constexpr,
+    EXACTS: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, N: tl.constexpr,
+    STAGES: tl.constexpr, WHOLE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Leaves ``part [B, G, slots, BLOCKS * M, VW]`` and ``stats [.., 4, BLOCKS * M]``.
 
@@ -316,7 +316,6 @@ def over_codes(
                 a2_6 = _mix(p16, words, a2_6, t2, 2, 6, VP2, VS2, N, ASM)
                 a2_7 = _mix(p16, words, a2_7, t2, 2, 7, VP2, VS2, N, ASM)
 
-    EXACTS: tl.constexpr = 2 if EK + EV else 1
     slot = group * (splits + EXACTS) + split
     total = tl.sum(tl.sum(mass, 0), 0)
     if not KX and KROT == 0 and CAP == 0:
@@ -332,26 +331,26 @@ def over_codes(
         held = (dv < VW)[:, None] & some[None, :]
         tl.store(out + row[None, :] * VW + dv[:, None], a16, mask=held)
     if V8:
-        _store(out, a8_0, row, some, 8, 0, 0, V8, VP8, VS8, VW)
+        _store(out, a8_0, row, some, 0, 0, V8, VP8, VS8, VW)
         if VS8 < 2:
-            _store(out, a8_1, row, some, 8, 1, 0, V8, VP8, VS8, VW)
+            _store(out, a8_1, row, some, 1, 0, V8, VP8, VS8, VW)
     if V4:
-        _store(out, a4_0, row, some, 4, 0, V8, V4, VP4, VS4, VW)
+        _store(out, a4_0, row, some, 0, V8, V4, VP4, VS4, VW)
         if VS4 < 4:
-            _store(out, a4_1, row, some, 4, 1, V8, V4, VP4, VS4, VW)
+            _store(out, a4_1, row, some, 1, V8, V4, VP4, VS4, VW)
         if VS4 < 2:
-            _store(out, a4_2, row, some, 4, 2, V8, V4, VP4, VS4, VW)
-            _store(out, a4_3, row, some, 4, 3, V8, V4, VP4, VS4, VW)
+            _store(out, a4_2, row, some, 2, V8, V4, VP4, VS4, VW)
+            _store(out, a4_3, row, some, 3, V8, V4, VP4, VS4, VW)
     if V2:
         after: tl.constexpr = V8 + 2 * V4
-        _store(out, a2_0, row, some, 2, 0, after, V2, VP2, VS2, VW)
+        _store(out, a2_0, row, some, 0, after, V2, VP2, VS2, VW)
         if VS2 < 8:
-            _store(out, a2_1, row, some, 2, 1, after, V2, VP2, VS2, VW)
+            _store(out, a2_1, row, some, 1, after, V2, VP2, VS2, VW)
         if VS2 < 4:
-            _store(out, a2_2, row, some, 2, 2, after, V2, VP2, VS2, VW)
-            _store(out, a2_3, row, some, 2, 3, after, V2, VP2, VS2, VW)
+            _store(out, a2_2, row, some, 2, after, V2, VP2, VS2, VW)
+            _store(out, a2_3, row, some, 3, after, V2, VP2, VS2, VW)
         if VS2 < 2:
-            _store(out, a2_4, row, some, 2, 4, after, V2, VP2, VS2, VW)
-            _store(out, a2_5, row, some, 2, 5, after, V2, VP2, VS2, VW)
-            _store(out, a2_6, row, some, 2, 6, after, V2, VP2, VS2, VW)
-            _store(out, a2_7, row, some, 2, 7, after, V2, VP2, VS2, VW)
+            _store(out, a2_4, row, some, 4, after, V2, VP2, VS2, VW)
+            _store(out, a2_5, row, some, 5, after, V2, VP2, VS2, VW)
+            _store(out, a2_6, row, some, 6, after, V2, VP2, VS2, VW)
+            _store(out, a2_7, row, some, 7, after, V2, VP2, VS2, VW)

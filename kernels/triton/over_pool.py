@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from .codes import converted, load_run
+from .exact_rows import LIFT, load_rows, store_rows
 from .score import (
-    LIFT,
     biased,
     capped,
     code_scores,
@@ -57,29 +57,20 @@ def over_pool(
     XBLOCKS: tl.constexpr, LISTED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """X rows of one head: ``exact [B, H, ROWS, 0, DV]``; sums and stats in slot ``splits``."""
-    block = work % XBLOCKS
-    h = work // XBLOCKS % H
-    b = work // (XBLOCKS * H)
+    b, h, r, qx, bias_row, rows_bias = load_rows(
+        work, q, bias, bias_b, bias_h, bias_q, H, ROWS, Q, DK, DKP, X, XBLOCKS
+    )
     head = (b * H + h).to(tl.int64)
-    coded = tl.load(lengths).to(tl.int32)
-
-    STRIDE: tl.constexpr = BLOCKS * M
-    r = block * X + tl.arange(0, X)  # of the head's
     mine = r < ROWS
+    coded = tl.load(lengths).to(tl.int32)
     d, dv = tl.arange(0, DKP), tl.arange(0, DVP)
-    qx = tl.load(
-        q + (head * ROWS + r)[None, :] * DK + d[:, None],
-        mask=mine[None, :] & (d < DK)[:, None], other=0.0,
-    )  # [DKP, X]  # fmt: skip
-    real = tl.where(mine, r, 0)  # rows that are none read the mask of one that is
-    rows_bias = (h * (ROWS // Q) + real // Q) * bias_h + real % Q * bias_q
-    bias_row = bias + b.to(tl.int64) * bias_b
+    STRIDE: tl.constexpr = BLOCKS * M
 
     # Its rows among those of its group, in the slot behind the splits.
     g = h // (H // G)
     row = h % (H // G) * ROWS + r
     group = (b * G + g).to(tl.int64)
-    slot = group * (splits + 2) + splits
+    slot = group * (splits + 2) + splits  # the ring's is behind it
     gained = tl.full([X], 0.0, tl.float32)
     # Pool tokens: slots of the keys' pool, then those of the values' that it lacks.
     i = tl.arange(0, LISTED)
@@ -214,10 +205,7 @@ def over_pool(
                 sums = tl.dot(converted(words, 2, c, ASM), w16)
                 _store_sums(out, sums, row, mine, c, V8 + 2 * V4, V2, VP2, VW)
 
-    at_stats = stats + slot * (4 * STRIDE) + row
-    tl.store(at_stats, top - LIFT, mask=mine)
-    tl.store(at_stats + STRIDE, mass, mask=mine)
-    tl.store(at_stats + 2 * STRIDE, coded_mass, mask=mine)
-    tl.store(at_stats + 3 * STRIDE, gained, mask=mine)
-    where = exact + ((head * ROWS + r) * 2)[None, :] * DV + dv[:, None]
-    tl.store(where, acc, mask=mine[None, :] & (dv < DV)[:, None])
+    store_rows(
+        stats, exact, slot, 0, head, row, r, top, mass, coded_mass, gained, acc,
+        ROWS, STRIDE, 2, DV, DVP,
+    )  # fmt: skip

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .score import LIFT, biased, capped, exp2, product
+from .exact_rows import LIFT, load_rows, store_rows
+from .score import biased, capped, exp2, product
 
 
 @triton.jit
@@ -18,22 +19,12 @@ def over_ring(
     XBLOCKS: tl.constexpr, XN: tl.constexpr, EXACTS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """X rows of one head: the last of ``exact [B, H, ROWS, EXACTS, DV]`` and slot."""
-    block = work % XBLOCKS
-    h = work // XBLOCKS % H
-    b = work // (XBLOCKS * H)
+    b, h, r, qx, bias_row, rows_bias = load_rows(
+        work, q, bias, bias_b, bias_h, bias_q, H, ROWS, Q, DK, DKP, X, XBLOCKS
+    )
     head = (b * H + h).to(tl.int64)
     recent = tl.load(lengths + 1).to(tl.int32)
-
-    r = block * X + tl.arange(0, X)  # of the head's
-    mine = r < ROWS
     d, dv = tl.arange(0, DKP), tl.arange(0, DVP)
-    qx = tl.load(
-        q + (head * ROWS + r)[None, :] * DK + d[:, None],
-        mask=mine[None, :] & (d < DK)[:, None], other=0.0,
-    )  # [DKP, X]  # fmt: skip
-    real = tl.where(mine, r, 0)  # rows that are none read the mask of one that is
-    rows_bias = (h * (ROWS // Q) + real // Q) * bias_h + real % Q * bias_q
-    bias_row = bias + b.to(tl.int64) * bias_b
 
     top = tl.full([X], -float("inf"), tl.float32)
     mass = tl.full([X], 0.0, tl.float32)
@@ -64,12 +55,9 @@ def over_ring(
 
     g = h // (H // G)
     row = h % (H // G) * ROWS + r  # among those of its group
-    STRIDE: tl.constexpr = BLOCKS * M
     slot = (b * G + g).to(tl.int64) * (splits + EXACTS) + splits + EXACTS - 1
-    at_stats = stats + slot * (4 * STRIDE) + row
-    tl.store(at_stats, top - LIFT, mask=mine)
-    tl.store(at_stats + STRIDE, mass, mask=mine)
-    tl.store(at_stats + 2 * STRIDE, tl.zeros_like(mass), mask=mine)
-    tl.store(at_stats + 3 * STRIDE, tl.zeros_like(mass), mask=mine)
-    where = exact + ((head * ROWS + r) * EXACTS + EXACTS - 1)[None, :] * DV + dv[:, None]
-    tl.store(where, acc, mask=mine[None, :] & (dv < DV)[:, None])
+    none = tl.zeros_like(mass)
+    store_rows(
+        stats, exact, slot, EXACTS - 1, head, row, r, top, mass, none, none, acc,
+        ROWS, BLOCKS * M, EXACTS, DV, DVP,
+    )  # fmt: skip

@@ -12,10 +12,6 @@ import triton.language as tl
 
 from .codes import converted, load_run
 
-LIFT = tl.constexpr(14.0)
-"""Weights of ring and pool are multiplied by 2^14 before they become float16: small ones keep their
-digits, and none is more than 1."""
-
 
 @triton.jit
 def _load_q(

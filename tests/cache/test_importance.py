@@ -12,6 +12,7 @@ from torch import Tensor
 
 from apack_compile import ops  # noqa: F401  (registers the operators)
 from apack_compile.cache import PackedKV, Policy, SideStore
+from apack_compile.codec import CodeRef
 from apack_compile.kernels.planes import token_levels
 from apack_compile.kernels.running_importance import UNKNOWN
 
@@ -173,6 +174,29 @@ def test_a_ring_of_inference_mode_is_copied_with_what_is_known_of_it() -> None:
     store.free_ring()
     assert store.importance is not None and not store.importance.is_inference()
     assert torch.equal(importance_of(store), before)
+
+
+@pytest.mark.parametrize("ref", [TIERED, fitted_ref(ratio=2)], ids=["tiers", "none"])
+def test_a_store_pickled_before_there_was_importance_knows_nothing_of_it(ref: CodeRef) -> None:
+    """Bug: it was read, and had no such attribute when it was first used."""
+    state = SideStore.encode(tokens(40), ref, POLICY).__getstate__()
+    del state["importance"]
+    store = SideStore.__new__(SideStore)
+    store.__setstate__(state)
+    assert (store.importance is None) == (not ref.layout.tier_shares)
+    assert store.importance is None or (store.importance == UNKNOWN).all()
+    store.extend(tokens(POLICY.ring))
+    assert store.nbytes > 0 and store.length == 40 + POLICY.ring
+
+
+def test_a_write_that_fails_leaves_a_ring_that_is_not_negative() -> None:
+    """Bug: more tokens were coded than the store had, and its ring had less than none."""
+    store = told()
+    alike = store.side.ring[:, :, :1].expand_as(store.side.ring)  # may be read, but not written
+    store.side = store.side._replace(ring=alike)
+    with pytest.raises(RuntimeError):
+        store.extend(tokens(POLICY.ring))
+    assert store.recent == POLICY.window
 
 
 def test_its_bytes_are_counted() -> None:

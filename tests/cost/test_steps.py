@@ -26,7 +26,7 @@ from apack_compile.cost import (
 )
 from apack_compile.cost.steps import splits_of
 from apack_compile.cost.symbols import BATCH, CODED, value_of
-from apack_compile.kernels.triton.plan import Config, make_plan
+from apack_compile.kernels.triton.plan import default_config, make_plan
 
 from ..helpers import fitted_ref
 
@@ -117,10 +117,11 @@ def test_splits_are_those_of_the_launch(
     launch = pytest.importorskip("apack_compile.kernels.triton.launch")
     monkeypatch.setattr(launch, "multiprocessors", lambda _: H100.multiprocessors)
     k, v = (side.layout.spec for side in sides(name, "mixed"))
-    plan = make_plan(k, v, shape_of(name)[1], 1, (8, 8), 96, Config())
-    want = launch.count_splits(batch, tokens, plan, Config(), torch.device("cpu"))
+    config = default_config(k, v, shape_of(name)[1])
+    plan = make_plan(k, v, shape_of(name)[1], 1, (8, 8), 96, config)
+    want = launch.count_splits(batch, tokens, plan, config, torch.device("cpu"))
     values = {BATCH: batch, CODED: tokens}
-    assert value_of(splits_of(plan, Config(), H100), values) == want
+    assert value_of(splits_of(plan, config, H100), values) == want
 
 
 def test_a_step_is_three_launches_of_batch_and_length() -> None:

@@ -1,8 +1,8 @@
-"""Packed attention of one decode step on a GPU by option: kernels, and options that have none yet.
+"""Packed attention of one decode step on a GPU by option, at about equal bytes of the cache.
 
-Codes are those that ratio 8 gives in the mean (8, 4 and 2 bits), fitted on nothing. Options without
-kernels of their own run as plain operators that Inductor compiles. Median over replays of a CUDA
-graph, beside the fastest dense attention of the same run.
+Codes have components of 8, 4 and 2 bits and are fitted on nothing. With ``--plain`` also by the
+plain operators that Inductor compiles. Median over replays of a CUDA graph, beside the fastest
+dense attention of the same run.
 
     python benchmarks/options_gpu.py --out benchmarks/results/options-h100.json
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -22,8 +23,9 @@ import triton
 from torch import Tensor
 
 from apack_compile.cache import Policy, SideStore
-from apack_compile.codec import Code, CodeRef, TransformLayout
+from apack_compile.codec import Code, CodeRef, ModalLayout, TransformLayout
 from apack_compile.codec.evicting import evicting
+from apack_compile.codec.modal import joined, modal
 from apack_compile.codec.tiered import TIERS, layout_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -44,20 +46,39 @@ WAVES = 1e6 ** -(torch.arange(DIM) % (DIM // 2) / (DIM // 2))
 """Radians a position of each channel, as in Qwen2.5."""
 
 
+def sized(layout: TransformLayout, *eighths: int) -> TransformLayout:
+    """A layout with so many components of 8, 4 and 2 bits, in eighths of those that ratio 8 has
+    of 4 bits."""
+    r8, r4, r2 = (layout.r4 * n // 8 for n in eighths)
+    return replace(layout, r8=r8, r4=r4, r2=r2)
+
+
 def variants(k: TransformLayout, v: TransformLayout) -> dict[str, tuple[Any, Any]]:
-    """Layouts of keys and values by option."""
-    tiers = layout_of((v.heads, v.dim, v.groups), (v.r8, v.r4, v.r2), True, TIERS)
+    """Layouts of keys and values by option, of about the same size."""
+
+    def tiered(*eighths: int) -> TransformLayout:
+        wide = sized(v, *eighths)
+        return layout_of((v.heads, v.dim, v.groups), (wide.r8, wide.r4, wide.r2), True, TIERS)
+
+    more = evicting(sized(k, 4, 8, 16), 10)
+    kept = sized(k, 2, 8, 5), sized(v, 2, 7, 6)
+    images, text = [sized(x, 1, 4, n) for x, n in ((k, 4), (v, 3))], (4, 16, 12)
+    kinds = (modal(image, sized(x, *text)) for image, x in zip(images, (k, v), strict=True))
     return {
         "none": (k, v),
         "k_code='pre-rope'": (replace(k, rotary=DIM), v),
-        "tiers=True": (k, tiers),
-        "exact_share=0.01": (replace(k, exact=10), replace(v, exact=10)),
-        "evict=0.3": (evicting(k, 10), evicting(v, 10)),
-    }
+        "tiers=True": (k, tiered(8, 8, 16)),
+        "exact_share=0.01": tuple(replace(x, exact=10) for x in kept),
+        "evict=0.3": (more, evicting(sized(v, 4, 8, 14), 10)),
+        "tiers=True, evict=0.3": (more, evicting(tiered(8, 16, 8), 10)),
+        "visual_ratio=16, text_ratio=4.5": tuple(kinds),
+    }  # fmt: skip
 
 
 def code_of(layout: Any, device: str) -> Code:
-    """A random code with what tiers and rotation need."""
+    """A random code with what tiers, rotation and kinds need."""
+    if isinstance(layout, ModalLayout):
+        return joined(code_of(layout.visual, device), code_of(layout.text, device), (1, 1))
     params = [*random_code(layout, device).params]
     if layout.tier_shares:
         params.append(torch.ones(len(layout.tier_shares) + 1, device=device))
@@ -67,15 +88,17 @@ def code_of(layout: Any, device: str) -> Code:
 
 
 def packed(layout: Any, x: Tensor, importance: Tensor) -> list[Tensor]:
-    """One side of the packed layer, flat."""
+    """One side of the packed layer, flat; four of five tokens are visual."""
     ref = CodeRef(code_of(layout, str(x.device)))
     policy = Policy(window=LIVE, block=96 - LIVE)
-    store = SideStore.encode(x, ref, policy, None, importance)
+    visual = importance < 0.8
+    store = SideStore.encode(x, ref, policy, None, importance, visual)
     return [*store.tensors(), *ref.code.on(x.device)]
 
 
-def measure(case: Case) -> dict[str, float]:
-    """Microseconds by option, and of dense attention."""
+def measure(case: Case, plain: bool) -> dict[str, Any]:
+    """Microseconds by option, MB of the packed layer, and dense attention."""
+    megabytes: dict[str, float] = {}
     rows = {"dense": 1e3 * min(t for n, t in dense_times(case).items() if not n.startswith("cat"))}
     x = torch.randn(case.batch, case.heads, case.tokens, DIM, device="cuda", dtype=DTYPE)
     q = torch.randn(case.batch, case.q_heads, 1, DIM, device="cuda", dtype=DTYPE)
@@ -87,27 +110,35 @@ def measure(case: Case) -> dict[str, float]:
         def attend(q: Tensor, k_side: Any, v_side: Any, specs: Any = (k.spec, v.spec)) -> Tensor:
             return torch.ops.apack.attend(q, None, k_side, v_side, lengths, DIM**-0.5, *specs)
 
-        torch._dynamo.reset()
-        compiled = torch.compile(attend)
-        rows[name] = 1e3 * milliseconds([partial(compiled, q, *sides)], 4, 7)
-        print(name, rows[name], flush=True)
-    return rows
+        for choice in ("triton_op", "plain") if plain else ("triton_op",):
+            os.environ["APACK_ATTEND"] = choice
+            torch._dynamo.reset()
+            compiled = torch.compile(attend)
+            label = name if choice == "triton_op" else f"{name}, plain operators"
+            rows[label] = 1e3 * milliseconds([partial(compiled, q, *sides)], 4, 7)
+            print(label, rows[label], flush=True)
+        fields = len(k.payload_fields(DTYPE)), len(v.payload_fields(DTYPE))
+        stored = [t for side, count in zip(sides, fields, strict=True) for t in side[: count + 3]]
+        megabytes[name] = sum(t.numel() * t.itemsize for t in stored) / 1e6
+    return {"microseconds": rows, "megabytes": megabytes}
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--plain", action="store_true", help="also by plain operators")
+    parser.add_argument("--shapes", nargs="+", choices=NAMES, default=NAMES, help="of these only")
     parser.add_argument("--out", type=Path, help="where to write the results")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-        "triton": triton.__version__, "command": "python benchmarks/options_gpu.py",
-        "microseconds": {},
+        "triton": triton.__version__,
+        "command": " ".join(["python", "benchmarks/options_gpu.py", *sys.argv[1:]]), "shapes": {},
     }  # fmt: skip
-    for name in NAMES:
-        report["microseconds"][name] = measure(CASES[name])
-        print(json.dumps({name: report["microseconds"][name]}), flush=True)
+    for name in args.shapes:
+        report["shapes"][name] = measure(CASES[name], args.plain)
+        print(json.dumps({name: report["shapes"][name]}), flush=True)
         if args.out:
             args.out.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -135,18 +135,18 @@ def absent_tokens(keys: Side, key_code: Layout, values: Side, value_code: Layout
     A token of which one side is in the pool as it is no number is seen, whatever became of the
     other: the output then is none either, as it would be with the dense cache.
     """
-    absent = broken = None
+    absent = None
     for side, code in ((keys, key_code), (values, value_code)):
         dropped = code.absent(side.payload)
-        if dropped is None:
-            continue
-        positions = side.pool_positions
-        dropped = dropped & ~pooled_tokens(positions, 0, side.capacity)
+        if dropped is not None:
+            dropped = dropped & ~pooled_tokens(side.pool_positions, 0, keys.capacity)
+            absent = dropped if absent is None else absent | dropped
+    if absent is None:
+        return None
+    for side in (keys, values):
         wrong = ~side.pool.isfinite().all(-1).all(1)  # [B, E]
-        wrong = pooled_tokens(positions, 0, side.capacity, wrong)
-        absent = dropped if absent is None else absent | dropped
-        broken = wrong if broken is None else broken | wrong
-    return None if absent is None or broken is None else absent & ~broken
+        absent = absent & ~pooled_tokens(side.pool_positions, 0, keys.capacity, wrong)
+    return absent
 
 
 def live_only(tokens: Tensor, count: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ from .over_ring import over_ring
 def attend_kernel(
     q16, shift, centre, table, q, k_codes, k_gain, v_codes, v_gain, bias, lengths, k_pos, v_pos,
     k_basis, k_offsets, k_spans, k_waves, k_pool, v_pool, k_ring, v_ring,
-    part, stats, exact, splits, apart, exact_programs, capacity, bias_b, bias_h, bias_q, scale2,
+    lacks, entries, counts, k_scores, v_scores, part, stats, exact,
+    splits, apart, exact_programs, capacity, k_rows, v_rows, length, k_slots, v_slots,
+    bias_b, bias_h, bias_q, scale2,
     H: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     BLOCKS: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
     KX: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, KW: tl.constexpr,
@@ -40,7 +42,8 @@ def attend_kernel(
     VP8: tl.constexpr, VP4: tl.constexpr, VP2: tl.constexpr, VGAIN: tl.constexpr,
     VS8: tl.constexpr, VS4: tl.constexpr, VS2: tl.constexpr,
     EK: tl.constexpr, EKP: tl.constexpr, EV: tl.constexpr, EVP: tl.constexpr,
-    EXACTS: tl.constexpr, RING: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr,
+    LIST: tl.constexpr, STATS: tl.constexpr, EXACTS: tl.constexpr, RING: tl.constexpr,
+    BIAS: tl.constexpr, CAP: tl.constexpr,
     X: tl.constexpr, XBLOCKS: tl.constexpr, XN: tl.constexpr, LISTED: tl.constexpr, N: tl.constexpr,
     STAGES: tl.constexpr,
     WHOLE: tl.constexpr, LAST: tl.constexpr, ASM: tl.constexpr,
@@ -48,7 +51,7 @@ def attend_kernel(
     """All kinds of programs, those over ring and pool last or first. Constants: ``plan.py``.
 
     CAP: the softcap of the scores; 0: there is none. apart: 2 if ring and pool of a head have a
-    program each, 1 if they share one.
+    program each, 1 if they share one. length: entries of a sequence (``listing.py``).
     """
     work = tl.program_id(0)
     if LAST:  # as if they were first
@@ -61,28 +64,30 @@ def attend_kernel(
                 work // apart, splits, q, bias, lengths, k_ring, v_ring, stats, exact,
                 capacity, bias_b, bias_h, bias_q, scale2,
                 H, ROWS, Q, G, M, BLOCKS, DK, DKP, DV, DVP,
-                RING, BIAS, CAP, X, XBLOCKS, XN, EXACTS, ASM,
+                RING, BIAS, CAP, X, XBLOCKS, XN, STATS, EXACTS, ASM,
             )  # fmt: skip
-        if EXACTS == 2:  # noqa: SIM102  (known when the kernel is compiled)
+        if EK + EV:  # noqa: SIM102  (known when the kernel is compiled)
             if work % apart == apart - 1:
                 over_pool(
                     work // apart, splits, q16, shift, centre, q, k_codes, k_gain, v_codes, v_gain,
                     bias, lengths, k_pos, v_pos, k_basis, k_offsets, k_spans, k_waves,
-                    k_pool, v_pool, part, stats, exact, capacity, bias_b, bias_h, bias_q, scale2,
+                    k_pool, v_pool, lacks, part, stats, exact, capacity,
+                    bias_b, bias_h, bias_q, scale2,
                     H, ROWS, Q, G, M, BLOCKS, KG, VG,
                     KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
                     CHUNKS, CHUNKSP,
                     VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN,
-                    EK, EKP, EV, EVP, BIAS, CAP, X, XBLOCKS, LISTED, ASM,
+                    EK, EKP, EV, EVP, STATS, BIAS, CAP, X, XBLOCKS, LISTED, ASM,
                 )  # fmt: skip
     else:
         over_codes(
             work - exact_programs, splits, q16, shift, centre, table, q, k_codes, k_gain,
             v_codes, v_gain, bias, lengths, k_pos, v_pos, k_basis, k_offsets, k_spans,
-            k_waves, part, stats, capacity, bias_b, bias_h, bias_q, scale2,
+            k_waves, lacks, entries, counts, k_scores, v_scores, part, stats,
+            k_rows, v_rows, length, k_slots, v_slots, bias_b, bias_h, bias_q, scale2,
             H, ROWS, Q, G, M, BLOCKS, KG, VG,
             KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
             CHUNKS, CHUNKSP,
             VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN, VS8, VS4, VS2,
-            EK, EKP, EV, EVP, EXACTS, BIAS, CAP, N, STAGES, WHOLE, ASM,
+            EK, EKP, EV, EVP, LIST, STATS, EXACTS, BIAS, CAP, N, STAGES, WHOLE, ASM,
         )  # fmt: skip

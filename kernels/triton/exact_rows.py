@@ -39,19 +39,22 @@ def load_rows(
 @triton.jit
 def store_rows(
     stats, exact, slot, place, head, row, r, top, mass, coded_mass, gained, acc,
-    ROWS: tl.constexpr, STRIDE: tl.constexpr, EXACTS: tl.constexpr, DV: tl.constexpr,
-    DVP: tl.constexpr,
+    ROWS: tl.constexpr, STRIDE: tl.constexpr, STATS: tl.constexpr, HAVE: tl.constexpr,
+    EXACTS: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
 ):  # fmt: skip
     """Stats into a slot, and ``acc [DVP, X]`` into ``exact [B, H, ROWS, EXACTS, DV]`` at ``place``.
 
-    row: the rows among those of their group.
+    row: the rows among those of their group. Of the STATS numbers of a row the first four are given
+    here; the caller itself leaves others up to HAVE, and the rest is 0.
     """
     mine = r < ROWS
-    at_stats = stats + slot * (4 * STRIDE) + row
+    at_stats = stats + slot * (STATS * STRIDE) + row
     tl.store(at_stats, top - LIFT, mask=mine)
     tl.store(at_stats + STRIDE, mass, mask=mine)
     tl.store(at_stats + 2 * STRIDE, coded_mass, mask=mine)
     tl.store(at_stats + 3 * STRIDE, gained, mask=mine)
+    for i in tl.static_range(HAVE, STATS):
+        tl.store(at_stats + i * STRIDE, tl.zeros_like(mass), mask=mine)
     dv = tl.arange(0, DVP)
     where = exact + ((head * ROWS + r) * EXACTS + place)[None, :] * DV + dv[:, None]
     tl.store(where, acc, mask=mine[None, :] & (dv < DV)[:, None])

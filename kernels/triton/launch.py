@@ -1,20 +1,35 @@
-"""Packed attention by the Triton kernels: fold, attend, merge."""
+"""Packed attention by the Triton kernels: fold, attend, merge.
+
+Where the rows of codes are not those of the tokens (dropped tokens, codes by kind), or where a
+share of the tokens stays exact, rows are ranked and listed before, and pools are read by kernels of
+their own; tiers are spread before. Two codes by kind are attended one after the other.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
-from triton.runtime import JITFunction
 
-from ...codec import Layout, parse_layout
+from ...codec import parse_layout
 from ..side import Side
 from .attend import attend_kernel
+from .calls import INTERPRETED, kernel
+from .coded import (
+    MOST_PLANES,
+    Coded,
+    Ranks,
+    coded,
+    is_listed,
+    member_ranks,
+    plain_pairs,
+    rank_planes,
+)
 from .fold import fold_kernel
+from .listing import SLOTS_AT_ONCE, TOKENS_LISTED
 from .merge import merge_kernel
 from .plan import (
     EXACT_ROWS,
@@ -26,25 +41,28 @@ from .plan import (
     default_config,
     make_plan,
     merge_slots,
+    power,
     shared_bytes,
     supported,
 )
+from .prepare import prepare_kernel
+from .slots import value_slots_kernel
 from .turned import basis_kernel
 
 LOG2_E = 1.4426950408889634
 
 DTYPES = (torch.float16, torch.bfloat16)
 
-INTERPRETED = not isinstance(attend_kernel, JITFunction)
-"""Whether Triton interprets the kernels (TRITON_INTERPRET=1), on whatever device."""
-
 
 def takes(q: Tensor, k_layout: str, v_layout: str) -> bool:
     """Whether the kernels can attend with these queries and codes."""
     key, value = parse_layout(k_layout), parse_layout(v_layout)
     known = supported(key) and supported(value) and not value.positional
-    fits = not key.positional or shared_bytes(key) <= shared_memory(q.device)
-    return known and fits and q.dtype in DTYPES
+    known &= not key.tier_shares and len(value.tier_shares) <= MOST_PLANES
+    known &= bool(key.plane_kinds) == bool(value.plane_kinds)
+    most = shared_memory(q.device)
+    fits = known and all(shared_bytes(k) <= most for k, _ in plain_pairs(key, value))
+    return fits and q.dtype in DTYPES
 
 
 @cache
@@ -66,7 +84,7 @@ def shared_memory(device: torch.device) -> int:
 def programs_apart(batch: int, plan: Plan, device: torch.device) -> int:
     """Programs for ring and pool of a head: two where multiprocessors have nothing else to do."""
     few = multiprocessors(device) // 4
-    return plan.exacts if isinstance(batch, int) and batch * plan.exact_programs <= few else 1
+    return 1 + plan.pool if isinstance(batch, int) and batch * plan.exact_programs <= few else 1
 
 
 def count_splits(
@@ -81,28 +99,30 @@ def count_splits(
     return torch.sym_max(torch.sym_min(torch.sym_min(room, tiles), MOST_SPLITS), 1)
 
 
-def _kernel(kernel: Any) -> Any:
-    return kernel if INTERPRETED else wrap_triton(kernel)
+class Step(NamedTuple):
+    """What one step of one layer asks for, see :func:`attend_packed`."""
+
+    q: Tensor
+    bias: Tensor | None
+    keys: Side
+    values: Side
+    lengths: Tensor
+    factor: float
+    softcap: float
+    config: Config | None
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A new tensor on the device of the queries."""
+        return torch.empty(shape, dtype=dtype, device=self.q.device)
 
 
-def _parts(side: Side) -> tuple[Tensor, Tensor]:
-    """Codes and gains (the codes again where there are none)."""
-    return side.payload[0].contiguous(), side.payload[-1].contiguous()
+class Listed(NamedTuple):
+    """What ``prepare_kernel`` leaves: entries, their number, scores by slots of both pools."""
 
-
-def _turning(side: Side, layout: Layout, plan: Plan) -> list[Tensor]:
-    """Basis, offsets, spans and waves of keys that are turned; stand-ins of others."""
-    if not layout.positional:
-        return [side.ring] * 4
-    mean, _, synthesis, units = side.params[:4]
-    spans, waves = (t.contiguous() for t in side.params[-2:])
-    channels, width = 2 * plan.basis["HALF"], plan.basis["KW"]
-    basis = mean.new_empty(layout.heads, channels, width, dtype=torch.float16)
-    offsets = mean.new_empty(layout.heads, 2, channels)
-    _kernel(basis_kernel)[(layout.heads * plan.basis["PARTS"],)](
-        mean, synthesis, units, spans, basis, offsets, **plan.basis, num_warps=4
-    )
-    return [basis, offsets, spans, waves]
+    entries: Tensor
+    counts: Tensor
+    k_scores: Tensor
+    v_scores: Tensor
 
 
 def attend_packed(
@@ -119,69 +139,188 @@ def attend_packed(
         config: how to cut the work; None: :func:`default_config`.
     """
     key, value = parse_layout(k_layout), parse_layout(v_layout)
-    keys, values = Side.of(k, key), Side.of(v, value)
-    batch, q_heads, queries = q.shape[0], int(q.shape[1]), int(q.shape[2])
-    if config is None:
-        config = default_config(k_layout, v_layout, q_heads * queries)
-    capacity, ring = keys.capacity, keys.ring.shape[2]
-    pools = keys.pool.shape[2], values.pool.shape[2]
-    plan = make_plan(k_layout, v_layout, q_heads, queries, pools, ring, config)
-    splits = count_splits(batch, capacity, plan, config, q.device)
-    q, k_ring, v_ring = q.contiguous(), keys.ring.contiguous(), values.ring.contiguous()
-    k_pool, v_pool = keys.pool.contiguous(), values.pool.contiguous()
-    k_codes, k_gain = _parts(keys)
-    v_codes, v_gain = _parts(values)
+    keys, values = _contiguous(Side.of(k, key)), _contiguous(Side.of(v, value))
+    bias = None if bias is None else bias.contiguous()
     factor = scale * LOG2_E
+    step = Step(q.contiguous(), bias, keys, values, lengths, factor, softcap, config)
+    k_ranks, v_ranks = rank_planes(keys, values, key, value, lengths)
+    listed = is_listed(key, value)
+    more = key.evicts + value.evicts > 0
+    found = []
+    pairs = plain_pairs(key, value)
+    for kind in range(len(pairs)):
+        of_keys, of_values = coded(keys, key, k_ranks, kind), coded(values, value, v_ranks, kind)
+        rows = None
+        if listed:
+            members = member_ranks(key, k_ranks), member_ranks(value, v_ranks)
+            rows = _list(step, of_keys, *members, kind, more)
+        if kind:  # ring and sinks belong to the first
+            step = step._replace(lengths=torch.cat([lengths[:1], lengths.new_zeros(1)]))
+        own_sinks = None if kind else sinks
+        found.append(_attend(step, of_keys, of_values, rows, own_sinks, len(pairs) > 1))
+    if len(found) == 1:
+        return found[0][0]
+    return _together(found).to(q.dtype)
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=q.device)
 
+def _contiguous(side: Side) -> Side:
+    pool, positions, ring = (t.contiguous() for t in side[1:4])
+    return side._replace(pool=pool, pool_positions=positions, ring=ring)
+
+
+def _together(found: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """Attention over all tokens from that over some, and the log2 of their masses."""
+    outs = torch.stack([out for out, _ in found])
+    masses = torch.stack([mass for _, mass in found if mass is not None])[..., None]
+    top = masses.amax(0)
+    weights = torch.exp2(masses - torch.where(top == float("-inf"), 0.0, top))
+    total = weights.sum(0)
+    return (weights * outs).sum(0) / torch.where(total == 0, 1.0, total)
+
+
+def _list(
+    step: Step, of_keys: Coded, k_ranks: Ranks | None, v_ranks: Ranks | None, kind: int, more: bool
+) -> Listed:
+    """Which rows belong together, of all tokens or of a kind. more: tokens may be dropped."""
+    q, keys, values, lengths = step.q, step.keys, step.values, step.lengths
+    batch, q_heads, queries, dim = q.shape[0], *(int(n) for n in q.shape[1:])
+    capacity, heads = keys.capacity, keys.ring.shape[1]
+    k_slots, v_slots = keys.pool.shape[2], values.pool.shape[2]
+    length = of_keys.codes.shape[1] + (k_slots + v_slots if more else 0)
+    tiles = (capacity + TOKENS_LISTED - 1) // TOKENS_LISTED
+    slots = torch.sym_max(k_slots, v_slots)
+    slot_tiles = torch.sym_max((slots + SLOTS_AT_ONCE - 1) // SLOTS_AT_ONCE, 1)
+    found = step.empty(batch, 2, capacity, dtype=torch.int32)
+    listed = Listed(
+        step.empty(batch, 3, length, dtype=torch.int32),
+        step.empty(batch, dtype=torch.int32),
+        step.empty(batch, q_heads, queries, k_slots),
+        step.empty(batch, q_heads, queries, v_slots),
+    )
+    rows = q_heads // heads * queries
+    blocks = -(-rows // EXACT_ROWS)
+    k_rows, k_totals = (lengths, lengths) if k_ranks is None else k_ranks
+    v_rows = lengths if v_ranks is None else v_ranks.rows
+    programs = batch * tiles + slot_tiles * batch * (int(more) + heads * blocks)
+    kernel(prepare_kernel)[(programs,)](
+        q, k_rows, v_rows, k_totals, keys.pool_positions, values.pool_positions,
+        keys.pool, values.pool, lengths, found, *listed, capacity, length, k_slots, v_slots,
+        batch, tiles, slot_tiles, step.factor,
+        H=heads, ROWS=rows, DK=dim, DKP=power(dim, 16), DV=values.ring.shape[3],
+        DVP=power(values.ring.shape[3], 16), X=EXACT_ROWS, XBLOCKS=blocks,
+        KPLANES=0 if k_ranks is None else k_rows.shape[1],
+        VPLANES=0 if v_ranks is None else v_rows.shape[1],
+        PLANE=kind, MORE=int(more), T=TOKENS_LISTED, E=SLOTS_AT_ONCE, ASM=not INTERPRETED,
+        num_warps=4,
+    )  # fmt: skip
+    return listed
+
+
+def _attend(
+    step: Step, of_keys: Coded, of_values: Coded, rows: Listed | None, sinks: Tensor | None,
+    with_mass: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Attention over one pair of codes, pools and ring.
+
+    Args:
+        step: what is asked for.
+        of_keys, of_values: the codes.
+        rows: which of their rows belong together; None: rows are tokens.
+        sinks: of the heads.
+        with_mass: also give log2 of the mass of each row, ``[B, Hq, Q]``, and all in float32.
+    """
+    q, keys, values, lengths = step.q, step.keys, step.values, step.lengths
+    key, value = of_keys.layout, of_values.layout
+    batch, q_heads, queries = q.shape[0], int(q.shape[1]), int(q.shape[2])
+    config = step.config or default_config(key.spec, value.spec, q_heads * queries)
+    pools = (0, 0) if rows is not None else (keys.pool.shape[2], values.pool.shape[2])
+    ring, lacks = keys.ring.shape[2], of_values.lacks
+    plan = make_plan(
+        key.spec, value.spec, q_heads, queries, pools, ring, config, rows is not None,
+        lacks is not None,
+    )  # fmt: skip
+    k_rows, v_rows = of_keys.codes.shape[1], of_values.codes.shape[1]
+    splits = count_splits(batch, k_rows, plan, config, q.device)
     apart = programs_apart(batch, plan, q.device)
     exact_programs = batch * plan.exact_programs * apart
-    head_blocks = plan.attend["H"] * ((batch * plan.head_rows + EXACT_ROWS - 1) // EXACT_ROWS)
-    q16, shift, centre, table = q, lengths, lengths, lengths
-    if keys.params and not key.positional:
-        table = empty(MOST_STACKED, dtype=torch.int32)
-        q16 = empty(batch, plan.groups, plan.rows, plan.attend["KW"], dtype=torch.float16)
-        shift = empty(batch, plan.groups, plan.rows)
-        centre = empty(batch, plan.groups, plan.fold["CHUNKS"], plan.rows)
-        _kernel(fold_kernel)[(head_blocks * plan.fold["CHUNKS"],)](
-            q, keys.params[0], *keys.params[2:4], q16, shift, centre, table, factor, batch,
-            **plan.fold, STEPS=MOST_STACKED, num_warps=4,
-        )  # fmt: skip
-    elif values.params:
-        table = torch.arange(MOST_STACKED, dtype=torch.int32, device=q.device)
-    part = empty(batch, plan.groups, splits + plan.exacts, plan.rows, plan.attend["VW"])
-    stats = empty(batch, plan.groups, splits + plan.exacts, 4, plan.rows)
-    exact = empty(batch, q_heads, queries, plan.exacts, value.dim)
-    bias = None if bias is None else bias.contiguous()
-    strides, kind = _bias_strides(bias)
-    whole = int(capacity % config.tokens == 0)
+    folded = _folded(step, of_keys, plan)
+    part = step.empty(batch, plan.groups, splits + plan.exacts, plan.rows, plan.attend["VW"])
+    stats = step.empty(batch, plan.groups, splits + plan.exacts, plan.attend["STATS"], plan.rows)
+    exact = step.empty(batch, q_heads, queries, plan.exacts, value.dim)
+    strides, kind = _bias_strides(step.bias)
+    whole = 1 if rows is not None else int(k_rows % config.tokens == 0)
     limit = {"maxnreg": config.registers} if config.registers else {}
-    _kernel(attend_kernel)[(exact_programs + batch * plan.groups * plan.blocks * splits,)](
-        q16, shift, centre, table, q, k_codes, k_gain, v_codes, v_gain,
-        lengths if bias is None else bias, lengths,
-        keys.pool_positions.contiguous(), values.pool_positions.contiguous(),
-        *_turning(keys, key, plan), k_pool, v_pool, k_ring, v_ring, part, stats, exact,
-        splits, apart, exact_programs, capacity, *strides, factor,
-        **plan.attend, BIAS=kind, CAP=softcap, WHOLE=whole, ASM=not INTERPRETED,
-        num_warps=config.warps, **limit,
+    lists = [lengths] * 4 if rows is None else rows
+    kernel(attend_kernel)[(exact_programs + batch * plan.groups * plan.blocks * splits,)](
+        *folded, q, of_keys.codes, of_keys.gains, of_values.codes, of_values.gains,
+        lengths if step.bias is None else step.bias, lengths,
+        keys.pool_positions, values.pool_positions, *_turning(of_keys, plan),
+        keys.pool, values.pool, keys.ring, values.ring,
+        lengths if lacks is None else lacks, *lists, part, stats, exact,
+        splits, apart, exact_programs, keys.capacity, k_rows, v_rows,
+        0 if rows is None else rows.entries.shape[2], keys.pool.shape[2], values.pool.shape[2],
+        *strides, step.factor, **plan.attend, BIAS=kind, CAP=step.softcap, WHOLE=whole,
+        ASM=not INTERPRETED, num_warps=config.warps, **limit,
     )  # fmt: skip
-    out = empty(batch, q_heads, queries, value.dim, dtype=q.dtype)
+    if rows is not None:
+        names = ("H", "ROWS", "G", "STATS", "DV", "DVP", "X", "XBLOCKS")
+        kernel(value_slots_kernel)[(batch * plan.exact_programs,)](
+            values.pool_positions, values.pool, rows.v_scores, lengths, stats, exact, splits,
+            values.pool.shape[2], **{name: plan.attend[name] for name in names}, STRIDE=plan.rows,
+            E=SLOTS_AT_ONCE, ASM=not INTERPRETED, num_warps=4,
+        )  # fmt: skip
+    out = step.empty(
+        batch, q_heads, queries, value.dim, dtype=torch.float32 if with_mass else q.dtype
+    )
+    mass = step.empty(batch, q_heads, queries) if with_mass else None
     mean, synthesis, units = part, part, part
-    if values.params:
-        mean, _, synthesis, units = values.params[:4]
+    if of_values.params:
+        mean, _, synthesis, units = of_values.params[:4]
     processors = multiprocessors(q.device)
-    rows, parts = batch * key.heads * plan.head_rows, plan.merge["PARTS"]
+    heads_rows, parts = batch * key.heads * plan.head_rows, plan.merge["PARTS"]
     programs = processors * MERGE.fill // parts
-    each = torch.sym_max((rows + programs - 1) // programs, 1)
-    _kernel(merge_kernel)[((rows + each - 1) // each * parts,)](
+    each = torch.sym_max((heads_rows + programs - 1) // programs, 1)
+    kernel(merge_kernel)[((heads_rows + each - 1) // each * parts,)](
         part, stats, exact, lengths if sinks is None else sinks.contiguous(),
-        mean, synthesis, units, out, splits, batch, each, **plan.merge,
-        SINKS=int(sinks is not None), SLOTS=merge_slots(plan, config, processors),
-        num_warps=MERGE.warps,
+        mean, synthesis, units, out, lengths if mass is None else mass, splits, batch, each,
+        **plan.merge, SINKS=int(sinks is not None), LSE=int(with_mass),
+        SLOTS=merge_slots(plan, config, processors), num_warps=MERGE.warps,
     )  # fmt: skip
-    return out
+    return out, mass
+
+
+def _folded(step: Step, of_keys: Coded, plan: Plan) -> list[Tensor]:
+    """What ``fold_kernel`` leaves, and a table; stand-ins where keys have no such codes."""
+    q, batch = step.q, step.q.shape[0]
+    if not of_keys.params or of_keys.layout.positional:
+        table = torch.arange(MOST_STACKED, dtype=torch.int32, device=q.device)
+        return [q, step.lengths, step.lengths, table]
+    table = step.empty(MOST_STACKED, dtype=torch.int32)
+    q16 = step.empty(batch, plan.groups, plan.rows, plan.attend["KW"], dtype=torch.float16)
+    shift = step.empty(batch, plan.groups, plan.rows)
+    centre = step.empty(batch, plan.groups, plan.fold["CHUNKS"], plan.rows)
+    head_blocks = plan.attend["H"] * ((batch * plan.head_rows + EXACT_ROWS - 1) // EXACT_ROWS)
+    kernel(fold_kernel)[(head_blocks * plan.fold["CHUNKS"],)](
+        q, of_keys.params[0], *of_keys.params[2:4], q16, shift, centre, table, step.factor, batch,
+        **plan.fold, STEPS=MOST_STACKED, num_warps=4,
+    )  # fmt: skip
+    return [q16, shift, centre, table]
+
+
+def _turning(of_keys: Coded, plan: Plan) -> list[Tensor]:
+    """Basis, offsets, spans and waves of keys that are turned; stand-ins of others."""
+    layout, params = of_keys.layout, of_keys.params
+    if not layout.positional:
+        return [of_keys.gains] * 4
+    mean, _, synthesis, units = params[:4]
+    spans, waves = (t.contiguous() for t in params[-2:])
+    channels, width = 2 * plan.basis["HALF"], plan.basis["KW"]
+    basis = mean.new_empty(layout.heads, channels, width, dtype=torch.float16)
+    offsets = mean.new_empty(layout.heads, 2, channels)
+    kernel(basis_kernel)[(layout.heads * plan.basis["PARTS"],)](
+        mean, synthesis, units, spans, basis, offsets, **plan.basis, num_warps=4
+    )
+    return [basis, offsets, spans, waves]
 
 
 def _bias_strides(bias: Tensor | None) -> tuple[tuple[int, int, int], int]:

@@ -15,7 +15,7 @@ from .codes import OFFSET, OFFSET_8, component
 @triton.jit
 def _slots(
     sums, stats, first, slots, cells, inside,
-    STRIDE: tl.constexpr, VW: tl.constexpr, TILE: tl.constexpr,
+    STRIDE: tl.constexpr, STATS: tl.constexpr, VW: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """What some splits left of one row: references ``[TILE]``, sums ``[TILE, cells]``.
 
@@ -23,7 +23,7 @@ def _slots(
     """
     slot = first + tl.arange(0, TILE)
     live = slot < slots
-    m = tl.load(stats + slot * (4 * STRIDE), mask=live, other=-float("inf"))
+    m = tl.load(stats + slot * (STATS * STRIDE), mask=live, other=-float("inf"))
     x = tl.load(
         sums + slot[:, None] * (VW * STRIDE) + cells[None, :],
         mask=live[:, None] & inside[None, :], other=0.0,
@@ -34,12 +34,12 @@ def _slots(
 @triton.jit
 def _added(
     m, x, sums, stats, slots, base_m, cells, inside,
-    STRIDE: tl.constexpr, VW: tl.constexpr, TILE: tl.constexpr,
+    STRIDE: tl.constexpr, STATS: tl.constexpr, VW: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The sum over all slots, relative to 2^base_m: ``[cells]``. m, x: of the first ones."""
     acc = tl.exp2(m - base_m)[:, None] * x
     for first in tl.range(TILE, slots, TILE, num_stages=3):
-        m, x = _slots(sums, stats, first, slots, cells, inside, STRIDE, VW, TILE)
+        m, x = _slots(sums, stats, first, slots, cells, inside, STRIDE, STATS, VW, TILE)
         acc += tl.exp2(m - base_m)[:, None] * x
     return tl.sum(acc, 0)
 
@@ -64,20 +64,24 @@ def _basis(
 
 
 @triton.jit
-def _expanded(x, gained, number, basis, unit, V8: tl.constexpr):
-    """Sums of codes ``x [components]`` as a value: ``[d]``."""
+def _expanded(
+    x, gained, lack8, lack4, lack2, number, basis, unit, V8: tl.constexpr, V4: tl.constexpr,
+):  # fmt: skip
+    """Sums of codes ``x [components]``, and what they lack, as a value: ``[d]``."""
     too_much = tl.where(number < V8, OFFSET_8, OFFSET)
-    x = (x - gained * too_much) * unit
+    lack = tl.where(number < V8, lack8, tl.where(number < V8 + 2 * V4, lack4, lack2))
+    x = (x - gained * too_much + lack) * unit
     return tl.sum(x[:, None] * basis.to(tl.float32), 0)
 
 
 @triton.jit
 def merge_kernel(
-    part, stats, exact, sinks, mean, synthesis, units, out, splits, batch, each,
+    part, stats, exact, sinks, mean, synthesis, units, out, lse, splits, batch, each,
     H: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, STRIDE: tl.constexpr,
     VG: tl.constexpr, VX: tl.constexpr, DV: tl.constexpr, VW: tl.constexpr,
     V8: tl.constexpr, V4: tl.constexpr, V2: tl.constexpr,
-    EXACTS: tl.constexpr, SINKS: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
+    STATS: tl.constexpr, EXACTS: tl.constexpr, POOL: tl.constexpr, SINKS: tl.constexpr,
+    LSE: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr,
     CHUNK: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """``out [B, H, ROWS, DV]`` of what ``attend_kernel`` left.
@@ -102,13 +106,13 @@ def merge_kernel(
         group = b * G + h // (H // G)
         row = h % (H // G) * ROWS + r
         base = group * (splits + EXACTS)
-        at = stats + base * (4 * STRIDE) + row
-        in_slots = at + slot * (4 * STRIDE)
+        at = stats + base * (STATS * STRIDE) + row
+        in_slots = at + slot * (STATS * STRIDE)
         place = (b * H + h) * ROWS + r
         inside = d < DV
         sums = part + (base * STRIDE + row) * VW
         slots = splits
-        if EXACTS == 2 and not VX:
+        if POOL and not VX:
             slots += 1  # programs over pools leave sums of codes
 
         # What is read is asked for before warps first wait for each other.
@@ -132,7 +136,7 @@ def merge_kernel(
             basis, unit = _basis(
                 synthesis, units, gv, own, number, d, held, inside, n, VG, VW, V8, V4, V2
             )
-        first_m, first_x = _slots(sums, at, 0, slots, number, held, STRIDE, VW, TILE)
+        first_m, first_x = _slots(sums, at, 0, slots, number, held, STRIDE, STATS, VW, TILE)
 
         top = tl.max(m, 0)
         if SINKS:
@@ -145,25 +149,32 @@ def merge_kernel(
         mass, coded_mass, gained, f_pool, f_ring = tl.reduce(
             (f * masses, f * coded_masses, f * gains, f_pool, f_ring), 0, _five_sums
         )
+        lack8, lack4, lack2 = 0.0, 0.0, 0.0
+        if STATS > 4:
+            lack8 = tl.sum(f * tl.load(in_slots + 4 * STRIDE, mask=live, other=0.0), 0)
+            lack4 = tl.sum(f * tl.load(in_slots + 5 * STRIDE, mask=live, other=0.0), 0)
+            lack2 = tl.sum(f * tl.load(in_slots + 6 * STRIDE, mask=live, other=0.0), 0)
         if SINKS:
             mass += tl.exp2(sink - base_m)
         total *= f_ring
         if EXACTS == 2:
             total += f_pool * pooled
-        x = _added(first_m, first_x, sums, at, slots, base_m, number, held, STRIDE, VW, TILE)
+        x = _added(first_m, first_x, sums, at, slots, base_m, number, held, STRIDE, STATS, VW, TILE)
         if VX:
             total += x
         else:
             total += coded_mass * mu
-            total += _expanded(x, gained, number, basis, unit, V8)
+            total += _expanded(x, gained, lack8, lack4, lack2, number, basis, unit, V8, V4)
             for first in tl.static_range(CHUNK, VW, CHUNK):
                 number = first + tl.arange(0, CHUNK)
                 held = number < VW
                 basis, unit = _basis(
                     synthesis, units, gv, own, number, d, held, inside, n, VG, VW, V8, V4, V2
                 )
-                m, x = _slots(sums, at, 0, slots, number, held, STRIDE, VW, TILE)
-                x = _added(m, x, sums, at, slots, base_m, number, held, STRIDE, VW, TILE)
-                total += _expanded(x, gained, number, basis, unit, V8)
+                m, x = _slots(sums, at, 0, slots, number, held, STRIDE, STATS, VW, TILE)
+                x = _added(m, x, sums, at, slots, base_m, number, held, STRIDE, STATS, VW, TILE)
+                total += _expanded(x, gained, lack8, lack4, lack2, number, basis, unit, V8, V4)
         total = total / tl.where(mass == 0.0, 1.0, mass)
+        if LSE:
+            tl.store(lse + place, tl.log2(mass) + base_m, mask=column == 0)
         tl.store(out + place * DV + d, total.to(out.dtype.element_ty), mask=inside)

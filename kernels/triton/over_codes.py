@@ -25,6 +25,7 @@ from .score import (
     product,
     span,
 )
+from .spread import lacked
 from .turned import load_turn, turned_scores
 
 SLACK = tl.constexpr(10.0)
@@ -87,8 +88,8 @@ def _store(
 @triton.jit
 def over_codes(
     work, splits, q16, shift, centre, table, q, k_codes, k_gain, v_codes, v_gain, bias, lengths,
-    k_pos, v_pos, k_basis, k_offsets, k_spans, k_waves, part, stats, capacity,
-    bias_b, bias_h, bias_q, scale2,
+    k_pos, v_pos, k_basis, k_offsets, k_spans, k_waves, lacks, entries, counts, k_scores, v_scores,
+    part, stats, k_rows, v_rows, length, k_slots, v_slots, bias_b, bias_h, bias_q, scale2,
     H: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     BLOCKS: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
     KX: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, KW: tl.constexpr,
@@ -101,20 +102,25 @@ def over_codes(
     VP8: tl.constexpr, VP4: tl.constexpr, VP2: tl.constexpr, VGAIN: tl.constexpr,
     VS8: tl.constexpr, VS4: tl.constexpr, VS2: tl.constexpr,
     EK: tl.constexpr, EKP: tl.constexpr, EV: tl.constexpr, EVP: tl.constexpr,
-    EXACTS: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, N: tl.constexpr,
-    STAGES: tl.constexpr, WHOLE: tl.constexpr, ASM: tl.constexpr,
+    LIST: tl.constexpr, STATS: tl.constexpr, EXACTS: tl.constexpr, BIAS: tl.constexpr,
+    CAP: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
-    """Leaves ``part [B, G, slots, BLOCKS * M, VW]`` and ``stats [.., 4, BLOCKS * M]``.
+    """Leaves ``part [B, G, slots, BLOCKS * M, VW]`` and ``stats [.., STATS, BLOCKS * M]``.
 
     There is a slot for each split, then one for the pool if there is one, and one for the ring.
 
-    WHOLE: the capacity is a multiple of N, so that no tile reaches past it.
+    WHOLE: any row of a tile may be read: the capacity is a multiple of N, so that no tile reaches
+    past it, or rows are listed. LIST: ``entries`` say which rows there are (``listing.py``); else
+    they are the tokens. STATS: 7 where values may lack bits, 4 else.
     """
     block = work % BLOCKS
     split = work // BLOCKS % splits
     g = work // (BLOCKS * splits) % G
     b = work // (BLOCKS * splits * G)
     coded = tl.load(lengths).to(tl.int32)
+    if LIST:
+        coded = tl.load(counts + b)
     per = ((coded + N - 1) // N + splits - 1) // splits * N
     first = split * per
     last = tl.minimum(first + per, coded)
@@ -125,22 +131,22 @@ def over_codes(
     group = (b * G + g).to(tl.int64)
     gk, gv = g // (G // KG), g // (G // VG)
     if KX:
-        k_base = k_codes + b.to(tl.int64) * capacity * KPITCH + gk * DK
+        k_base = k_codes + b.to(tl.int64) * k_rows * KPITCH + gk * DK
         d = tl.arange(0, DKP)
         q_row = q + (group * (H // G * ROWS) + row) * DK
         qx = tl.load(
             q_row[None, :] + d[:, None], mask=some[None, :] & (d < DK)[:, None], other=0.0
         )  # [DKP, M]  # fmt: skip
     elif KROT:
-        k_base = k_codes + b.to(tl.int64) * capacity * KPITCH + gk * (K8 + K4 + K2)
+        k_base = k_codes + b.to(tl.int64) * k_rows * KPITCH + gk * (K8 + K4 + K2)
         turn = load_turn(
             g, scale2, q + (group * ROWS + row) * DK, some,
             k_basis, k_offsets, k_spans, k_waves,
             DK, KW, K8, K4, K2, KP8, KP4, KP2, KROT, KINTER, KHALF,
         )  # fmt: skip
-        origin = tl.load(k_pos + b * EK).to(tl.int32)
+        origin = tl.load(k_pos + b * k_slots).to(tl.int32)
     else:
-        k_base = k_codes + b.to(tl.int64) * capacity * KPITCH + gk * (K8 + K4 + K2)
+        k_base = k_codes + b.to(tl.int64) * k_rows * KPITCH + gk * (K8 + K4 + K2)
         q_base = q16 + group * STRIDE * KW
         (
             q8_0, q8_1, q4_0, q4_1, q4_2, q4_3, q2_0, q2_1, q2_2, q2_3, q2_4, q2_5, q2_6, q2_7,
@@ -157,9 +163,9 @@ def over_codes(
         if not KGAIN:
             mean += less
     if VX:
-        v_base = v_codes + b.to(tl.int64) * capacity * VPITCH + gv * DV
+        v_base = v_codes + b.to(tl.int64) * v_rows * VPITCH + gv * DV
     else:
-        v_base = v_codes + b.to(tl.int64) * capacity * VPITCH + gv * (V8 + V4 + V2)
+        v_base = v_codes + b.to(tl.int64) * v_rows * VPITCH + gv * (V8 + V4 + V2)
     real = tl.where(some, row, 0)  # rows that are none read the mask of one that is
     rows_bias = (g * (H // G) * (ROWS // Q) + real // Q) * bias_h + real % Q * bias_q
     bias_row = bias + b.to(tl.int64) * bias_b
@@ -176,6 +182,8 @@ def over_codes(
     # Summed over all tokens after the loop: no exchange in it.
     mass = tl.full([N // 16, 8, M], 0.0, tl.float32)
     gained = tl.full([N // 16, 8, M], 0.0, tl.float32)
+    if STATS > 4:
+        lack8, lack4, lack2 = gained, gained, gained
     if VX:
         a16 = tl.full([DVP, M], 0.0, tl.float32)
     if V8:
@@ -191,19 +199,42 @@ def over_codes(
         a2_0 = tl.full([VS2 * VP2 // 2, M], 0.0, tl.float32)
         a2_1, a2_2, a2_3, a2_4, a2_5, a2_6, a2_7 = a2_0, a2_0, a2_0, a2_0, a2_0, a2_0, a2_0
 
+    last_key = last
+    if LIST:
+        listed_row = entries + 3 * b.to(tl.int64) * length
+        k_scores += group * (H // G * ROWS) * k_slots
+        v_scores += group * (H // G * ROWS) * v_slots
+        last_key = tl.minimum(last, k_rows)  # entries of slots have no row
     # Gains are too narrow for asynchronous copies: they are loaded one tile ahead by hand.
     n = first + tl.arange(0, N)
     if KGAIN:
-        k_gains = k_gain + b.to(tl.int64) * capacity * KG + gk
-        next_t = gains(k_gains, n, n < last, KG)
+        k_gains = k_gain + b.to(tl.int64) * k_rows * KG + gk
+        next_t = gains(k_gains, n, n < last_key, KG)
     if VGAIN:
-        v_gains = v_gain + b.to(tl.int64) * capacity * VG + gv
-        next_u = gains(v_gains, n, n < last, VG)
+        v_gains = v_gain + b.to(tl.int64) * v_rows * VG + gv
+        if LIST:
+            at = tl.load(listed_row + 2 * length + n, mask=n < last, other=-1)
+            next_at = tl.load(listed_row + 2 * length + n + N, mask=n + N < last, other=-1)
+            next_u = gains(v_gains, tl.maximum(at, 0), at >= 0, VG)
+        else:
+            next_u = gains(v_gains, n, n < last, VG)
+    if STATS > 4:
+        lack_row = lacks + b.to(tl.int64) * v_rows
 
     for start in tl.range(first, last, N, num_stages=STAGES):
         n = start + tl.arange(0, N)
         inside = n < last
         live = inside
+        k_row, v_row, token, in_codes = n, n, n, inside
+        if LIST:
+            token = tl.load(listed_row + n, mask=inside, other=-1)
+            k_at = tl.load(listed_row + length + n, mask=inside, other=0)
+            v_at = tl.load(listed_row + 2 * length + n, mask=inside, other=0)
+            live = token >= 0
+            in_codes = live & (v_at >= 0)  # row 0 may be stale
+            pooled = tl.min(tl.minimum(k_at, v_at), 0) < 0
+            k_row = tl.minimum(n, k_rows - 1)
+            v_row, token = tl.maximum(v_at, 0), tl.maximum(token, 0)
         if EK + EV:  # noqa: SIM102  (known when the kernel is compiled, unlike the other)
             if (start <= farthest) & (start + N > nearest):
                 if EK:
@@ -212,36 +243,62 @@ def over_codes(
                     live = live & (listed(n, v_pos + b * EV, EV, EVP, coded) == 0)
         if KX:
             in_keys = inside[:, None] & (d < DK)[None, :]
-            k = tl.load(k_base + n[:, None] * KPITCH + d[None, :], mask=in_keys, other=0.0)
+            k = tl.load(k_base + k_row[:, None] * KPITCH + d[None, :], mask=in_keys, other=0.0)
             s = product(k, qx, tl.full([N, M], 0.0, tl.float32), ASM) * scale2
         elif KROT:
             t = 1.0
             if KGAIN:
                 t = next_t.to(tl.float32)
-                next_t = gains(k_gains, n + N, n + N < last, KG)
+                next_t = gains(k_gains, n + N, n + N < last_key, KG)
             s = turned_scores(
-                turn, k_base, t, n, inside, origin,
+                turn, k_base, t, k_row, token, inside, origin,
                 N, KHALF, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, WHOLE, ASM,
             )  # fmt: skip
         else:
             s = code_scores(
                 q8_0, q8_1, q4_0, q4_1, q4_2, q4_3,
-                q2_0, q2_1, q2_2, q2_3, q2_4, q2_5, q2_6, q2_7, k_base, n, inside,
+                q2_0, q2_1, q2_2, q2_3, q2_4, q2_5, q2_6, q2_7, k_base, k_row, inside,
                 M, N, KPITCH, K8, K4, K2, KP8, KP4, KP2, WHOLE, ASM,
             )  # fmt: skip
             if KGAIN:
                 t = next_t.to(tl.float32)
-                next_t = gains(k_gains, n + N, n + N < last, KG)
+                next_t = gains(k_gains, n + N, n + N < last_key, KG)
                 s = (s + less[None, :]) * t[:, None]
             if CAP > 0:
                 s = s + mean[None, :]
+        if LIST:  # noqa: SIM102  (known when the kernel is compiled, unlike the other)
+            if pooled:
+                in_pool = k_at < 0
+                known = tl.load(
+                    k_scores + row[None, :] * k_slots + (-1 - k_at)[:, None],
+                    mask=in_pool[:, None] & some[None, :], other=0.0,
+                )  # [N, M]  # fmt: skip
+                if not KX and KROT == 0 and CAP == 0:
+                    known -= mean[None, :]
+                s = tl.where(in_pool[:, None], known, s)
         if CAP > 0:
             s = capped(s, CAP, ASM)
-        s = biased(s, bias_row, n, live, rows_bias, BIAS)
+        s = biased(s, bias_row, token, live, rows_bias, BIAS)
+        if LIST:  # noqa: SIM102
+            if pooled:
+                in_pool = live & (v_at < 0)
+                whole = s
+                if not KX and KROT == 0 and CAP == 0:
+                    whole += mean[None, :]
+                where = v_scores + row[None, :] * v_slots + (-1 - v_at)[:, None]
+                tl.store(where, whole, mask=in_pool[:, None] & some[None, :])
+                s = tl.where(in_pool[:, None], -float("inf"), s)
         if VGAIN:
             # The reference is that of the weights times the gains: they must fit float16.
             u = next_u.to(tl.float32)
-            next_u = gains(v_gains, n + N, n + N < last, VG)
+            if LIST:
+                next_u = gains(v_gains, tl.maximum(next_at, 0), next_at >= 0, VG)
+                after_next = n + 2 * N
+                next_at = tl.load(
+                    listed_row + 2 * length + after_next, mask=after_next < last, other=-1
+                )
+            else:
+                next_u = gains(v_gains, n + N, n + N < last, VG)
             more = log2_bound(u)
         else:
             more = tl.full([N], 0.0, tl.float32)
@@ -252,6 +309,10 @@ def over_codes(
             top = new
             mass = mass * decay[None, :, :]
             gained = gained * decay[None, :, :]
+            if STATS > 4:
+                lack8 = lack8 * decay[None, :, :]
+                lack4 = lack4 * decay[None, :, :]
+                lack2 = lack2 * decay[None, :, :]
             if VX:
                 a16 = a16 * decay
             if V8:
@@ -283,19 +344,24 @@ def over_codes(
             p = p * u[:, None]
         if VX:
             dv = tl.arange(0, DVP)
-            in_values = (dv < DV)[:, None] & inside[None, :]
-            v = tl.load(v_base + n[None, :] * VPITCH + dv[:, None], mask=in_values, other=0.0)
+            in_values = (dv < DV)[:, None] & in_codes[None, :]
+            v = tl.load(v_base + v_row[None, :] * VPITCH + dv[:, None], mask=in_values, other=0.0)
             a16 = product(v, p.to(v.dtype), a16, ASM)
         else:
             p16 = p.to(tl.float16)
             gained += _paired(p16.to(tl.float32), N, M)
+            if STATS > 4:
+                lack = tl.load(lack_row + v_row, mask=inside, other=0).to(tl.int32)
+                lack8 += _paired(p16.to(tl.float32) * lacked(lack, 8)[:, None], N, M)
+                lack4 += _paired(p16.to(tl.float32) * lacked(lack, 4)[:, None], N, M)
+                lack2 += _paired(p16.to(tl.float32) * lacked(lack, 2)[:, None], N, M)
         if V8:
-            words = load_run(v_base, n, inside, VPITCH, 0, V8, VP8, WHOLE, True)
+            words = load_run(v_base, v_row, inside, VPITCH, 0, V8, VP8, WHOLE, True)
             a8_0 = _mix(p16, words, a8_0, t8, 8, 0, VP8, VS8, N, ASM)
             if VS8 < 2:
                 a8_1 = _mix(p16, words, a8_1, t8, 8, 1, VP8, VS8, N, ASM)
         if V4:
-            words = load_run(v_base, n, inside, VPITCH, V8, V4, VP4, WHOLE, True)
+            words = load_run(v_base, v_row, inside, VPITCH, V8, V4, VP4, WHOLE, True)
             a4_0 = _mix(p16, words, a4_0, t4, 4, 0, VP4, VS4, N, ASM)
             if VS4 < 4:
                 a4_1 = _mix(p16, words, a4_1, t4, 4, 1, VP4, VS4, N, ASM)
@@ -303,7 +369,7 @@ def over_codes(
                 a4_2 = _mix(p16, words, a4_2, t4, 4, 2, VP4, VS4, N, ASM)
                 a4_3 = _mix(p16, words, a4_3, t4, 4, 3, VP4, VS4, N, ASM)
         if V2:
-            words = load_run(v_base, n, inside, VPITCH, V8 + V4, V2, VP2, WHOLE, True)
+            words = load_run(v_base, v_row, inside, VPITCH, V8 + V4, V2, VP2, WHOLE, True)
             a2_0 = _mix(p16, words, a2_0, t2, 2, 0, VP2, VS2, N, ASM)
             if VS2 < 8:
                 a2_1 = _mix(p16, words, a2_1, t2, 2, 1, VP2, VS2, N, ASM)
@@ -320,11 +386,15 @@ def over_codes(
     total = tl.sum(tl.sum(mass, 0), 0)
     if not KX and KROT == 0 and CAP == 0:
         top += mean
-    at_stats = stats + slot * (4 * STRIDE) + row
+    at_stats = stats + slot * (STATS * STRIDE) + row
     tl.store(at_stats, top - SHIFT)
     tl.store(at_stats + STRIDE, total)
     tl.store(at_stats + 2 * STRIDE, total)
     tl.store(at_stats + 3 * STRIDE, tl.sum(tl.sum(gained, 0), 0))
+    if STATS > 4:
+        tl.store(at_stats + 4 * STRIDE, tl.sum(tl.sum(lack8, 0), 0))
+        tl.store(at_stats + 5 * STRIDE, tl.sum(tl.sum(lack4, 0), 0))
+        tl.store(at_stats + 6 * STRIDE, tl.sum(tl.sum(lack2, 0), 0))
     out = part + slot * (VW * STRIDE)
     if VX:
         dv = tl.arange(0, DVP)

@@ -23,6 +23,7 @@ from .score import (
     log2_bound,
     product,
 )
+from .spread import lacked
 from .turned import load_turn, turned_scores
 
 
@@ -38,9 +39,18 @@ def _store_sums(
 
 
 @triton.jit
+def _store_lacked(stats, w16, lack, some, STRIDE: tl.constexpr):
+    """What weighted codes of 8, 4 and 2 bits lack in the mean, behind the fourth of the stats."""
+    w, lack = w16.to(tl.float32), lack.to(tl.int32)
+    tl.store(stats + 4 * STRIDE, tl.sum(w * lacked(lack, 8)[:, None], 0), mask=some)
+    tl.store(stats + 5 * STRIDE, tl.sum(w * lacked(lack, 4)[:, None], 0), mask=some)
+    tl.store(stats + 6 * STRIDE, tl.sum(w * lacked(lack, 2)[:, None], 0), mask=some)
+
+
+@triton.jit
 def over_pool(
     work, splits, q16, shift, centre, q, k_codes, k_gain, v_codes, v_gain, bias, lengths,
-    k_pos, v_pos, k_basis, k_offsets, k_spans, k_waves, k_pool, v_pool,
+    k_pos, v_pos, k_basis, k_offsets, k_spans, k_waves, k_pool, v_pool, lacks,
     part, stats, exact, capacity, bias_b, bias_h, bias_q, scale2,
     H: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     BLOCKS: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
@@ -53,7 +63,7 @@ def over_pool(
     VPITCH: tl.constexpr, V8: tl.constexpr, V4: tl.constexpr, V2: tl.constexpr,
     VP8: tl.constexpr, VP4: tl.constexpr, VP2: tl.constexpr, VGAIN: tl.constexpr,
     EK: tl.constexpr, EKP: tl.constexpr, EV: tl.constexpr, EVP: tl.constexpr,
-    BIAS: tl.constexpr, CAP: tl.constexpr, X: tl.constexpr,
+    STATS: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, X: tl.constexpr,
     XBLOCKS: tl.constexpr, LISTED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """X rows of one head: ``exact [B, H, ROWS, 0, DV]``; sums and stats in slot ``splits``."""
@@ -115,7 +125,7 @@ def over_pool(
                 k_gains = k_gain + b.to(tl.int64) * capacity * KG + gk
                 t = gains(k_gains, token, k_live, KG).to(tl.float32)
             other = turned_scores(
-                turn, k_base, t, token, k_live, tl.load(k_pos + b * EK).to(tl.int32),
+                turn, k_base, t, token, token, k_live, tl.load(k_pos + b * EK).to(tl.int32),
                 LISTED, KHALF, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, False, ASM,
             )  # fmt: skip
         else:
@@ -207,5 +217,8 @@ def over_pool(
 
     store_rows(
         stats, exact, slot, 0, head, row, r, top, mass, coded_mass, gained, acc,
-        ROWS, STRIDE, 2, DV, DVP,
+        ROWS, STRIDE, STATS, STATS, 2, DV, DVP,
     )  # fmt: skip
+    if STATS > 4:
+        lack = tl.load(lacks + b.to(tl.int64) * capacity + token, mask=by_code, other=0)
+        _store_lacked(stats + slot * (STATS * STRIDE) + row, w16, lack, mine, STRIDE)

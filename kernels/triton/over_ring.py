@@ -16,7 +16,8 @@ def over_ring(
     H: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     BLOCKS: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     RING: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, X: tl.constexpr,
-    XBLOCKS: tl.constexpr, XN: tl.constexpr, EXACTS: tl.constexpr, ASM: tl.constexpr,
+    XBLOCKS: tl.constexpr, XN: tl.constexpr, STATS: tl.constexpr, EXACTS: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """X rows of one head: the last of ``exact [B, H, ROWS, EXACTS, DV]`` and slot."""
     b, h, r, qx, bias_row, rows_bias = load_rows(
@@ -59,5 +60,5 @@ def over_ring(
     none = tl.zeros_like(mass)
     store_rows(
         stats, exact, slot, EXACTS - 1, head, row, r, top, mass, none, none, acc,
-        ROWS, BLOCKS * M, EXACTS, DV, DVP,
+        ROWS, BLOCKS * M, STATS, 4, EXACTS, DV, DVP,
     )  # fmt: skip

@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 
-from ...codec import ExactLayout, Layout, TransformLayout, parse_layout
+from ...codec import ExactLayout, Layout, ModalLayout, TransformLayout, parse_layout
 
 EXACT_ROWS = 16
 """Query rows of a program over ring and pool: the least that tensor cores take."""
@@ -126,15 +126,17 @@ def program_groups(key: Layout, value: Layout) -> int:
     return math.lcm(*(getattr(layout, "groups", layout.heads) for layout in (key, value)))
 
 
-def _power(n: int, least: int) -> int:
+def power(n: int, least: int) -> int:
+    """The least power of two that is no less than ``n``, nor than ``least``."""
     return max(1 << max(n - 1, 0).bit_length(), least)
 
 
 def supported(layout: Layout) -> bool:
     """Whether the kernels know this kind of code."""
+    if isinstance(layout, ModalLayout):
+        return supported(layout.visual) and supported(layout.text)
     if isinstance(layout, TransformLayout):
-        simple = not (layout.shares or layout.kept)
-        return simple and all(count % 16 == 0 for _, count in layout.runs)
+        return all(count % 16 == 0 for _, count in layout.runs)
     return isinstance(layout, ExactLayout)
 
 
@@ -151,7 +153,7 @@ def shared_bytes(layout: Layout) -> int:
     if not (isinstance(layout, TransformLayout) and layout.positional):
         return 0
     rows = sum(
-        _power(width, LEAST_BYTES) // 2 * (16 // bits)
+        power(width, LEAST_BYTES) // 2 * (16 // bits)
         for bits, width in zip((8, 4, 2), _widths(layout), strict=True)
         if width
     )
@@ -167,11 +169,11 @@ def _side(letter: str, layout: Layout, stacked: int) -> dict[str, int]:
         constants["G"], gain = layout.groups, int(layout.gain > 0)
         widths = _widths(layout)
         pitch = layout.groups * sum(widths)
-    pads = tuple(_power(width, LEAST_BYTES) if width else 0 for width in widths)
+    pads = tuple(power(width, LEAST_BYTES) if width else 0 for width in widths)
     named = {letter + name: value for name, value in constants.items()}
     for bits, width, pad in zip((8, 4, 2), widths, pads, strict=True):
         named |= {f"{letter}{bits}": width, f"{letter}P{bits}": pad}
-    dim = _power(layout.dim, 16)
+    dim = power(layout.dim, 16)
     columns = dim if exact else widths[0] + 2 * widths[1] + 4 * widths[2]
     named |= {letter + "W": columns, letter + "PITCH": pitch, letter + "GAIN": gain}
     if letter == "K":
@@ -187,7 +189,7 @@ def _pairs(layout: Layout) -> dict[str, int]:
     if not (isinstance(layout, TransformLayout) and layout.positional):
         return {"KROT": 0, "KINTER": 0, "KHALF": 0}
     pairs = (layout.dim + 1) // 2
-    return {"KROT": layout.rotary, "KINTER": layout.interleaved, "KHALF": _power(pairs, 16)}
+    return {"KROT": layout.rotary, "KINTER": layout.interleaved, "KHALF": power(pairs, 16)}
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,7 @@ class Plan:
         exacts: slots behind those of the splits: the pool's, if there is one, and the ring's.
         exact_programs: over ring and pool of one sequence, if each does both.
         head_rows: query rows of one KV head of one sequence.
+        pool: 1 if programs read the pool.
     """
 
     fold: dict[str, int]
@@ -213,40 +216,46 @@ class Plan:
     exacts: int
     exact_programs: int
     head_rows: int
+    pool: int
 
 
 @cache
 def make_plan(
     k_layout: str, v_layout: str, q_heads: int, queries: int, pools: tuple[int, int], ring: int,
-    config: Config,
+    config: Config, listed: bool = False, lacking: bool = False,
 ) -> Plan:  # fmt: skip
     """The plan of a layer.
 
     Args:
-        k_layout, v_layout: specs of the codes.
+        k_layout, v_layout: specs of the codes, which are plain.
         q_heads, queries: of the query tensor.
         pools: slots of the pool of keys and of values.
         ring: slots of the ring.
         config: how to cut the work.
+        listed: rows are listed (``listing.py``): pools are read by kernels of their own.
+        lacking: values may lack bits.
     """
     key, value = parse_layout(k_layout), parse_layout(v_layout)
     k, v = _side("K", key, config.stacked), _side("V", value, config.stacked)
     heads, rows = key.heads, q_heads // key.heads * queries
     groups = program_groups(key, value)
     per_group = heads // groups * rows
-    m = min(_power(per_group, config.least), config.rows)
+    m = min(power(per_group, config.least), config.rows)
     blocks = -(-per_group // m)
     common = {
         "H": heads, "ROWS": rows, "G": groups, "X": EXACT_ROWS, "XBLOCKS": -(-rows // EXACT_ROWS),
     }  # fmt: skip
-    ek, ev = pools
-    exacts = 1 + (ek + ev > 0)
+    ek, ev = (0, 0) if listed else pools
+    pool = int(ek + ev > 0)
+    exacts = 1 + max(pool, int(listed))
+    stats = 7 if lacking else 4
     chunks = -(-k["KW"] // CHUNK)
     attend = common | k | v | {
-        "Q": queries, "M": m, "BLOCKS": blocks, "EK": ek, "EKP": _power(ek, 16), "EV": ev,
-        "EVP": _power(ev, 16), "EXACTS": exacts, "RING": ring, "XN": 32,
-        "LISTED": _power(ek + ev, 16), "N": config.tokens, "STAGES": config.stages,
-        "LAST": int(config.last), "CHUNKS": chunks, "CHUNKSP": _power(chunks, 1),
+        "Q": queries, "M": m, "BLOCKS": blocks, "EK": ek, "EKP": power(ek, 16), "EV": ev,
+        "EVP": power(ev, 16), "EXACTS": exacts, "RING": ring, "XN": 32,
+        "LIST": int(listed), "STATS": stats,
+        "LISTED": power(ek + ev, 16), "N": config.tokens, "STAGES": config.stages,
+        "LAST": int(config.last), "CHUNKS": chunks, "CHUNKSP": power(chunks, 1),
     }  # fmt: skip
     head = {"H": heads, "ROWS": rows, "G": groups, "STRIDE": blocks * m, "X": EXACT_ROWS}
     fold = head | {name: k[name] for name in ("KG", "DK", "DKP", "KW", "K8", "K4", "K2")}
@@ -258,14 +267,25 @@ def make_plan(
     merge = {name: head[name] for name in ("H", "ROWS", "G", "STRIDE")}
     merge |= {name: v[name] for name in ("VG", "VX", "DV", "VW", "V8", "V4", "V2")}
     columns = min(MERGE.columns, v["DVP"])
-    chunk = columns if v["VX"] else min(_power(v["VW"], 16), MERGE.components)
+    chunk = columns if v["VX"] else min(power(v["VW"], 16), MERGE.components)
     merge |= {
-        "Q": queries, "EXACTS": exacts, "CHUNK": chunk, "COLUMNS": columns,
-        "PARTS": -(-value.dim // columns), "TILE": max(MERGE.numbers // chunk, 1),
+        "Q": queries, "STATS": stats, "EXACTS": exacts, "POOL": pool,
+        "CHUNK": chunk, "COLUMNS": columns, "PARTS": -(-value.dim // columns),
+        "TILE": max(MERGE.numbers // chunk, 1),
     }  # fmt: skip
     exact_programs = heads * common["XBLOCKS"]
     return Plan(
-        fold, basis, attend, merge, groups, blocks, blocks * m, exacts, exact_programs, rows
+        fold,
+        basis,
+        attend,
+        merge,
+        groups,
+        blocks,
+        blocks * m,
+        exacts,
+        exact_programs,
+        rows,
+        pool,
     )
 
 
@@ -278,4 +298,4 @@ def merge_slots(plan: Plan, config: Config, processors: int) -> int:
         processors: multiprocessors of the device.
     """
     most = min(processors * config.fill // (plan.groups * plan.blocks), MOST_SPLITS)
-    return _power(max(most, 1) + plan.exacts, 2)
+    return power(max(most, 1) + plan.exacts, 2)

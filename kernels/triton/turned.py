@@ -170,7 +170,7 @@ def load_turn(
 
 @triton.jit
 def turned_scores(
-    turn, base, k_gains, tokens, live, origin,
+    turn, base, k_gains, rows, tokens, live, origin,
     TILE: tl.constexpr, HALF: tl.constexpr, PITCH: tl.constexpr,
     W8: tl.constexpr, W4: tl.constexpr, W2: tl.constexpr,
     P8: tl.constexpr, P4: tl.constexpr, P2: tl.constexpr, KGAIN: tl.constexpr,
@@ -178,13 +178,13 @@ def turned_scores(
 ):  # fmt: skip
     """Scores of coded tokens in units of log2, ``[TILE, rows]``.
 
-    turn: of :func:`load_turn`. k_gains: gains of the tokens, float32, where there are any. origin:
-    the token whose position is 0.
+    turn: of :func:`load_turn`. k_gains: gains of the tokens, float32, where there are any. rows:
+    where their codes are. origin: the token whose position is 0.
     """
     basis, excess, add, frequency, phase, q16, factor = turn
     z = code_scores(
         basis[0], basis[1], basis[2], basis[3], basis[4], basis[5], basis[6], basis[7],
-        basis[8], basis[9], basis[10], basis[11], basis[12], basis[13], base, tokens, live,
+        basis[8], basis[9], basis[10], basis[11], basis[12], basis[13], base, rows, live,
         2 * HALF, TILE, PITCH, W8, W4, W2, P8, P4, P2, ALL, ASM,
     )  # fmt: skip
     if KGAIN:

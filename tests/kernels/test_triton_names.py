@@ -10,11 +10,23 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 
-from apack_compile.kernels.triton import attend, encode, fold, merge, settle, turned
+from apack_compile.kernels.triton import (
+    attend,
+    encode,
+    fold,
+    merge,
+    prepare,
+    ranks,
+    settle,
+    slots,
+    spread,
+    turned,
+)
 
 KERNELS = [
     attend.attend_kernel, fold.fold_kernel, merge.merge_kernel, turned.basis_kernel,
-    encode.encode_kernel, settle.settle_kernel, settle.survey_kernel,
+    encode.encode_kernel, settle.settle_kernel, settle.survey_kernel, ranks.rank_kernel,
+    spread.spread_kernel, prepare.prepare_kernel, slots.value_slots_kernel,
 ]  # fmt: skip
 
 

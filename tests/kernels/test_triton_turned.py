@@ -207,7 +207,6 @@ def test_what_the_kernels_take() -> None:
     assert supported(key) and launch.takes(q, key.spec, value.spec)
     assert not launch.takes(q, key.spec, replace(value, rotary=64).spec)  # values never turn
     assert not launch.takes(q.float(), key.spec, value.spec)
-    assert not supported(replace(key, exact=3))
     assert not supported(keys(runs=(16, 24, 16)))
 
 

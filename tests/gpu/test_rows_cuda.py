@@ -1,0 +1,111 @@
+"""Tiers, dropped and exact tokens, codes by kind inside graphs that Inductor makes for CUDA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from torch._inductor.utils import run_and_get_code
+
+import apack_compile
+from apack_compile.ops.attend_cuda import by_kernels
+
+from .. import zoo
+from ..kernels.test_triton_rows import PAIRS, case
+from .test_cuda import on_device
+
+pytestmark = pytest.mark.gpu
+
+EXPECTED = {
+    "tiers": {"rank_kernel", "spread_kernel"},
+    "evict": {"rank_kernel", "prepare_kernel", "value_slots_kernel"},
+    "evict and tiers": {"rank_kernel", "spread_kernel", "prepare_kernel", "value_slots_kernel"},
+    "kept": {"prepare_kernel", "value_slots_kernel"},
+    "kinds": {"rank_kernel", "prepare_kernel", "value_slots_kernel"},
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_graph_launches_our_kernels_and_makes_no_dense_tensor(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("APACK_ATTEND", "triton_op")
+    given = case(*PAIRS[name], length=20_000, dtype=torch.bfloat16)
+    specs = [code.layout.spec for code in given["codes"]]
+    q, lengths = given["q"].cuda(), given["lengths"].cuda()
+    k, v = ([t.cuda() for t in given[side]] for side in "kv")
+
+    def attend(q: Tensor, k: list[Tensor], v: list[Tensor]) -> Tensor:
+        return torch.ops.apack.attend(q * 2, None, k, v, lengths, 0.125, *specs)
+
+    compiled = torch.compile(attend)
+    out, (code,) = run_and_get_code(compiled, q, k, v)
+    for kernel in EXPECTED[name] | {"attend_kernel", "merge_kernel"}:
+        assert f"{kernel}_" in code
+    assert "ops.apack.attend" not in code and "extern_kernels." not in code
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    assert torch.equal(out, compiled(q, k, v))
+    dense = 2 * 2 * 20_000 * 64 * 2  # of the keys alone
+    assert torch.cuda.max_memory_allocated() - before < dense / 2
+    monkeypatch.setenv("APACK_ATTEND", "plain")
+    plain = attend(q, k, v)
+    error = (out.double() - plain.double()).norm() / plain.double().norm()
+    assert error < torch.finfo(torch.bfloat16).eps
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "tiers": {"tiers": True},
+    "evict": {"evict": 0.3},
+    "tiers and evict": {"tiers": True, "evict": 0.3},
+    "exact_share": {"exact_share": 0.03},
+    "all three": {"tiers": True, "evict": 0.3, "exact_share": 0.03},
+    "before rotation": {"tiers": True, "evict": 0.3, "k_code": "pre-rope"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@torch.no_grad()
+def test_a_model_decodes_by_kernels_as_by_plain_operators(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of several lengths with left padding, rings coded on the way, captured steps."""
+    options = {"ratio": 4, "window": 16, "block": 32, "fit_tokens": 64, "profile_cache": False}
+    found = []
+    for choice in ("triton_op", "plain"):
+        monkeypatch.setenv("APACK_ATTEND", choice)
+        torch._dynamo.reset()
+        logits = []
+        for text in (300, 300, 350):
+            made = on_device(zoo.llama(2, True, text=text), torch.bfloat16)
+            if not logits:
+                model = made.model
+                ours = torch.compile(
+                    model, backend="attentionpack", options={**options, **OPTIONS[name]}
+                )
+            cache, valid = transformers.DynamicCache(), made.inputs["attention_mask"]
+            ours(**made.inputs, past_key_values=cache)
+            for step in range(80):
+                valid = torch.cat([valid, torch.ones_like(valid[:, :1])], 1)
+                places = valid.sum(1, keepdim=True) - 1
+                token = torch.full_like(valid[:, :1], 20 + step)
+                out = ours(
+                    input_ids=token, attention_mask=valid, position_ids=places,
+                    past_key_values=cache,
+                )  # fmt: skip
+                logits.append(out.logits)
+        stores = [side.store for side in (cache.layers[0].keys, cache.layers[0].values)]
+        specs = [store.ref.layout.spec for store in stores]
+        q = torch.empty(2, stores[0].ref.layout.heads, 1, 1, dtype=torch.bfloat16, device="cuda")
+        assert by_kernels(q, *specs) == (choice == "triton_op")
+        found.append(torch.cat(logits, 1).double())
+        assert apack_compile.report(model).recompiles == 0
+    # Levels of later tokens go by weights that rounding moves: some tokens change places.
+    error = (found[0] - found[1]).norm() / found[1].norm()
+    assert error < 8 * torch.finfo(torch.bfloat16).eps, f"relative error {error:.2e}"

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -96,7 +97,7 @@ def packed(layout: Any, x: Tensor, importance: Tensor) -> list[Tensor]:
     return [*store.tensors(), *ref.code.on(x.device)]
 
 
-def measure(case: Case, plain: bool) -> dict[str, Any]:
+def measure(case: Case, names: Sequence[str], plain: bool) -> dict[str, Any]:
     """Microseconds by option, MB of the packed layer, and dense attention."""
     megabytes: dict[str, float] = {}
     rows = {"dense": 1e3 * min(t for n, t in dense_times(case).items() if not n.startswith("cat"))}
@@ -104,7 +105,9 @@ def measure(case: Case, plain: bool) -> dict[str, Any]:
     q = torch.randn(case.batch, case.q_heads, 1, DIM, device="cuda", dtype=DTYPE)
     importance = torch.rand(case.batch, case.tokens, device="cuda")
     lengths = torch.tensor([case.tokens - LIVE, LIVE], device="cuda")
-    for name, (k, v) in variants(*layouts(case, mixed=True)).items():
+    every = variants(*layouts(case, mixed=True))
+    for name in names or every:
+        k, v = every[name]
         sides = [packed(layout, x, importance) for layout in (k, v)]
 
         def attend(q: Tensor, k_side: Any, v_side: Any, specs: Any = (k.spec, v.spec)) -> Tensor:
@@ -126,6 +129,7 @@ def measure(case: Case, plain: bool) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", default=(), help="these options only")
     parser.add_argument("--plain", action="store_true", help="also by plain operators")
     parser.add_argument("--shapes", nargs="+", choices=NAMES, default=NAMES, help="of these only")
     parser.add_argument("--out", type=Path, help="where to write the results")
@@ -137,7 +141,7 @@ def main() -> None:
         "command": " ".join(["python", "benchmarks/options_gpu.py", *sys.argv[1:]]), "shapes": {},
     }  # fmt: skip
     for name in args.shapes:
-        report["shapes"][name] = measure(CASES[name], args.plain)
+        report["shapes"][name] = measure(CASES[name], args.only, args.plain)
         print(json.dumps({name: report["shapes"][name]}), flush=True)
         if args.out:
             args.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -82,7 +82,7 @@ class TieredLayout(TransformLayout):
         """Those of the transform code, and what is expected of each level."""
         return super().param_count + 1
 
-    def _digits(self, bits: int) -> list[int]:
+    def digits(self, bits: int) -> list[int]:
         """The leading bits of a component of ``bits`` bits, in parts that fit into bytes."""
         left = max(bits - self.planes, 0)
         return [size for size in (8, 4, 2, 1) if left & size]
@@ -94,7 +94,7 @@ class TieredLayout(TransformLayout):
 
     def payload_fields(self, dtype: torch.dtype) -> tuple[tuple[int, torch.dtype], ...]:
         """Leading bits, gains, levels, planes."""
-        base = sum(count * size // 8 for bits, count in self.runs for size in self._digits(bits))
+        base = sum(count * size // 8 for bits, count in self.runs for size in self.digits(bits))
         gains = super().payload_fields(dtype)[1]
         planes = [self.groups * self._in_plane(i + 1) // 8 for i in range(self.planes)]
         widths = [self.groups * base], [1, *planes]
@@ -120,7 +120,7 @@ class TieredLayout(TransformLayout):
             codes = (part.floor() + half).clamp(0, 2 * half - 1).to(torch.int32)
             numbers.append(codes)
             above = bits
-            for size in self._digits(bits):
+            for size in self.digits(bits):
                 above -= size
                 parts.append(pack((codes >> above) & ((1 << size) - 1), size))
             known = cell.clamp(max=2.0**bits)
@@ -161,7 +161,7 @@ class TieredLayout(TransformLayout):
         for bits, count in self.runs:
             codes = torch.zeros((*split.shape[:3], count), dtype=dtype, device=base.device)
             above = bits
-            for size in self._digits(bits):
+            for size in self.digits(bits):
                 above -= size
                 width = size * count // 8
                 read = torch.cat(unpack(split[..., start : start + width], size), -1)

@@ -28,7 +28,7 @@ def attend_kernel(
     q16, shift, centre, table, q, k_codes, k_gain, v_codes, v_gain, bias, lengths, k_pos, v_pos,
     k_basis, k_offsets, k_spans, k_waves, k_pool, v_pool, k_ring, v_ring,
     lacks, entries, counts, k_scores, v_scores, part, stats, exact,
-    splits, apart, exact_programs, capacity, k_rows, v_rows, length, k_slots, v_slots,
+    splits, tails, apart, exact_programs, capacity, k_rows, v_rows, length, k_slots, v_slots,
     bias_b, bias_h, bias_q, scale2,
     H: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     BLOCKS: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
@@ -51,7 +51,8 @@ def attend_kernel(
     """All kinds of programs, those over ring and pool last or first. Constants: ``plan.py``.
 
     CAP: the softcap of the scores; 0: there is none. apart: 2 if ring and pool of a head have a
-    program each, 1 if they share one. length: entries of a sequence (``listing.py``).
+    program each, 1 if they share one. length: entries of a sequence (``listing.py``); tails:
+    programs over those of slots, behind the splits.
     """
     work = tl.program_id(0)
     if LAST:  # as if they were first
@@ -61,7 +62,7 @@ def attend_kernel(
     if work < exact_programs:
         if work % apart == 0:
             over_ring(
-                work // apart, splits, q, bias, lengths, k_ring, v_ring, stats, exact,
+                work // apart, splits + tails, q, bias, lengths, k_ring, v_ring, stats, exact,
                 capacity, bias_b, bias_h, bias_q, scale2,
                 H, ROWS, Q, G, M, BLOCKS, DK, DKP, DV, DVP,
                 RING, BIAS, CAP, X, XBLOCKS, XN, STATS, EXACTS, ASM,
@@ -80,14 +81,42 @@ def attend_kernel(
                     EK, EKP, EV, EVP, STATS, BIAS, CAP, X, XBLOCKS, LISTED, ASM,
                 )  # fmt: skip
     else:
-        over_codes(
-            work - exact_programs, splits, q16, shift, centre, table, q, k_codes, k_gain,
-            v_codes, v_gain, bias, lengths, k_pos, v_pos, k_basis, k_offsets, k_spans,
-            k_waves, lacks, entries, counts, k_scores, v_scores, part, stats,
-            k_rows, v_rows, length, k_slots, v_slots, bias_b, bias_h, bias_q, scale2,
-            H, ROWS, Q, G, M, BLOCKS, KG, VG,
-            KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
-            CHUNKS, CHUNKSP,
-            VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN, VS8, VS4, VS2,
-            EK, EKP, EV, EVP, LIST, STATS, EXACTS, BIAS, CAP, N, STAGES, WHOLE, ASM,
-        )  # fmt: skip
+        work -= exact_programs
+        if LIST:
+            split = work // BLOCKS % (splits + tails)
+            if split < splits:
+                over_codes(
+                    work, splits, tails, q16, shift, centre, table, q, k_codes, k_gain,
+                    v_codes, v_gain, bias, lengths, k_pos, v_pos, k_basis, k_offsets, k_spans,
+                    k_waves, lacks, entries, counts, k_scores, v_scores, part, stats,
+                    k_rows, v_rows, length, k_slots, v_slots, bias_b, bias_h, bias_q, scale2,
+                    H, ROWS, Q, G, M, BLOCKS, KG, VG,
+                    KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
+                    CHUNKS, CHUNKSP,
+                    VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN, VS8, VS4, VS2,
+                    EK, EKP, EV, EVP, 1, STATS, EXACTS, BIAS, CAP, N, STAGES, WHOLE, ASM,
+                )  # fmt: skip
+            else:
+                over_codes(
+                    work, splits, tails, q16, shift, centre, table, q, k_codes, k_gain,
+                    v_codes, v_gain, bias, lengths, k_pos, v_pos, k_basis, k_offsets, k_spans,
+                    k_waves, lacks, entries, counts, k_scores, v_scores, part, stats,
+                    k_rows, v_rows, length, k_slots, v_slots, bias_b, bias_h, bias_q, scale2,
+                    H, ROWS, Q, G, M, BLOCKS, KG, VG,
+                    KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
+                    CHUNKS, CHUNKSP,
+                    VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN, VS8, VS4, VS2,
+                    EK, EKP, EV, EVP, 2, STATS, EXACTS, BIAS, CAP, N, STAGES, WHOLE, ASM,
+                )  # fmt: skip
+        else:
+            over_codes(
+                work, splits, tails, q16, shift, centre, table, q, k_codes, k_gain,
+                v_codes, v_gain, bias, lengths, k_pos, v_pos, k_basis, k_offsets, k_spans,
+                k_waves, lacks, entries, counts, k_scores, v_scores, part, stats,
+                k_rows, v_rows, length, k_slots, v_slots, bias_b, bias_h, bias_q, scale2,
+                H, ROWS, Q, G, M, BLOCKS, KG, VG,
+                KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
+                CHUNKS, CHUNKSP,
+                VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN, VS8, VS4, VS2,
+                EK, EKP, EV, EVP, 0, STATS, EXACTS, BIAS, CAP, N, STAGES, WHOLE, ASM,
+            )  # fmt: skip

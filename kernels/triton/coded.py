@@ -161,15 +161,18 @@ def _spread(
     tiles = (capacity + TILE - 1) // TILE
     more = MOST_PLANES - len(planes)
     every = [*planes, *[base] * more]
-    sizes = [p.shape[2] * 8 // groups for p in planes] + [8] * more
+    sizes = [p.shape[2] * 8 // groups for p in planes] + [32] * more
     constants: dict[str, Any] = {f"N{i}": size for i, size in enumerate(sizes, 1)}
     for bits, count, width in zip(CLASSES, _counts(layout), widths, strict=True):
         constants[f"R{bits}"] = count
         constants[f"P{bits}"] = power(width, LEAST_BYTES // 2)
+    lead = base.shape[2] // groups
+    digits = [count * size // 8 for bits, count in layout.runs for size in layout.digits(bits)]
+    whole = all(n % 4 == 0 for n in (lead, *digits, *widths, *(size // 8 for size in sizes)))
     kernel(spread_kernel)[(batch * tiles * groups,)](
         base, *every, ranks.rows, codes, lacks, capacity, rows, *[p.shape[1] for p in every], tiles,
-        G=groups, WIDTH=base.shape[2] // groups, PLANES=len(planes),
-        WHOLE=int(not layout.evicts), T=TILE, **constants, num_warps=4,
+        G=groups, WIDTH=lead, PLANES=len(planes),
+        WHOLE=int(not layout.evicts), T=TILE, WORD=4 if whole else 2, **constants, num_warps=4,
     )  # fmt: skip
     return codes, lacks
 

@@ -53,6 +53,9 @@ LOG2_E = 1.4426950408889634
 
 DTYPES = (torch.float16, torch.bfloat16)
 
+MOST_TAILS = 16
+"""Programs over the slots of a group's pools, at most."""
+
 
 def takes(q: Tensor, k_layout: str, v_layout: str) -> bool:
     """Whether the kernels can attend with these queries and codes."""
@@ -145,7 +148,7 @@ def attend_packed(
     step = Step(q.contiguous(), bias, keys, values, lengths, factor, softcap, config)
     k_ranks, v_ranks = rank_planes(keys, values, key, value, lengths)
     listed = is_listed(key, value)
-    more = key.evicts + value.evicts > 0
+    drops = key.evicts + value.evicts > 0
     found = []
     pairs = plain_pairs(key, value)
     for kind in range(len(pairs)):
@@ -153,7 +156,7 @@ def attend_packed(
         rows = None
         if listed:
             members = member_ranks(key, k_ranks), member_ranks(value, v_ranks)
-            rows = _list(step, of_keys, *members, kind, more)
+            rows = _list(step, of_keys, *members, kind, drops)
         if kind:  # ring and sinks belong to the first
             step = step._replace(lengths=torch.cat([lengths[:1], lengths.new_zeros(1)]))
         own_sinks = None if kind else sinks
@@ -179,18 +182,18 @@ def _together(found: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
 
 
 def _list(
-    step: Step, of_keys: Coded, k_ranks: Ranks | None, v_ranks: Ranks | None, kind: int, more: bool
+    step: Step, of_keys: Coded, k_ranks: Ranks | None, v_ranks: Ranks | None, kind: int, drops: bool
 ) -> Listed:
-    """Which rows belong together, of all tokens or of a kind. more: tokens may be dropped."""
+    """Which rows belong together, of all tokens or of a kind. drops: tokens may be dropped."""
     q, keys, values, lengths = step.q, step.keys, step.values, step.lengths
     batch, q_heads, queries, dim = q.shape[0], *(int(n) for n in q.shape[1:])
     capacity, heads = keys.capacity, keys.ring.shape[1]
     k_slots, v_slots = keys.pool.shape[2], values.pool.shape[2]
-    length = of_keys.codes.shape[1] + (k_slots + v_slots if more else 0)
+    length = of_keys.codes.shape[1] + k_slots + v_slots
     tiles = (capacity + TOKENS_LISTED - 1) // TOKENS_LISTED
     slots = torch.sym_max(k_slots, v_slots)
     slot_tiles = torch.sym_max((slots + SLOTS_AT_ONCE - 1) // SLOTS_AT_ONCE, 1)
-    found = step.empty(batch, 2, capacity, dtype=torch.int32)
+    found = step.empty(batch, capacity, dtype=torch.uint8)
     listed = Listed(
         step.empty(batch, 3, length, dtype=torch.int32),
         step.empty(batch, dtype=torch.int32),
@@ -201,7 +204,7 @@ def _list(
     blocks = -(-rows // EXACT_ROWS)
     k_rows, k_totals = (lengths, lengths) if k_ranks is None else k_ranks
     v_rows = lengths if v_ranks is None else v_ranks.rows
-    programs = batch * tiles + slot_tiles * batch * (int(more) + heads * blocks)
+    programs = batch * (tiles + slot_tiles * (1 + heads * blocks))
     kernel(prepare_kernel)[(programs,)](
         q, k_rows, v_rows, k_totals, keys.pool_positions, values.pool_positions,
         keys.pool, values.pool, lengths, found, *listed, capacity, length, k_slots, v_slots,
@@ -210,7 +213,7 @@ def _list(
         DVP=power(values.ring.shape[3], 16), X=EXACT_ROWS, XBLOCKS=blocks,
         KPLANES=0 if k_ranks is None else k_rows.shape[1],
         VPLANES=0 if v_ranks is None else v_rows.shape[1],
-        PLANE=kind, MORE=int(more), T=TOKENS_LISTED, E=SLOTS_AT_ONCE, ASM=not INTERPRETED,
+        PLANE=kind, DROPS=int(drops), T=TOKENS_LISTED, E=SLOTS_AT_ONCE, ASM=not INTERPRETED,
         num_warps=4,
     )  # fmt: skip
     return listed
@@ -241,23 +244,32 @@ def _attend(
     )  # fmt: skip
     k_rows, v_rows = of_keys.codes.shape[1], of_values.codes.shape[1]
     splits = count_splits(batch, k_rows, plan, config, q.device)
+    tails = 0
+    if rows is not None:
+        slots = rows.k_scores.shape[3] + rows.v_scores.shape[3]
+        tails = torch.sym_min((slots + config.tokens - 1) // config.tokens, MOST_TAILS)
+    whole_splits = splits + tails
     apart = programs_apart(batch, plan, q.device)
     exact_programs = batch * plan.exact_programs * apart
     folded = _folded(step, of_keys, plan)
-    part = step.empty(batch, plan.groups, splits + plan.exacts, plan.rows, plan.attend["VW"])
-    stats = step.empty(batch, plan.groups, splits + plan.exacts, plan.attend["STATS"], plan.rows)
+    part = step.empty(batch, plan.groups, whole_splits + plan.exacts, plan.rows, plan.attend["VW"])
+    stats = step.empty(
+        batch, plan.groups, whole_splits + plan.exacts, plan.attend["STATS"], plan.rows
+    )
     exact = step.empty(batch, q_heads, queries, plan.exacts, value.dim)
     strides, kind = _bias_strides(step.bias)
     whole = 1 if rows is not None else int(k_rows % config.tokens == 0)
     limit = {"maxnreg": config.registers} if config.registers else {}
+    listed = rows is not None
     lists = [lengths] * 4 if rows is None else rows
-    kernel(attend_kernel)[(exact_programs + batch * plan.groups * plan.blocks * splits,)](
+    programs = exact_programs + batch * plan.groups * plan.blocks * whole_splits
+    kernel(attend_kernel)[(programs,)](
         *folded, q, of_keys.codes, of_keys.gains, of_values.codes, of_values.gains,
         lengths if step.bias is None else step.bias, lengths,
         keys.pool_positions, values.pool_positions, *_turning(of_keys, plan),
         keys.pool, values.pool, keys.ring, values.ring,
         lengths if lacks is None else lacks, *lists, part, stats, exact,
-        splits, apart, exact_programs, keys.capacity, k_rows, v_rows,
+        splits, tails, apart, exact_programs, keys.capacity, k_rows, v_rows,
         0 if rows is None else rows.entries.shape[2], keys.pool.shape[2], values.pool.shape[2],
         *strides, step.factor, **plan.attend, BIAS=kind, CAP=step.softcap, WHOLE=whole,
         ASM=not INTERPRETED, num_warps=config.warps, **limit,
@@ -265,7 +277,7 @@ def _attend(
     if rows is not None:
         names = ("H", "ROWS", "G", "STATS", "DV", "DVP", "X", "XBLOCKS")
         kernel(value_slots_kernel)[(batch * plan.exact_programs,)](
-            values.pool_positions, values.pool, rows.v_scores, lengths, stats, exact, splits,
+            values.pool_positions, values.pool, rows.v_scores, lengths, stats, exact, whole_splits,
             values.pool.shape[2], **{name: plan.attend[name] for name in names}, STRIDE=plan.rows,
             E=SLOTS_AT_ONCE, ASM=not INTERPRETED, num_warps=4,
         )  # fmt: skip
@@ -282,9 +294,10 @@ def _attend(
     each = torch.sym_max((heads_rows + programs - 1) // programs, 1)
     kernel(merge_kernel)[((heads_rows + each - 1) // each * parts,)](
         part, stats, exact, lengths if sinks is None else sinks.contiguous(),
-        mean, synthesis, units, out, lengths if mass is None else mass, splits, batch, each,
+        mean, synthesis, units, out, lengths if mass is None else mass, whole_splits, batch, each,
         **plan.merge, SINKS=int(sinks is not None), LSE=int(with_mass),
-        SLOTS=merge_slots(plan, config, processors), num_warps=MERGE.warps,
+        SLOTS=merge_slots(plan, config, processors, MOST_TAILS if listed else 0),
+        num_warps=MERGE.warps,
     )  # fmt: skip
     return out, mass
 

@@ -7,9 +7,8 @@ none to see), where its key is and where its value is:
     0, 1, ..     that row of the codes
     -1, -2, ..   slot 0, 1, .. of the pool
 
-Entries are those of the rows of the keys, in their order: that of row n is entry n. Behind them,
-where tokens may be dropped, each slot of both pools has one: that of a token that has none by its
-row.
+First come the rows of the keys: entry n is the token of row n, if no pool holds it. Behind room for
+all of them each slot of the pool of keys has an entry, then each of that of values.
 """
 
 from __future__ import annotations
@@ -25,50 +24,37 @@ SLOTS_AT_ONCE = 64
 
 
 @triton.jit
-def _find(positions, slots, first, last, found, tokens, T: tl.constexpr, E: tl.constexpr):
-    """Slot of each of ``tokens``, ``first .. last`` at most, -1 if it has none: ``[T]``.
-
-    found: numbers for all tokens of the sequence, of which only those of this program are touched.
-    """
-    tl.store(found + tokens, tl.full([T], -1, tl.int32), mask=tokens < last)
-    tl.debug_barrier()
+def _mark(positions, slots, first, last, found, E: tl.constexpr):
+    """1 for each of the tokens ``first .. last`` that has a slot."""
     for start in tl.range(0, slots, E, num_stages=1):
         e = start + tl.arange(0, E)
         held = tl.load(positions + e, mask=e < slots, other=-1).to(tl.int32)
-        tl.store(found + held, e, mask=(held >= first) & (held < last))
-    tl.debug_barrier()
-    return tl.load(found + tokens, mask=tokens < last, other=-1)
-
-
-@triton.jit
-def _write(entries, at, length, token, k_at, v_at, seen, mask):
-    """Entries ``[3, length]`` of one sequence: token, key, value; of none what is not seen."""
-    tl.store(entries + at, tl.where(seen, token, -1), mask=mask)
-    tl.store(entries + length + at, tl.where(seen, k_at, 0), mask=mask)
-    tl.store(entries + 2 * length + at, tl.where(seen, v_at, -1), mask=mask)
-
-
-@triton.jit
-def _place(slot, row):
-    return tl.where(slot >= 0, -1 - slot, row)
+        here = (held >= first) & (held < last)
+        tl.store(found + held, tl.full([E], 1, tl.uint8), mask=here)
 
 
 @triton.jit
 def list_rows(
     b, tile, k_ranks, v_ranks, k_totals, k_pos, v_pos, coded, found, entries, counts,
     capacity, length, k_slots, v_slots,
-    KPLANES: tl.constexpr, VPLANES: tl.constexpr, PLANE: tl.constexpr, MORE: tl.constexpr,
+    KPLANES: tl.constexpr, VPLANES: tl.constexpr, PLANE: tl.constexpr,
     T: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """Entries of a tile of tokens whose keys have a row."""
+    """Entries of a tile of tokens whose keys have a row.
+
+    found: a number for each token of each sequence, of which a program touches those of its tile.
+    """
     first = tile * T
     last = tl.minimum(first + T, coded)
     t = first + tl.arange(0, T)
     inside = t < last
-    k_slot = _find(k_pos + b * k_slots, k_slots, first, last, found + 2 * b * capacity, t, T, E)
-    v_slot = _find(
-        v_pos + b * v_slots, v_slots, first, last, found + (2 * b + 1) * capacity, t, T, E
-    )
+    found += b * capacity
+    tl.store(found + t, tl.zeros([T], tl.uint8), mask=inside)
+    tl.debug_barrier()
+    _mark(k_pos + b * k_slots, k_slots, first, last, found, E)
+    _mark(v_pos + b * v_slots, v_slots, first, last, found, E)
+    tl.debug_barrier()
+    pooled = tl.load(found + t, mask=inside, other=0) > 0
     if KPLANES:
         k_row = tl.load(k_ranks + (b * KPLANES + PLANE) * capacity + t, mask=inside, other=-1)
     else:
@@ -78,18 +64,15 @@ def list_rows(
     else:
         v_row = t
     mine = inside & (k_row >= 0)
-    seen = mine & ((v_row >= 0) | (v_slot >= 0))
-    _write(
-        entries + 3 * b * length, k_row, length, t, _place(k_slot, k_row), _place(v_slot, v_row),
-        seen, mine,
-    )  # fmt: skip
+    seen = mine & (v_row >= 0) & (pooled == 0)
+    own = entries + 3 * b * length
+    tl.store(own + k_row, tl.where(seen, t, -1), mask=mine)
+    tl.store(own + 2 * length + k_row, tl.where(seen, v_row, -1), mask=mine)
     if tile == 0:
         if KPLANES:
             rows = tl.load(k_totals + b * KPLANES + PLANE)
         else:
             rows = coded
-        if MORE:
-            rows += k_slots + v_slots
         tl.store(counts + b, rows)
 
 
@@ -121,43 +104,50 @@ def _slot_among(tokens, positions, slots, E: tl.constexpr):
 
 
 @triton.jit
+def _row(ranks, tokens, live, b, capacity, PLANES: tl.constexpr, PLANE: tl.constexpr):
+    """The row of each token in a plane, -1 if it has none."""
+    if PLANES:
+        row = tl.load(ranks + (b * PLANES + PLANE) * capacity + tokens, mask=live, other=-1)
+    else:
+        row = tl.where(live, tokens, -1)
+    return row
+
+
+@triton.jit
 def list_slots(
-    b, tile, k_ranks, v_ranks, k_totals, k_pos, v_pos, k_pool, v_pool, coded, entries,
+    b, tile, k_ranks, v_ranks, k_pos, v_pos, k_pool, v_pool, coded, entries,
     capacity, length, k_slots, v_slots,
     H: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    KPLANES: tl.constexpr, VPLANES: tl.constexpr, PLANE: tl.constexpr, E: tl.constexpr,
+    KPLANES: tl.constexpr, VPLANES: tl.constexpr, PLANE: tl.constexpr, DROPS: tl.constexpr,
+    E: tl.constexpr,
 ):  # fmt: skip
-    """Entries of E slots of both pools, of tokens that have none by the row of their key.
+    """Entries of E slots of the pool of keys, and of E of that of values.
 
-    A token whose key or value was dropped is seen if the pools have what is lacking; and if they
-    have something of it that is no number: what comes of it then is none either.
+    A token that both pools hold has that of the keys. DROPS: tokens may be dropped. One whose other
+    half was dropped is seen only if what the pool has of it is no number: what comes of it is none
+    either. Without DROPS a token that has no row is not of this kind.
     """
-    rows = coded
-    if KPLANES:
-        rows = tl.load(k_totals + b * KPLANES + PLANE)
     e = tile * E + tl.arange(0, E)
-    ranks = k_ranks + (b * KPLANES + PLANE) * capacity
-
-    token = tl.load(k_pos + b * k_slots + e, mask=e < k_slots, other=-1).to(tl.int32)
-    live = (token >= 0) & (token < coded)
-    v_slot = _slot_among(token, v_pos + b * v_slots, v_slots, E)
-    v_row = token
-    if VPLANES:
-        v_row = tl.load(v_ranks + (b * VPLANES + PLANE) * capacity + token, mask=live, other=-1)
-    has_value = (v_row >= 0) | (v_slot >= 0)
-    seen = live & (has_value == 0) & _broken(k_pool, b, e, k_slots, H, DK, DKP, E)
-    if KPLANES:
-        seen |= live & has_value & (tl.load(ranks + token, mask=live, other=0) < 0)
-    v_at = _place(v_slot, tl.maximum(v_row, 0))
-    own = entries + 3 * b * length
-    _write(own, rows + e, length, token, -1 - e, v_at, seen, e < k_slots)
-
-    token = tl.load(v_pos + b * v_slots + e, mask=e < v_slots, other=-1).to(tl.int32)
-    seen = (token >= 0) & (token < coded)
-    if KPLANES:
-        seen &= tl.load(ranks + token, mask=seen, other=0) < 0
-        seen &= _slot_among(token, k_pos + b * k_slots, k_slots, E) < 0
-        seen &= _broken(v_pool, b, e, v_slots, H, DV, DVP, E)
+    k_token = tl.load(k_pos + b * k_slots + e, mask=e < k_slots, other=-1).to(tl.int32)
+    v_token = tl.load(v_pos + b * v_slots + e, mask=e < v_slots, other=-1).to(tl.int32)
+    k_live = (k_token >= 0) & (k_token < coded)
+    v_live = (v_token >= 0) & (v_token < coded)
+    v_row = _row(v_ranks, k_token, k_live, b, capacity, VPLANES, PLANE)
+    k_row = _row(k_ranks, v_token, v_live, b, capacity, KPLANES, PLANE)
+    v_slot = _slot_among(k_token, v_pos + b * v_slots, v_slots, E)
+    v_live &= _slot_among(v_token, k_pos + b * k_slots, k_slots, E) < 0
+    if DROPS:
+        k_live &= (v_row >= 0) | (v_slot >= 0) | _broken(k_pool, b, e, k_slots, H, DK, DKP, E)
+        v_live &= (k_row >= 0) | _broken(v_pool, b, e, v_slots, H, DV, DVP, E)
     else:
-        seen &= e < 0
-    _write(own, rows + k_slots + e, length, token, tl.zeros_like(e), -1 - e, seen, e < v_slots)
+        k_live &= v_row >= 0
+        v_live &= k_row >= 0
+    v_at = tl.where(v_slot >= 0, -1 - v_slot, tl.maximum(v_row, 0))
+    own = entries + 3 * b * length + length - k_slots - v_slots
+    tl.store(own + e, tl.where(k_live, k_token, -1), mask=e < k_slots)
+    tl.store(own + length + e, -1 - e, mask=e < k_slots)
+    tl.store(own + 2 * length + e, tl.where(k_live, v_at, -1), mask=e < k_slots)
+    own += k_slots
+    tl.store(own + e, tl.where(v_live, v_token, -1), mask=e < v_slots)
+    tl.store(own + length + e, tl.maximum(k_row, 0), mask=e < v_slots)
+    tl.store(own + 2 * length + e, -1 - e, mask=e < v_slots)

@@ -87,9 +87,10 @@ def _store(
 
 @triton.jit
 def over_codes(
-    work, splits, q16, shift, centre, table, q, k_codes, k_gain, v_codes, v_gain, bias, lengths,
-    k_pos, v_pos, k_basis, k_offsets, k_spans, k_waves, lacks, entries, counts, k_scores, v_scores,
-    part, stats, k_rows, v_rows, length, k_slots, v_slots, bias_b, bias_h, bias_q, scale2,
+    work, splits, tails, q16, shift, centre, table, q, k_codes, k_gain, v_codes, v_gain, bias,
+    lengths, k_pos, v_pos, k_basis, k_offsets, k_spans, k_waves, lacks, entries, counts,
+    k_scores, v_scores, part, stats, k_rows, v_rows, length, k_slots, v_slots,
+    bias_b, bias_h, bias_q, scale2,
     H: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     BLOCKS: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
     KX: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, KW: tl.constexpr,
@@ -111,19 +112,23 @@ def over_codes(
     There is a slot for each split, then one for the pool if there is one, and one for the ring.
 
     WHOLE: any row of a tile may be read: the capacity is a multiple of N, so that no tile reaches
-    past it, or rows are listed. LIST: ``entries`` say which rows there are (``listing.py``); else
-    they are the tokens. STATS: 7 where values may lack bits, 4 else.
+    past it, or rows are listed. LIST: ``entries`` say which rows there are (``listing.py``), 1:
+    those of keys, 2: those of slots, for ``tails`` programs behind the splits; 0: rows are tokens.
+    STATS: 7 where values may lack bits, 4 else.
     """
     block = work % BLOCKS
-    split = work // BLOCKS % splits
-    g = work // (BLOCKS * splits) % G
-    b = work // (BLOCKS * splits * G)
+    split = work // BLOCKS % (splits + tails)
+    g = work // (BLOCKS * (splits + tails)) % G
+    b = work // (BLOCKS * (splits + tails) * G)
     coded = tl.load(lengths).to(tl.int32)
-    if LIST:
-        coded = tl.load(counts + b)
-    per = ((coded + N - 1) // N + splits - 1) // splits * N
-    first = split * per
-    last = tl.minimum(first + per, coded)
+    begin, end, share, parts = 0, coded, split, splits
+    if LIST == 1:
+        end = tl.load(counts + b)
+    if LIST == 2:
+        begin, end, share, parts = length - k_slots - v_slots, length, split - splits, tails
+    per = ((end - begin + N - 1) // N + parts - 1) // parts * N
+    first = begin + share * per
+    last = tl.minimum(first + per, end)
 
     STRIDE: tl.constexpr = BLOCKS * M
     row = block * M + tl.arange(0, M)  # of the group's
@@ -199,17 +204,16 @@ def over_codes(
         a2_0 = tl.full([VS2 * VP2 // 2, M], 0.0, tl.float32)
         a2_1, a2_2, a2_3, a2_4, a2_5, a2_6, a2_7 = a2_0, a2_0, a2_0, a2_0, a2_0, a2_0, a2_0
 
-    last_key = last
     if LIST:
         listed_row = entries + 3 * b.to(tl.int64) * length
         k_scores += group * (H // G * ROWS) * k_slots
         v_scores += group * (H // G * ROWS) * v_slots
-        last_key = tl.minimum(last, k_rows)  # entries of slots have no row
     # Gains are too narrow for asynchronous copies: they are loaded one tile ahead by hand.
     n = first + tl.arange(0, N)
     if KGAIN:
         k_gains = k_gain + b.to(tl.int64) * k_rows * KG + gk
-        next_t = gains(k_gains, n, n < last_key, KG)
+        if LIST < 2:
+            next_t = gains(k_gains, n, n < last, KG)
     if VGAIN:
         v_gains = v_gain + b.to(tl.int64) * v_rows * VG + gv
         if LIST:
@@ -228,12 +232,14 @@ def over_codes(
         k_row, v_row, token, in_codes = n, n, n, inside
         if LIST:
             token = tl.load(listed_row + n, mask=inside, other=-1)
-            k_at = tl.load(listed_row + length + n, mask=inside, other=0)
-            v_at = tl.load(listed_row + 2 * length + n, mask=inside, other=0)
+            v_at = tl.load(listed_row + 2 * length + n, mask=inside, other=-1)
             live = token >= 0
             in_codes = live & (v_at >= 0)  # row 0 may be stale
-            pooled = tl.min(tl.minimum(k_at, v_at), 0) < 0
-            k_row = tl.minimum(n, k_rows - 1)
+            if LIST == 2:
+                k_at = tl.load(listed_row + length + n, mask=inside, other=0)
+                k_row = tl.maximum(k_at, 0)
+            else:
+                k_row = tl.minimum(n, k_rows - 1)
             v_row, token = tl.maximum(v_at, 0), tl.maximum(token, 0)
         if EK + EV:  # noqa: SIM102  (known when the kernel is compiled, unlike the other)
             if (start <= farthest) & (start + N > nearest):
@@ -248,8 +254,11 @@ def over_codes(
         elif KROT:
             t = 1.0
             if KGAIN:
-                t = next_t.to(tl.float32)
-                next_t = gains(k_gains, n + N, n + N < last_key, KG)
+                if LIST == 2:
+                    t = gains(k_gains, k_row, live, KG).to(tl.float32)
+                else:
+                    t = next_t.to(tl.float32)
+                    next_t = gains(k_gains, n + N, n + N < last, KG)
             s = turned_scores(
                 turn, k_base, t, k_row, token, inside, origin,
                 N, KHALF, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, WHOLE, ASM,
@@ -261,33 +270,34 @@ def over_codes(
                 M, N, KPITCH, K8, K4, K2, KP8, KP4, KP2, WHOLE, ASM,
             )  # fmt: skip
             if KGAIN:
-                t = next_t.to(tl.float32)
-                next_t = gains(k_gains, n + N, n + N < last_key, KG)
+                if LIST == 2:
+                    t = gains(k_gains, k_row, live, KG).to(tl.float32)
+                else:
+                    t = next_t.to(tl.float32)
+                    next_t = gains(k_gains, n + N, n + N < last, KG)
                 s = (s + less[None, :]) * t[:, None]
             if CAP > 0:
                 s = s + mean[None, :]
-        if LIST:  # noqa: SIM102  (known when the kernel is compiled, unlike the other)
-            if pooled:
-                in_pool = k_at < 0
-                known = tl.load(
-                    k_scores + row[None, :] * k_slots + (-1 - k_at)[:, None],
-                    mask=in_pool[:, None] & some[None, :], other=0.0,
-                )  # [N, M]  # fmt: skip
-                if not KX and KROT == 0 and CAP == 0:
-                    known -= mean[None, :]
-                s = tl.where(in_pool[:, None], known, s)
+        if LIST == 2:
+            in_pool = k_at < 0
+            known = tl.load(
+                k_scores + row[None, :] * k_slots + (-1 - k_at)[:, None],
+                mask=in_pool[:, None] & some[None, :], other=0.0,
+            )  # [N, M]  # fmt: skip
+            if not KX and KROT == 0 and CAP == 0:
+                known -= mean[None, :]
+            s = tl.where(in_pool[:, None], known, s)
         if CAP > 0:
             s = capped(s, CAP, ASM)
         s = biased(s, bias_row, token, live, rows_bias, BIAS)
-        if LIST:  # noqa: SIM102
-            if pooled:
-                in_pool = live & (v_at < 0)
-                whole = s
-                if not KX and KROT == 0 and CAP == 0:
-                    whole += mean[None, :]
-                where = v_scores + row[None, :] * v_slots + (-1 - v_at)[:, None]
-                tl.store(where, whole, mask=in_pool[:, None] & some[None, :])
-                s = tl.where(in_pool[:, None], -float("inf"), s)
+        if LIST == 2:
+            in_pool = live & (v_at < 0)
+            whole = s
+            if not KX and KROT == 0 and CAP == 0:
+                whole += mean[None, :]
+            where = v_scores + row[None, :] * v_slots + (-1 - v_at)[:, None]
+            tl.store(where, whole, mask=in_pool[:, None] & some[None, :])
+            s = tl.where(in_pool[:, None], -float("inf"), s)
         if VGAIN:
             # The reference is that of the weights times the gains: they must fit float16.
             u = next_u.to(tl.float32)
@@ -382,7 +392,7 @@ def over_codes(
                 a2_6 = _mix(p16, words, a2_6, t2, 2, 6, VP2, VS2, N, ASM)
                 a2_7 = _mix(p16, words, a2_7, t2, 2, 7, VP2, VS2, N, ASM)
 
-    slot = group * (splits + EXACTS) + split
+    slot = group * (splits + tails + EXACTS) + split
     total = tl.sum(tl.sum(mass, 0), 0)
     if not KX and KROT == 0 and CAP == 0:
         top += mean

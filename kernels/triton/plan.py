@@ -289,13 +289,14 @@ def make_plan(
     )
 
 
-def merge_slots(plan: Plan, config: Config, processors: int) -> int:
+def merge_slots(plan: Plan, config: Config, processors: int, tails: int = 0) -> int:
     """A power of two that holds the most slots that there can be, for any batch.
 
     Args:
         plan: of the layer.
         config: how the work is cut.
         processors: multiprocessors of the device.
+        tails: slots of programs over pools where rows are listed, at most.
     """
     most = min(processors * config.fill // (plan.groups * plan.blocks), MOST_SPLITS)
-    return power(max(most, 1) + plan.exacts, 2)
+    return power(max(most, 1) + tails + plan.exacts, 2)

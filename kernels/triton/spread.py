@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TILE = 32
+TILE = 64
 """Tokens of a program."""
 
 
@@ -23,11 +23,21 @@ def lacked(lacks, BITS: tl.constexpr):
 
 
 @triton.jit
-def _digit(base, c, some, SIZE: tl.constexpr, COUNT: tl.constexpr):
-    """Digits of SIZE bits of components c of a run of COUNT."""
+def _words(base, WORD: tl.constexpr):
+    """Addresses of bytes as those of words of 2 or 4."""
+    if WORD == 4:
+        return base.to(tl.pointer_type(tl.uint32))
+    else:
+        return base.to(tl.pointer_type(tl.uint16))
+
+
+@triton.jit
+def _digit(base, c, some, SIZE: tl.constexpr, COUNT: tl.constexpr, WORD: tl.constexpr):
+    """Digits of SIZE bits of components c, c + 1, .. of a run of COUNT, one in each byte."""
     WIDTH: tl.constexpr = COUNT * SIZE // 8
-    byte = tl.load(base + (c % WIDTH)[None, :], mask=some, other=0).to(tl.int32)
-    return (byte >> (c // WIDTH * SIZE)[None, :]) & ((1 << SIZE) - 1)
+    EACH: tl.constexpr = ((1 << SIZE) - 1) * (0x01010101 if WORD == 4 else 0x0101)
+    word = tl.load(_words(base, WORD) + (c % WIDTH // WORD)[None, :], mask=some, other=0)
+    return (word.to(tl.uint32) >> (c // WIDTH * SIZE)[None, :].to(tl.uint32)) & EACH
 
 
 @triton.jit
@@ -36,6 +46,7 @@ def _run(
     BITS: tl.constexpr, COUNT: tl.constexpr, PAD: tl.constexpr, START: tl.constexpr,
     OFF: tl.constexpr, PLANES: tl.constexpr,
     N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, N4: tl.constexpr, T: tl.constexpr,
+    WORD: tl.constexpr,
 ):  # fmt: skip
     """One run of a tile of tokens: ``[T, COUNT * BITS / 8]`` bytes to ``out``.
 
@@ -44,30 +55,31 @@ def _run(
     """
     WIDTH: tl.constexpr = COUNT * BITS // 8
     LEFT: tl.constexpr = BITS - PLANES if BITS > PLANES else 0  # leading bits
-    j = tl.arange(0, PAD)
+    j = tl.arange(0, PAD // WORD) * WORD
     some = there[:, None] & (j < WIDTH)[None, :]
-    bytes_ = tl.zeros([T, PAD], tl.int32)
+    bytes_ = tl.zeros([T, PAD // WORD], tl.uint32)
     for m in tl.static_range(8 // BITS):
         c = j + m * WIDTH
-        u = tl.zeros([T, PAD], tl.int32)
+        u = tl.zeros([T, PAD // WORD], tl.uint32)
         if LEFT & 4:
-            u += _digit(base + OFF, c, some, 4, COUNT) << (BITS - 4)
+            u += _digit(base + OFF, c, some, 4, COUNT, WORD) << (BITS - 4)
         if LEFT & 2:
             first = base + (OFF + (LEFT & 4) * COUNT // 8)
-            u += _digit(first, c, some, 2, COUNT) << (BITS - (LEFT & 6))
+            u += _digit(first, c, some, 2, COUNT, WORD) << (BITS - (LEFT & 6))
         if LEFT & 1:
             first = base + (OFF + (LEFT & 6) * COUNT // 8)
-            u += _digit(first, c, some, 1, COUNT) << (BITS - LEFT)
+            u += _digit(first, c, some, 1, COUNT, WORD) << (BITS - LEFT)
         if BITS > PLANES - 1:
-            u += _digit(plane1, c + START, some & has1[:, None], 1, N1) << (PLANES - 1)
+            u += _digit(plane1, c + START, some & has1[:, None], 1, N1, WORD) << (PLANES - 1)
         if PLANES > 1 and BITS > PLANES - 2:
-            u += _digit(plane2, c + START, some & has2[:, None], 1, N2) << (PLANES - 2)
+            u += _digit(plane2, c + START, some & has2[:, None], 1, N2, WORD) << (PLANES - 2)
         if PLANES > 2 and BITS > PLANES - 3:
-            u += _digit(plane3, c + START, some & has3[:, None], 1, N3) << (PLANES - 3)
+            u += _digit(plane3, c + START, some & has3[:, None], 1, N3, WORD) << (PLANES - 3)
         if PLANES > 3:
-            u += _digit(plane4, c + START, some & has4[:, None], 1, N4)
+            u += _digit(plane4, c + START, some & has4[:, None], 1, N4, WORD)
         bytes_ += u << (BITS * m)
-    tl.store(out + j[None, :], bytes_.to(tl.uint8), mask=some)
+    where = _words(out, WORD) + (j // WORD)[None, :]
+    tl.store(where, bytes_.to(where.dtype.element_ty), mask=some)
 
 
 @triton.jit
@@ -86,12 +98,14 @@ def spread_kernel(
     P8: tl.constexpr, P4: tl.constexpr, P2: tl.constexpr, WIDTH: tl.constexpr,
     PLANES: tl.constexpr, WHOLE: tl.constexpr,
     N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, N4: tl.constexpr, T: tl.constexpr,
+    WORD: tl.constexpr,
 ):  # fmt: skip
     """``codes [B, rows, G * bytes]``, ``lacks [B, rows]`` uint8, a tile of tokens of one group.
 
     ranks: of ``rank_kernel``: of the planes; without WHOLE, first of the leading bits, whose rows
     are those of the result (tokens that were dropped have none). rows, rows1 ..: rows that tensors
-    have room for. WIDTH: leading bytes of a group of a token. P*: bytes of runs in tiles.
+    have room for. WIDTH: leading bytes of a group of a token. P*: bytes of runs in tiles. WORD:
+    bytes that are made at a time, of which all widths are multiples.
     """
     g = tl.program_id(0) % G
     tile = tl.program_id(0) // G % tiles
@@ -133,15 +147,15 @@ def spread_kernel(
     if R8:
         _run(
             lead, first, second, third, fourth, has1, has2, has3, has4, out, there,
-            8, R8, P8, 0, 0, PLANES, N1, N2, N3, N4, T,
+            8, R8, P8, 0, 0, PLANES, N1, N2, N3, N4, T, WORD,
         )  # fmt: skip
     if R4:
         _run(
             lead, first, second, third, fourth, has1, has2, has3, has4, out + R8, there,
-            4, R4, P4, R8, OFF4, PLANES, N1, N2, N3, N4, T,
+            4, R4, P4, R8, OFF4, PLANES, N1, N2, N3, N4, T, WORD,
         )  # fmt: skip
     if R2:
         _run(
             lead, first, second, third, fourth, has1, has2, has3, has4, out + (R8 + R4 // 2),
-            there, 2, R2, P2, R8 + R4, OFF2, PLANES, N1, N2, N3, N4, T,
+            there, 2, R2, P2, R8 + R4, OFF2, PLANES, N1, N2, N3, N4, T, WORD,
         )  # fmt: skip

@@ -153,6 +153,7 @@ def both_kinds(gain: int, rotary: int = 0) -> Layout:
 PAIRS = {
     "tiers": (KEYS, tiered()),
     "tiers in groups": (replace(KEYS, groups=2), tiered(groups=2)),
+    "tiers, four bytes at a time": (KEYS, layout_of((2, 64, 1), (32, 32, 64), True, TIERS)),
     "two tiers": (KEYS, tiered((16, 4))),
     "one tier": (KEYS, tiered((9,))),
     "tiers, keys turned": (TURNED, tiered()),
@@ -217,13 +218,13 @@ def test_a_token_that_is_no_number_is_seen(name: str, side: str, alike: bool) ->
 
 
 @pytest.mark.parametrize("name", PAIRS if DEVICE == "cuda" else ["all three"])
-@pytest.mark.parametrize("length", [5, 8, 23])
+@pytest.mark.parametrize("length", [7, 8, 23])
 def test_few_tokens(name: str, length: int) -> None:
     """None, one, and few of them coded."""
-    check(case(*PAIRS[name], length=max(length, 7)))
+    check(case(*PAIRS[name], length=length))
 
 
-@pytest.mark.parametrize("name", PAIRS if DEVICE == "cuda" else ["evict and tiers"])
+@pytest.mark.parametrize("name", PAIRS if DEVICE == "cuda" else ["evict and tiers", "kept"])
 def test_more_tokens_than_one_program_ranks(name: str) -> None:
     check(case(*PAIRS[name], batch=1, length=2500 if DEVICE == "cuda" else 1100), None)
 

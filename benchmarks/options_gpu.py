@@ -129,7 +129,7 @@ def measure(case: Case, names: Sequence[str], plain: bool) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", nargs="+", default=(), help="these options only")
+    parser.add_argument("--options", nargs="+", default=(), help="these options only")
     parser.add_argument("--plain", action="store_true", help="also by plain operators")
     parser.add_argument("--shapes", nargs="+", choices=NAMES, default=NAMES, help="of these only")
     parser.add_argument("--out", type=Path, help="where to write the results")
@@ -141,7 +141,7 @@ def main() -> None:
         "command": " ".join(["python", "benchmarks/options_gpu.py", *sys.argv[1:]]), "shapes": {},
     }  # fmt: skip
     for name in args.shapes:
-        report["shapes"][name] = measure(CASES[name], args.only, args.plain)
+        report["shapes"][name] = measure(CASES[name], args.options, args.plain)
         print(json.dumps({name: report["shapes"][name]}), flush=True)
         if args.out:
             args.out.write_text(json.dumps(report, indent=1) + "\n")

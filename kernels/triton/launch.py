@@ -53,8 +53,11 @@ LOG2_E = 1.4426950408889634
 
 DTYPES = (torch.float16, torch.bfloat16)
 
-MOST_TAILS = 16
+MOST_TAILS = 8
 """Programs over the slots of a group's pools, at most."""
+
+TAIL_TILES = 4
+"""Tiles of slots of one of them, if there are no more."""
 
 
 def takes(q: Tensor, k_layout: str, v_layout: str) -> bool:
@@ -91,13 +94,16 @@ def programs_apart(batch: int, plan: Plan, device: torch.device) -> int:
 
 
 def count_splits(
-    batch: int, capacity: int, plan: Plan, config: Config, device: torch.device
+    batch: int, capacity: int, plan: Plan, config: Config, device: torch.device, tails: int = 0
 ) -> int:
-    """Splits over tokens so that all programs over codes run at once. Sizes may be symbols."""
+    """Splits over tokens so that all programs over codes run at once. Sizes may be symbols.
+
+    tails: programs over slots beside them.
+    """
     programs = batch * plan.groups * plan.blocks
     slots = multiprocessors(device) * config.fill
     rest = torch.sym_max(slots - batch * plan.exact_programs, int(slots * config.share))
-    room = rest // programs
+    room = rest // programs - tails
     tiles = (capacity + config.tokens - 1) // config.tokens
     return torch.sym_max(torch.sym_min(torch.sym_min(room, tiles), MOST_SPLITS), 1)
 
@@ -187,7 +193,7 @@ def _list(
     """Which rows belong together, of all tokens or of a kind. drops: tokens may be dropped."""
     q, keys, values, lengths = step.q, step.keys, step.values, step.lengths
     batch, q_heads, queries, dim = q.shape[0], *(int(n) for n in q.shape[1:])
-    capacity, heads = keys.capacity, keys.ring.shape[1]
+    capacity, heads, v_dim = keys.capacity, int(keys.ring.shape[1]), int(values.ring.shape[3])
     k_slots, v_slots = keys.pool.shape[2], values.pool.shape[2]
     length = of_keys.codes.shape[1] + k_slots + v_slots
     tiles = (capacity + TOKENS_LISTED - 1) // TOKENS_LISTED
@@ -209,8 +215,8 @@ def _list(
         q, k_rows, v_rows, k_totals, keys.pool_positions, values.pool_positions,
         keys.pool, values.pool, lengths, found, *listed, capacity, length, k_slots, v_slots,
         batch, tiles, slot_tiles, step.factor,
-        H=heads, ROWS=rows, DK=dim, DKP=power(dim, 16), DV=values.ring.shape[3],
-        DVP=power(values.ring.shape[3], 16), X=EXACT_ROWS, XBLOCKS=blocks,
+        H=heads, ROWS=rows, DK=dim, DKP=power(dim, 16), DV=v_dim,
+        DVP=power(v_dim, 16), X=EXACT_ROWS, XBLOCKS=blocks,
         KPLANES=0 if k_ranks is None else k_rows.shape[1],
         VPLANES=0 if v_ranks is None else v_rows.shape[1],
         PLANE=kind, DROPS=int(drops), T=TOKENS_LISTED, E=SLOTS_AT_ONCE, ASM=not INTERPRETED,
@@ -236,18 +242,19 @@ def _attend(
     key, value = of_keys.layout, of_values.layout
     batch, q_heads, queries = q.shape[0], int(q.shape[1]), int(q.shape[2])
     config = step.config or default_config(key.spec, value.spec, q_heads * queries)
-    pools = (0, 0) if rows is not None else (keys.pool.shape[2], values.pool.shape[2])
-    ring, lacks = keys.ring.shape[2], of_values.lacks
+    slots = keys.pool.shape[2], values.pool.shape[2]
+    pools = (0, 0) if rows is not None else (int(slots[0]), int(slots[1]))
+    ring, lacks = int(keys.ring.shape[2]), of_values.lacks
     plan = make_plan(
         key.spec, value.spec, q_heads, queries, pools, ring, config, rows is not None,
         lacks is not None,
     )  # fmt: skip
     k_rows, v_rows = of_keys.codes.shape[1], of_values.codes.shape[1]
-    splits = count_splits(batch, k_rows, plan, config, q.device)
     tails = 0
     if rows is not None:
-        slots = rows.k_scores.shape[3] + rows.v_scores.shape[3]
-        tails = torch.sym_min((slots + config.tokens - 1) // config.tokens, MOST_TAILS)
+        each = TAIL_TILES * config.tokens
+        tails = torch.sym_min((sum(slots) + each - 1) // each, MOST_TAILS)
+    splits = count_splits(batch, k_rows, plan, config, q.device, tails)
     whole_splits = splits + tails
     apart = programs_apart(batch, plan, q.device)
     exact_programs = batch * plan.exact_programs * apart
@@ -270,7 +277,7 @@ def _attend(
         keys.pool, values.pool, keys.ring, values.ring,
         lengths if lacks is None else lacks, *lists, part, stats, exact,
         splits, tails, apart, exact_programs, keys.capacity, k_rows, v_rows,
-        0 if rows is None else rows.entries.shape[2], keys.pool.shape[2], values.pool.shape[2],
+        0 if rows is None else rows.entries.shape[2], *slots,
         *strides, step.factor, **plan.attend, BIAS=kind, CAP=step.softcap, WHOLE=whole,
         ASM=not INTERPRETED, num_warps=config.warps, **limit,
     )  # fmt: skip
@@ -278,7 +285,7 @@ def _attend(
         names = ("H", "ROWS", "G", "STATS", "DV", "DVP", "X", "XBLOCKS")
         kernel(value_slots_kernel)[(batch * plan.exact_programs,)](
             values.pool_positions, values.pool, rows.v_scores, lengths, stats, exact, whole_splits,
-            values.pool.shape[2], **{name: plan.attend[name] for name in names}, STRIDE=plan.rows,
+            slots[1], **{name: plan.attend[name] for name in names}, STRIDE=plan.rows,
             E=SLOTS_AT_ONCE, ASM=not INTERPRETED, num_warps=4,
         )  # fmt: skip
     out = step.empty(

@@ -33,10 +33,13 @@ def _words(base, WORD: tl.constexpr):
 
 @triton.jit
 def _digit(base, c, some, SIZE: tl.constexpr, COUNT: tl.constexpr, WORD: tl.constexpr):
-    """Digits of SIZE bits of components c, c + 1, .. of a run of COUNT, one in each byte."""
-    WIDTH: tl.constexpr = COUNT * SIZE // 8
+    """Digits of SIZE bits of components WORD c, WORD c + 1, .. of a run of COUNT, one in each byte.
+
+    c is in words, so that Triton sees which of them lie side by side.
+    """
+    WIDTH: tl.constexpr = COUNT * SIZE // 8 // WORD
     EACH: tl.constexpr = ((1 << SIZE) - 1) * (0x01010101 if WORD == 4 else 0x0101)
-    word = tl.load(_words(base, WORD) + (c % WIDTH // WORD)[None, :], mask=some, other=0)
+    word = tl.load(_words(base, WORD) + (c % WIDTH)[None, :], mask=some, other=0)
     return (word.to(tl.uint32) >> (c // WIDTH * SIZE)[None, :].to(tl.uint32)) & EACH
 
 
@@ -53,9 +56,9 @@ def _run(
     START: the run's first component. OFF: its first byte among leading bits. N1 .. N4: components
     that the planes hold.
     """
-    WIDTH: tl.constexpr = COUNT * BITS // 8
+    WIDTH: tl.constexpr = COUNT * BITS // 8 // WORD
     LEFT: tl.constexpr = BITS - PLANES if BITS > PLANES else 0  # leading bits
-    j = tl.arange(0, PAD // WORD) * WORD
+    j = tl.arange(0, PAD // WORD)
     some = there[:, None] & (j < WIDTH)[None, :]
     bytes_ = tl.zeros([T, PAD // WORD], tl.uint32)
     for m in tl.static_range(8 // BITS):
@@ -70,15 +73,21 @@ def _run(
             first = base + (OFF + (LEFT & 6) * COUNT // 8)
             u += _digit(first, c, some, 1, COUNT, WORD) << (BITS - LEFT)
         if BITS > PLANES - 1:
-            u += _digit(plane1, c + START, some & has1[:, None], 1, N1, WORD) << (PLANES - 1)
+            u += _digit(plane1, c + START // WORD, some & has1[:, None], 1, N1, WORD) << (
+                PLANES - 1
+            )
         if PLANES > 1 and BITS > PLANES - 2:
-            u += _digit(plane2, c + START, some & has2[:, None], 1, N2, WORD) << (PLANES - 2)
+            u += _digit(plane2, c + START // WORD, some & has2[:, None], 1, N2, WORD) << (
+                PLANES - 2
+            )
         if PLANES > 2 and BITS > PLANES - 3:
-            u += _digit(plane3, c + START, some & has3[:, None], 1, N3, WORD) << (PLANES - 3)
+            u += _digit(plane3, c + START // WORD, some & has3[:, None], 1, N3, WORD) << (
+                PLANES - 3
+            )
         if PLANES > 3:
-            u += _digit(plane4, c + START, some & has4[:, None], 1, N4, WORD)
+            u += _digit(plane4, c + START // WORD, some & has4[:, None], 1, N4, WORD)
         bytes_ += u << (BITS * m)
-    where = _words(out, WORD) + (j // WORD)[None, :]
+    where = _words(out, WORD) + j[None, :]
     tl.store(where, bytes_.to(where.dtype.element_ty), mask=some)
 
 

@@ -1,4 +1,4 @@
-"""Codes by kind of token on a CUDA device: plain operators, captured steps, no kernel of ours."""
+"""Codes by kind of token on a CUDA device: captured steps, with kernels of ours and without."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import transformers
 
 import apack_compile
 from apack_compile import PackedKV
+from apack_compile.ops.attend_cuda import by_kernels
 
 from .. import zoo
 from .test_cuda import on_device
@@ -63,7 +64,7 @@ def test_inductor_gives_what_eager_operators_give(family: str, k_code: str) -> N
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_sixteen_bits_run_without_kernels_of_ours(dtype: torch.dtype) -> None:
+def test_sixteen_bits_are_attended_by_kernels(dtype: torch.dtype) -> None:
     case = on_device(zoo.llama(2, True, text=400), dtype)
     ours = torch.compile(case.model, backend="attentionpack", options=OPTIONS)
     for start, count in ((10, 200), (10, 200), (0, 0), (50, 320)):
@@ -73,6 +74,11 @@ def test_sixteen_bits_run_without_kernels_of_ours(dtype: torch.dtype) -> None:
             cache, logits = decoded(ours, case, 40)
         assert logits.isfinite().all()
         store = cache.layers[0].keys.store
+        specs = [
+            side.store.ref.layout.spec for side in (cache.layers[0].keys, cache.layers[0].values)
+        ]
+        q = torch.empty(2, store.ref.layout.heads, 1, 1, dtype=dtype, device="cuda")
+        assert by_kernels(q, *specs)
         assert int((store.side.payload[0][:, :385, 0] == 1).sum()) == 2 * int(mask[0, :385].sum())
         dense = transformers.DynamicCache()
         for number, layer in enumerate(cache.layers):

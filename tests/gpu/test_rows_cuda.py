@@ -62,8 +62,6 @@ def test_the_graph_launches_our_kernels_and_makes_no_dense_tensor(
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "tiers": {"tiers": True},
-    "evict": {"evict": 0.3},
-    "tiers and evict": {"tiers": True, "evict": 0.3},
     "exact_share": {"exact_share": 0.03},
     "all three": {"tiers": True, "evict": 0.3, "exact_share": 0.03},
     "before rotation": {"tiers": True, "evict": 0.3, "k_code": "pre-rope"},
@@ -78,17 +76,15 @@ def test_a_model_decodes_by_kernels_as_by_plain_operators(
     """Two prompts with left padding, rings coded on the way, captured steps."""
     options = {"ratio": 4, "window": 16, "block": 32, "fit_tokens": 64, "profile_cache": False}
     found = []
-    for choice in ("triton_op", "plain"):
+    for choice, inner in (("plain", "eager"), ("triton_op", "inductor")):
         monkeypatch.setenv("APACK_ATTEND", choice)
         torch._dynamo.reset()
-        logits = []
+        model, logits = None, []
         for text in (300, 350):
             made = on_device(zoo.llama(2, True, text=text), torch.bfloat16)
-            if not logits:
-                model = made.model
-                ours = torch.compile(
-                    model, backend="attentionpack", options={**options, **OPTIONS[name]}
-                )
+            if model is None:
+                model, more = made.model, {**options, **OPTIONS[name], "inner": inner}
+                ours = torch.compile(model, backend="attentionpack", options=more)
             cache, valid = transformers.DynamicCache(), made.inputs["attention_mask"]
             ours(**made.inputs, past_key_values=cache)
             for step in range(50):
@@ -107,5 +103,5 @@ def test_a_model_decodes_by_kernels_as_by_plain_operators(
         found.append(torch.cat(logits, 1).double())
         assert apack_compile.report(model).recompiles == 0
     # Levels of later tokens go by weights that rounding moves: some tokens change places.
-    error = (found[0] - found[1]).norm() / found[1].norm()
+    error = (found[1] - found[0]).norm() / found[0].norm()
     assert error < 8 * torch.finfo(torch.bfloat16).eps, f"relative error {error:.2e}"

@@ -61,9 +61,12 @@ class Launch:
 def is_predicted(k: PackedSide, v: PackedSide) -> bool:
     """Whether the model knows the kernels of these codes: fitted ones in 16 bits.
 
-    It knows nothing of keys that are rebuilt and turned.
+    It knows nothing of keys that are rebuilt and turned, nor of the launches that rows of their own
+    take (planes, shares of exact tokens).
     """
-    return not k.layout.positional and all(
+    layouts = k.layout, v.layout
+    plain = not any(x.positional or x.shares or x.kept for x in layouts)
+    return plain and all(
         supported(side.layout) and side.layout.param_count > 0 and side.dtype.itemsize == HALF
         for side in (k, v)
     )

@@ -66,9 +66,10 @@ def takes(q: Tensor, k_layout: str, v_layout: str) -> bool:
     known = supported(key) and supported(value) and not value.positional
     known &= not key.tier_shares and len(value.tier_shares) <= MOST_PLANES
     known &= bool(key.plane_kinds) == bool(value.plane_kinds)
-    most = shared_memory(q.device)
-    fits = known and all(shared_bytes(k) <= most for k, _ in plain_pairs(key, value))
-    return fits and q.dtype in DTYPES
+    if not known or q.dtype not in DTYPES:
+        return False
+    wanted = max(shared_bytes(k) for k, _ in plain_pairs(key, value))
+    return wanted == 0 or wanted <= shared_memory(q.device)
 
 
 @cache

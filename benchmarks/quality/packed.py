@@ -116,6 +116,10 @@ class PackedRunner:
 
     def follow(self, cache: DynamicCache, ids: Tensor) -> Tensor:
         """Logits of what follows, piece by piece on a copy of the cache."""
+        return self.grow(cache, ids)[0]
+
+    def grow(self, cache: DynamicCache, ids: Tensor) -> tuple[Tensor, DynamicCache]:
+        """:meth:`follow`, and the copy."""
         if ids.shape[1] % PIECE:
             raise ValueError(f"{ids.shape[1]} tokens: accepted are multiples of {PIECE}")
         grown = copy.deepcopy(cache)
@@ -126,7 +130,7 @@ class PackedRunner:
             torch._dynamo.mark_static(piece, 1)
             logits.append(self.compiled(piece, past_key_values=grown).logits)
             self.follows += 1
-        return torch.cat(logits, 1)
+        return torch.cat(logits, 1), grown
 
     def sizes(self, cache: DynamicCache) -> Sizes:
         """Counted on the cache: codes by layout, everything else by storage.

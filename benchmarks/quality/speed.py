@@ -1,8 +1,8 @@
 """Decode time that the cost model predicts of the codes that were measured, beside their KL.
 
 Time is that of packed attention of one layer in one step on an H100: three launches, 8 sequences,
-32,768 coded tokens, 16 bits. The model has no figures of codes without kernels of ours (tiers,
-evictions, exact tokens, keys before their rotation). It was compared with measurements at ratio 8
+32,768 coded tokens, 16 bits. The model has no figures of tiers, evictions, shares of exact tokens,
+codes by kind and keys before their rotation. It was compared with measurements at ratio 8
 and head dimension 128 alone: docs/cost-model.md.
 """
 

@@ -149,6 +149,8 @@ def attend_packed(
         config: how to cut the work; None: :func:`default_config`.
     """
     key, value = parse_layout(k_layout), parse_layout(v_layout)
+    if isinstance(q.shape[0], int) and not q.shape[0]:  # a selection of no sequences
+        return q.new_empty(*q.shape[:3], value.dim)
     keys, values = _contiguous(Side.of(k, key)), _contiguous(Side.of(v, value))
     bias = None if bias is None else bias.contiguous()
     factor = scale * LOG2_E

@@ -229,6 +229,16 @@ def test_more_tokens_than_one_program_ranks(name: str) -> None:
     check(case(*PAIRS[name], batch=1, length=2500 if DEVICE == "cuda" else 1100), None)
 
 
+def test_no_sequences() -> None:
+    given = case(*PAIRS["evict and tiers"])
+    for side in "kv":
+        stored = given[side]
+        count = len(stored) - len(given["codes"]["kv".index(side)].params)
+        given[side] = [t[:0] for t in stored[:count]] + stored[count:]
+    given["q"] = given["q"][:0]
+    assert kernels(given).shape == (0, 4, 1, 64)
+
+
 def test_what_the_kernels_do_not_take() -> None:
     q = torch.empty(1, 4, 1, 64, dtype=torch.float16)
     assert not takes(q, tiered().spec, VALUES.spec)

@@ -1,0 +1,65 @@
+"""Kernels compiled for a GPU that need not be there, as Inductor hands them over.
+
+A scalar that is the same in every call of a graph is a constant to Inductor, a float one among
+them; what is launched by hand never sees that.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+COMPILE = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from apack_compile.codec import TransformLayout
+from apack_compile.kernels.triton import attend, fold, plan, prepare
+
+spec = TransformLayout(2, 64, 1, 16, 32, 16, 1).spec
+made = plan.make_plan(spec, spec, 4, 1, (8, 8), 32, plan.Config(), {listed}, {listed})
+sizes = {{name: made.attend[name] for name in made.attend}}
+sides = {{"KPLANES": 1, "VPLANES": 1, "PLANE": 0, "DROPS": 1, "T": 1024, "E": 64}}
+kernel, constants = {{
+    "fold": (fold.fold_kernel, made.fold | {{"STEPS": 64}}),
+    "attend": (attend.attend_kernel, sizes | {{"BIAS": 1, "CAP": 0.0, "WHOLE": 1, "ASM": True}}),
+    "prepare": (prepare.prepare_kernel, sizes | sides | {{"ASM": True}}),
+}}["{name}"]
+constants = {{name: constants[name] for name in kernel.arg_names if name in constants}}
+constants["scale2"] = 0.18
+pointers = dict.fromkeys(("k_scores", "v_scores", "part", "stats", "exact", "shift", "centre",
+                          "mean", "units", "bias", "k_offsets", "k_spans", "k_waves"), "*fp32")
+pointers |= dict.fromkeys(("q", "k_pool", "v_pool", "k_ring", "v_ring"), "*bf16")
+pointers |= dict.fromkeys(("q16", "k_gain", "v_gain", "k_basis", "synthesis"), "*fp16")
+pointers |= dict.fromkeys(("k_codes", "v_codes", "lacks", "found"), "*u8")
+pointers |= dict.fromkeys(("lengths", "k_pos", "v_pos"), "*i64")
+pointers |= dict.fromkeys(("k_ranks", "v_ranks", "k_totals", "entries", "counts", "table"), "*i32")
+signature = {{
+    name: "constexpr" if name in constants else pointers.get(name, "i32")
+    for name in kernel.arg_names
+}}
+given = {{(kernel.arg_names.index(name),): value for name, value in constants.items()}}
+made = triton.compile(ASTSource(kernel, signature, given), target=GPUTarget("cuda", 90, 32))
+print(len(made.asm["ptx"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"), [("fold", False), ("attend", False), ("attend", True), ("prepare", True)]
+)
+def test_a_float_may_be_a_constant(name: str, listed: bool, tmp_path: Path) -> None:
+    """Bug: ``prepare_kernel`` made a tensor of it in one branch alone, and did not compile."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE.format(name=name, listed=listed)],
+        env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 1000

@@ -63,16 +63,16 @@ def variants(k: TransformLayout, v: TransformLayout) -> dict[str, tuple[Any, Any
 
     more = evicting(sized(k, 4, 8, 16), 10)
     kept = sized(k, 2, 8, 5), sized(v, 2, 7, 6)
-    images, text = [sized(x, 1, 4, n) for x, n in ((k, 4), (v, 3))], (4, 16, 12)
-    kinds = (modal(image, sized(x, *text)) for image, x in zip(images, (k, v), strict=True))
+    text = 4, 16, 12
+    kinds = (modal(sized(x, 1, 4, n), sized(x, *text)) for x, n in ((k, 4), (v, 3)))
     return {
         "none": (k, v),
         "k_code='pre-rope'": (replace(k, rotary=DIM), v),
         "tiers=True": (k, tiered(8, 8, 16)),
-        "exact_share=0.01": tuple(replace(x, exact=10) for x in kept),
+        "exact_share=0.01": (replace(kept[0], exact=10), replace(kept[1], exact=10)),
         "evict=0.3": (more, evicting(sized(v, 4, 8, 14), 10)),
         "tiers=True, evict=0.3": (more, evicting(tiered(8, 16, 8), 10)),
-        "visual_ratio=16, text_ratio=4.5": tuple(kinds),
+        "visual_ratio=16, text_ratio=4.5": (next(kinds), next(kinds)),
     }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...codec import EvictingLayout, Layout, ModalLayout, TransformLayout
+from ...codec import EvictingLayout, Layout, ModalLayout, TieredLayout, TransformLayout
 from ...codec.bits import CLASSES
 from ...codec.kinds import VISUAL
 from ..side import Side
@@ -50,21 +50,14 @@ class Ranks(NamedTuple):
     totals: Tensor
 
 
-class Planes(NamedTuple):
-    """Which planes of a layout are ranked: FIRST and PLANES of ``rank_kernel``."""
-
-    first: int
-    count: int
-
-
-def ranked_planes(layout: Layout) -> Planes:
-    """Planes that have rows for tokens of their own; those with rows for the same count once."""
+def ranked_planes(layout: Layout) -> tuple[int, int]:
+    """FIRST and PLANES of ``rank_kernel``: planes that have rows for the same tokens count once."""
     if layout.plane_kinds:
-        return Planes(0, 2)
+        return 0, 2
     if isinstance(layout, EvictingLayout):
         whole = len(layout.shares) - len(layout.tier_shares)
-        return Planes(whole, 1 + len(layout.tier_shares))
-    return Planes(1, len(layout.shares))
+        return whole, 1 + len(layout.tier_shares)
+    return 1, len(layout.shares)
 
 
 def plain(layout: Layout) -> Layout:
@@ -142,7 +135,7 @@ def coded(side: Side, layout: Layout, ranks: Ranks | None, kind: int = 0) -> Cod
     if isinstance(layout, EvictingLayout):
         payload = payload[1:]
     if layout.tier_shares:
-        assert isinstance(layout, TransformLayout) and ranks is not None
+        assert isinstance(layout, TieredLayout) and ranks is not None
         planes = payload[-len(layout.tier_shares) :]
         codes, lacks = _spread(payload[0], planes, layout, ranks)
         return Coded(plain(layout), codes, payload[1], side.params, lacks)
@@ -150,7 +143,7 @@ def coded(side: Side, layout: Layout, ranks: Ranks | None, kind: int = 0) -> Cod
 
 
 def _spread(
-    base: Tensor, planes: Sequence[Tensor], layout: TransformLayout, ranks: Ranks
+    base: Tensor, planes: Sequence[Tensor], layout: TieredLayout, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
     """Codes in tiers as plain ones, and the bits that they lack."""
     batch, rows = base.shape[:2]

@@ -12,8 +12,9 @@ from ...codec import TransformLayout
 from ...codec.layout import SPARE, STRAINED
 from ...codec.transform import LEAST_GAIN, MOST_GAIN
 from ..pool import reserve_sinks
+from .calls import INTERPRETED
 from .encode import encode_kernel
-from .launch import DTYPES, INTERPRETED
+from .launch import DTYPES
 from .settle import FIELDS, settle_kernel, survey_kernel
 
 MOST_COLUMNS = 1024

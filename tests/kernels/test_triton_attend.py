@@ -15,7 +15,8 @@ from apack_compile.cache import Policy
 from apack_compile.codec import Code, ExactLayout, Layout, TransformLayout
 from apack_compile.kernels.reference import attend_reference, unpack_reference
 from apack_compile.kernels.triton import launch
-from apack_compile.kernels.triton.launch import INTERPRETED, attend_packed
+from apack_compile.kernels.triton.calls import INTERPRETED
+from apack_compile.kernels.triton.launch import attend_packed
 from apack_compile.kernels.triton.plan import Config, default_config, make_plan
 
 from ..helpers import encoded, hand_code, pair_waves, poison

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from apack_compile.codec.bits import pack
 from apack_compile.kernels.triton import codes
-from apack_compile.kernels.triton.launch import INTERPRETED
+from apack_compile.kernels.triton.calls import INTERPRETED
 
 WORDS = np.arange(1 << 16, dtype=np.uint32)
 

@@ -17,7 +17,7 @@ from apack_compile.codec.tiered import layout_of
 from apack_compile.kernels.encode import encode, encode_tokens, tally
 from apack_compile.kernels.pool import fill_pool
 from apack_compile.kernels.triton import launch, launch_encode
-from apack_compile.kernels.triton.launch import INTERPRETED
+from apack_compile.kernels.triton.calls import INTERPRETED
 from apack_compile.ops import encode_cuda
 
 from ..helpers import hand_code, pair_waves

@@ -17,7 +17,7 @@ import triton.language as tl
 from apack_compile.cache import Policy
 from apack_compile.codec import Code, TransformLayout
 from apack_compile.kernels.triton import launch, turned
-from apack_compile.kernels.triton.launch import INTERPRETED
+from apack_compile.kernels.triton.calls import INTERPRETED
 from apack_compile.kernels.triton.plan import Config, shared_bytes, supported
 
 from ..helpers import encoded

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from .calls import INTERPRETED, kernel
 from .coded import (
     MOST_PLANES,
     Coded,
-    Ranks,
     coded,
     is_listed,
     member_ranks,
@@ -29,7 +27,8 @@ from .coded import (
     rank_planes,
 )
 from .fold import fold_kernel
-from .listing import SLOTS_AT_ONCE, TOKENS_LISTED
+from .launch_list import Listed, list_rows
+from .listing import SLOTS_AT_ONCE
 from .merge import merge_kernel
 from .plan import (
     EXACT_ROWS,
@@ -41,12 +40,11 @@ from .plan import (
     default_config,
     make_plan,
     merge_slots,
-    power,
     shared_bytes,
     supported,
 )
-from .prepare import prepare_kernel
 from .slots import value_slots_kernel
+from .step import Step
 from .turned import basis_kernel
 
 LOG2_E = 1.4426950408889634
@@ -109,32 +107,6 @@ def count_splits(
     return torch.sym_max(torch.sym_min(torch.sym_min(room, tiles), MOST_SPLITS), 1)
 
 
-class Step(NamedTuple):
-    """What one step of one layer asks for, see :func:`attend_packed`."""
-
-    q: Tensor
-    bias: Tensor | None
-    keys: Side
-    values: Side
-    lengths: Tensor
-    factor: float
-    softcap: float
-    config: Config | None
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A new tensor on the device of the queries."""
-        return torch.empty(shape, dtype=dtype, device=self.q.device)
-
-
-class Listed(NamedTuple):
-    """What ``prepare_kernel`` leaves: entries, their number, scores by slots of both pools."""
-
-    entries: Tensor
-    counts: Tensor
-    k_scores: Tensor
-    v_scores: Tensor
-
-
 def attend_packed(
     q: Tensor, bias: Tensor | None, k: Sequence[Tensor], v: Sequence[Tensor], lengths: Tensor,
     scale: float, k_layout: str, v_layout: str, softcap: float = 0.0,
@@ -165,7 +137,7 @@ def attend_packed(
         rows = None
         if listed:
             members = member_ranks(key, k_ranks), member_ranks(value, v_ranks)
-            rows = _list(step, of_keys, *members, kind, drops)
+            rows = list_rows(step, of_keys, *members, kind, drops)
         if kind:  # ring and sinks belong to the first
             step = step._replace(lengths=torch.cat([lengths[:1], lengths.new_zeros(1)]))
         own_sinks = None if kind else sinks
@@ -188,44 +160,6 @@ def _together(found: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
     weights = torch.exp2(masses - torch.where(top == float("-inf"), 0.0, top))
     total = weights.sum(0)
     return (weights * outs).sum(0) / torch.where(total == 0, 1.0, total)
-
-
-def _list(
-    step: Step, of_keys: Coded, k_ranks: Ranks | None, v_ranks: Ranks | None, kind: int, drops: bool
-) -> Listed:
-    """Which rows belong together, of all tokens or of a kind. drops: tokens may be dropped."""
-    q, keys, values, lengths = step.q, step.keys, step.values, step.lengths
-    batch, q_heads, queries, dim = q.shape[0], *(int(n) for n in q.shape[1:])
-    capacity, heads, v_dim = keys.capacity, int(keys.ring.shape[1]), int(values.ring.shape[3])
-    k_slots, v_slots = keys.pool.shape[2], values.pool.shape[2]
-    length = of_keys.codes.shape[1] + k_slots + v_slots
-    tiles = (capacity + TOKENS_LISTED - 1) // TOKENS_LISTED
-    slots = torch.sym_max(k_slots, v_slots)
-    slot_tiles = torch.sym_max((slots + SLOTS_AT_ONCE - 1) // SLOTS_AT_ONCE, 1)
-    found = step.empty(batch, capacity, dtype=torch.uint8)
-    listed = Listed(
-        step.empty(batch, 3, length, dtype=torch.int32),
-        step.empty(batch, dtype=torch.int32),
-        step.empty(batch, q_heads, queries, k_slots),
-        step.empty(batch, q_heads, queries, v_slots),
-    )
-    rows = q_heads // heads * queries
-    blocks = -(-rows // EXACT_ROWS)
-    k_rows, k_totals = (lengths, lengths) if k_ranks is None else k_ranks
-    v_rows = lengths if v_ranks is None else v_ranks.rows
-    programs = batch * (tiles + slot_tiles * (1 + heads * blocks))
-    kernel(prepare_kernel)[(programs,)](
-        q, k_rows, v_rows, k_totals, keys.pool_positions, values.pool_positions,
-        keys.pool, values.pool, lengths, found, *listed, capacity, length, k_slots, v_slots,
-        batch, tiles, slot_tiles, step.factor,
-        H=heads, ROWS=rows, DK=dim, DKP=power(dim, 16), DV=v_dim,
-        DVP=power(v_dim, 16), X=EXACT_ROWS, XBLOCKS=blocks,
-        KPLANES=0 if k_ranks is None else k_rows.shape[1],
-        VPLANES=0 if v_ranks is None else v_rows.shape[1],
-        PLANE=kind, DROPS=int(drops), T=TOKENS_LISTED, E=SLOTS_AT_ONCE, ASM=not INTERPRETED,
-        num_warps=4,
-    )  # fmt: skip
-    return listed
 
 
 def _attend(

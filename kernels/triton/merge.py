@@ -89,10 +89,11 @@ def merge_kernel(
     With m the largest score of a row, f = 2^(m_slot - m) of each slot, and sums, gained (the mass
     of coded values times gains) and masses added up over slots with that factor,
 
-        out  =  (f_ring ring  +  f_pool pool  +  (sums - offset gained) synthesis
+        out  =  (f_ring ring  +  f_pool pool  +  (sums - offset gained + lack) synthesis
                  +  mass of coded values * mean)  /  mass
 
-    With SINKS the score of its head's sink is one of the row's, and its mass one of all.
+    With SINKS the score of its head's sink is one of the row's, and its mass one of all. lack: what
+    codes lack in the mean where values are in tiers. With LSE also log2 of the mass, into ``lse``.
     A program takes ``each`` rows in turn, those of a head behind each other.
     """
     column = tl.program_id(0) % PARTS

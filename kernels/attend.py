@@ -97,10 +97,13 @@ def attend_biased(
 
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    absent = absent_tokens(keys, key_code, values, value_code)
-    if absent is not None:
-        hidden = torch.nn.functional.pad(absent, (0, ring))[:, None, None]
+    absent, lost = absent_tokens(keys, key_code, values, value_code)
+    if absent is not None and lost is not None:
+        hidden, none = (
+            torch.nn.functional.pad(t, (0, ring))[:, None, None] for t in (absent, lost)
+        )
         bias = torch.where(hidden, float("-inf"), bias)
+        scores = torch.where(none, float("nan"), scores)
     scores = torch.where(bias == float("-inf"), bias, scores + bias)
     top = scores.amax(-1, keepdim=True)
     if sinks is not None:
@@ -129,11 +132,13 @@ def attend_biased(
     return out.to(q.dtype)
 
 
-def absent_tokens(keys: Side, key_code: Layout, values: Side, value_code: Layout) -> Tensor | None:
-    """Tokens of the payload whose key or value was dropped: ``[B, C]`` bool; None: none can be.
+def absent_tokens(
+    keys: Side, key_code: Layout, values: Side, value_code: Layout
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Tokens of the payload of which half was dropped: ``[B, C]`` bool each; None: none can be.
 
-    A token of which one side is in the pool as it is no number is seen, whatever became of the
-    other: the output then is none either, as it would be with the dense cache.
+    First those that are hidden. Then those of which one half was dropped and the pool has the other
+    as it is no number: they are seen, and what comes of them is no number either, in all heads.
     """
     absent = None
     for side, code in ((keys, key_code), (values, value_code)):
@@ -142,11 +147,12 @@ def absent_tokens(keys: Side, key_code: Layout, values: Side, value_code: Layout
             dropped = dropped & ~pooled_tokens(side.pool_positions, 0, keys.capacity)
             absent = dropped if absent is None else absent | dropped
     if absent is None:
-        return None
+        return None, None
+    broken = torch.zeros_like(absent)
     for side in (keys, values):
         wrong = ~side.pool.isfinite().all(-1).all(1)  # [B, E]
-        absent = absent & ~pooled_tokens(side.pool_positions, 0, keys.capacity, wrong)
-    return absent
+        broken = broken | pooled_tokens(side.pool_positions, 0, keys.capacity, wrong)
+    return absent & ~broken, absent & broken
 
 
 def live_only(tokens: Tensor, count: Tensor) -> Tensor:

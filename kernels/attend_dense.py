@@ -32,7 +32,7 @@ def present(
     """
     key_code, value_code = parse_layout(k_layout), parse_layout(v_layout)
     keys, values = Side.of(k, key_code), Side.of(v, value_code)
-    absent = absent_tokens(keys, key_code, values, value_code)
+    absent, _ = absent_tokens(keys, key_code, values, value_code)
     here = torch.arange(length, device=keys.ring.device)
     if absent is None:
         return (here >= 0).repeat(keys.ring.shape[0], 1)

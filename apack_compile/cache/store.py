@@ -324,19 +324,20 @@ class SideStore:
         """Let the payload hold at least so many tokens."""
         self.side = self.side._replace(payload=self._with_room(tokens))
 
-    def _with_room(self, tokens: int) -> tuple[Tensor, ...]:
+    def _with_room(self, tokens: int, spare: bool = True) -> tuple[Tensor, ...]:
         more = quotas(self.ref.layout, max(tokens - self.coded, 0), later=True)
         planes = [rows + new for rows, new in zip(self.rows, more, strict=True)]
         wanted = [tokens] * self.ref.layout.tokenwise + planes
         return tuple(
-            self._grown(p, rows) for p, rows in zip(self.side.payload, wanted, strict=True)
+            self._grown(p, rows, spare) for p, rows in zip(self.side.payload, wanted, strict=True)
         )
 
-    def _grown(self, part: Tensor, rows: int) -> Tensor:
+    def _grown(self, part: Tensor, rows: int, spare: bool) -> Tensor:
         if rows <= part.shape[1]:
             return part
         # By a little more when there is much: captured steps are captured anew each time.
-        more = self._round_up(rows + part.shape[1] // SLACK) - part.shape[1]
+        slack = part.shape[1] // SLACK if spare else 0
+        more = self._round_up(rows + slack) - part.shape[1]
         return torch.nn.functional.pad(part, (0, 0, 0, more))
 
     # Whole-store operations --------------------------------------------------------------------
@@ -383,10 +384,10 @@ class SideStore:
         return moved
 
     def align(self, coded: int, capacity: int) -> None:
-        """Code further, up to ``coded`` tokens, and grow to at least ``capacity``."""
+        """Code further, up to ``coded`` tokens, and grow to ``capacity``, if that is more."""
         if coded > self.coded:
             self.code_oldest(coded - self.coded)
-        self.make_room(capacity)
+        self.side = self.side._replace(payload=self._with_room(capacity, spare=False))
 
     def __getstate__(self) -> dict[str, object]:
         own = ("_leases", "_lists")

@@ -109,13 +109,16 @@ class Boundary:
                 if store is not handle.store:
                     ready[position] = PackedKV.of(store)
         self._flush(stores, [tokens for tokens in self.appends if tokens])
-        capacity = max(s.side.capacity for s in stores)
         coded: dict[int, int] = {}
         for store in stores:
             coded[store.length] = max(coded.get(store.length, 0), store.coded)
         for store in stores:
-            if store.coded != coded[store.length] or store.side.capacity != capacity:
-                store.align(coded[store.length], capacity)
+            if store.coded != coded[store.length]:
+                store.align(coded[store.length], store.side.capacity)
+        capacity = max(s.side.capacity for s in stores)
+        for store in stores:
+            if store.side.capacity != capacity:
+                store.align(store.coded, capacity)
             store.free_ring()
         return tuple(ready)
 

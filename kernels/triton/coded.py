@@ -51,7 +51,7 @@ class Ranks(NamedTuple):
 
 
 def ranked_planes(layout: Layout) -> tuple[int, int]:
-    """FIRST and PLANES of ``rank_kernel``: planes that have rows for the same tokens count once."""
+    """FIRST and PLANES of ``rank_kernel``: of planes with rows for the same tokens one counts."""
     if layout.plane_kinds:
         return 0, 2
     if isinstance(layout, EvictingLayout):

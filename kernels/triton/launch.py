@@ -124,6 +124,9 @@ def attend_packed(
     if isinstance(q.shape[0], int) and not q.shape[0]:  # a selection of no sequences
         return q.new_empty(*q.shape[:3], value.dim)
     keys, values = _contiguous(Side.of(k, key)), _contiguous(Side.of(v, value))
+    sizes = keys.capacity, values.capacity
+    if all(isinstance(n, int) for n in sizes) and sizes[0] != sizes[1]:
+        raise ValueError(f"capacities of keys and values are {sizes}: accepted are equal ones")
     bias = None if bias is None else bias.contiguous()
     factor = scale * LOG2_E
     step = Step(q.contiguous(), bias, keys, values, lengths, factor, softcap, config)

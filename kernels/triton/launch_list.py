@@ -34,13 +34,13 @@ def list_rows(
     k_slots, v_slots = keys.pool.shape[2], values.pool.shape[2]
     length = of_keys.codes.shape[1] + k_slots + v_slots
     tiles = (capacity + TOKENS_LISTED - 1) // TOKENS_LISTED
-    slots = torch.sym_max(k_slots, v_slots)
-    slot_tiles = torch.sym_max((slots + SLOTS_AT_ONCE - 1) // SLOTS_AT_ONCE, 1)
+    slots = torch.sym_max(k_slots + 1, v_slots)
+    slot_tiles = (slots + SLOTS_AT_ONCE - 1) // SLOTS_AT_ONCE
     found = step.empty(batch, capacity, dtype=torch.uint8)
     listed = Listed(
         step.empty(batch, 3, length, dtype=torch.int32),
         step.empty(batch, dtype=torch.int32),
-        step.empty(batch, q_heads, queries, k_slots),
+        step.empty(batch, q_heads, queries, k_slots + 1),
         step.empty(batch, q_heads, queries, v_slots),
     )
     rows = q_heads // heads * queries

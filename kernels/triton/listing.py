@@ -124,8 +124,9 @@ def list_slots(
     """Entries of E slots of the pool of keys, and of E of that of values.
 
     A token that both pools hold has that of the keys. DROPS: tokens may be dropped. One whose other
-    half was dropped is seen only if what the pool has of it is no number: what comes of it is none
-    either. Without DROPS a token that has no row is not of this kind.
+    half was dropped is seen only if what the pool has of it is no number, with a score that is none
+    either: that of a slot behind the last one (``slots.py``). Without DROPS a token that has no row
+    is not of this kind.
     """
     e = tile * E + tl.arange(0, E)
     k_token = tl.load(k_pos + b * k_slots + e, mask=e < k_slots, other=-1).to(tl.int32)
@@ -136,18 +137,22 @@ def list_slots(
     k_row = _row(k_ranks, v_token, v_live, b, capacity, KPLANES, PLANE)
     v_slot = _slot_among(k_token, v_pos + b * v_slots, v_slots, E)
     v_live &= _slot_among(v_token, k_pos + b * k_slots, k_slots, E) < 0
+    has_value, has_key = (v_row >= 0) | (v_slot >= 0), k_row >= 0
+    k_at, other_k_at = -1 - e, tl.maximum(k_row, 0)
     if DROPS:
-        k_live &= (v_row >= 0) | (v_slot >= 0) | _broken(k_pool, b, e, k_slots, H, DK, DKP, E)
-        v_live &= (k_row >= 0) | _broken(v_pool, b, e, v_slots, H, DV, DVP, E)
+        k_live &= has_value | _broken(k_pool, b, e, k_slots, H, DK, DKP, E)
+        v_live &= has_key | _broken(v_pool, b, e, v_slots, H, DV, DVP, E)
+        k_at = tl.where(has_value, k_at, -1 - k_slots)
+        other_k_at = tl.where(has_key, other_k_at, -1 - k_slots)
     else:
         k_live &= v_row >= 0
-        v_live &= k_row >= 0
+        v_live &= has_key
     v_at = tl.where(v_slot >= 0, -1 - v_slot, tl.maximum(v_row, 0))
     own = entries + 3 * b * length + length - k_slots - v_slots
     tl.store(own + e, tl.where(k_live, k_token, -1), mask=e < k_slots)
-    tl.store(own + length + e, -1 - e, mask=e < k_slots)
+    tl.store(own + length + e, k_at, mask=e < k_slots)
     tl.store(own + 2 * length + e, tl.where(k_live, v_at, -1), mask=e < k_slots)
     own += k_slots
     tl.store(own + e, tl.where(v_live, v_token, -1), mask=e < v_slots)
-    tl.store(own + length + e, tl.maximum(k_row, 0), mask=e < v_slots)
+    tl.store(own + length + e, other_k_at, mask=e < v_slots)
     tl.store(own + 2 * length + e, -1 - e, mask=e < v_slots)

@@ -109,7 +109,8 @@ def over_codes(
 ):  # fmt: skip
     """Leaves ``part [B, G, slots, BLOCKS * M, VW]`` and ``stats [.., STATS, BLOCKS * M]``.
 
-    There is a slot for each split, then one for the pool if there is one, and one for the ring.
+    There is a slot for each split and tail, then one for the pool if there is one, and one for the
+    ring.
 
     WHOLE: any row of a tile may be read: the capacity is a multiple of N, so that no tile reaches
     past it, or rows are listed. LIST: ``entries`` say which rows there are (``listing.py``), 1:
@@ -206,7 +207,7 @@ def over_codes(
 
     if LIST:
         listed_row = entries + 3 * b.to(tl.int64) * length
-        k_scores += group * (H // G * ROWS) * k_slots
+        k_scores += group * (H // G * ROWS) * (k_slots + 1)
         v_scores += group * (H // G * ROWS) * v_slots
     # Gains are too narrow for asynchronous copies: they are loaded one tile ahead by hand.
     n = first + tl.arange(0, N)
@@ -281,7 +282,7 @@ def over_codes(
         if LIST == 2:
             in_pool = k_at < 0
             known = tl.load(
-                k_scores + row[None, :] * k_slots + (-1 - k_at)[:, None],
+                k_scores + row[None, :] * (k_slots + 1) + (-1 - k_at)[:, None],
                 mask=in_pool[:, None] & some[None, :], other=0.0,
             )  # [N, M]  # fmt: skip
             if not KX and KROT == 0 and CAP == 0:

@@ -35,7 +35,8 @@ MOST_STACKED = 64
 """Rows of a product's left operand that are stacked codes, at most."""
 
 MOST_SPLITS = 126
-"""The merge holds the references of this many splits, and two more, at a time."""
+"""The merge holds the references of this many splits at a time, and some more: of programs over
+slots, of pool and ring."""
 
 BESIDE_BASIS = 88 << 10
 """Bytes of shared memory that a program has besides the basis of keys that are turned: more than
@@ -200,7 +201,8 @@ class Plan:
         fold, basis, attend, merge: keyword arguments of each.
         groups, blocks: of programs over codes of one sequence.
         rows: kept for each group.
-        exacts: slots behind those of the splits: the pool's, if there is one, and the ring's.
+        exacts: slots behind those of the splits: the pool's, if there is one or rows are listed,
+            and the ring's.
         exact_programs: over ring and pool of one sequence, if each does both.
         head_rows: query rows of one KV head of one sequence.
         pool: 1 if programs read the pool.
@@ -232,7 +234,7 @@ def make_plan(
         pools: slots of the pool of keys and of values.
         ring: slots of the ring.
         config: how to cut the work.
-        listed: rows are listed (``listing.py``): pools are read by kernels of their own.
+        listed: rows are listed (``listing.py``): pools are no part of programs over heads.
         lacking: values may lack bits.
     """
     key, value = parse_layout(k_layout), parse_layout(v_layout)

@@ -45,7 +45,7 @@ def _rank(
     b = (work // tiles).to(tl.int64)
     start = work % tiles * T
     plane = tl.arange(0, PAD)
-    shift = (plane * FIELD).to(tl.int64)
+    shift = (tl.minimum(plane, PLANES - 1) * FIELD).to(tl.int64)
     base = levels + b * capacity
     end = tl.minimum(start, coded)
     many = tl.zeros([BLOCK], tl.int64)  # summed behind the loop: no exchange in it

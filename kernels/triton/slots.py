@@ -19,8 +19,10 @@ def score_slots(
     H: tl.constexpr, ROWS: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr,
     X: tl.constexpr, XBLOCKS: tl.constexpr, E: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Scores of E slots of the keys' pool, ``k_scores [B, H, ROWS, k_slots]``, in units of log2;
-    and -inf into ``v_scores [B, H, ROWS, v_slots]``: nothing is seen there yet."""
+    """Scores of E slots of the keys' pool in units of log2, ``k_scores [B, H, ROWS, k_slots + 1]``.
+
+    NaN in the last. And -inf into ``v_scores [B, H, ROWS, v_slots]``: nothing is seen there yet.
+    """
     head = (work // XBLOCKS).to(tl.int64)
     b = head // H
     r = work % XBLOCKS * X + tl.arange(0, X)
@@ -38,7 +40,9 @@ def score_slots(
     s = product(k, qx, tl.full([E, X], 0.0, tl.float32), ASM) * scale2
     mine = (r < ROWS)[None, :]
     row = head * ROWS + r
-    tl.store(k_scores + row[None, :] * k_slots + e[:, None], s, mask=mine & (e < k_slots)[:, None])
+    s = tl.where((e == k_slots)[:, None], float("nan"), s)
+    where = k_scores + row[None, :] * (k_slots + 1) + e[:, None]
+    tl.store(where, s, mask=mine & (e <= k_slots)[:, None])
     none = tl.full([E, X], -float("inf"), tl.float32)
     where = v_scores + row[None, :] * v_slots + e[:, None]
     tl.store(where, none, mask=mine & (e < v_slots)[:, None])

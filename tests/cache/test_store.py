@@ -101,6 +101,14 @@ def test_align_codes_further_and_grows() -> None:
     assert torch.equal(store.dense(20), x)
 
 
+def test_align_grows_to_what_is_asked_and_no_further() -> None:
+    """Bug: a little more was added, and sides that were to be alike differed again."""
+    store = SideStore.encode(tokens(1000), REFS["exact"], POLICY)
+    capacity = store.side.capacity + 3 * POLICY.chunk
+    store.align(store.coded, capacity)
+    assert store.side.capacity == capacity
+
+
 @pytest.mark.parametrize("kind", ["plain", "gain"])
 @pytest.mark.parametrize("broken", [NAN, float("inf")])
 @pytest.mark.parametrize("position", [1, 5, 25])

@@ -63,11 +63,11 @@ def code_of(layout: Layout, seed: int) -> Code:
 def case(
     k: Layout, v: Layout, *, batch: int = 2, length: int = 70, queries: int = 1, repeat: int = 2,
     dtype: torch.dtype = torch.float16, visible: Tensor | None = None, alike: bool = True,
-    broken: tuple[str, int] | None = None, seed: int = 0,
+    broken: tuple[str, int] | None = None, whole: bool = True, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """One layer of a prompt. alike: keys and values go by the same importance.
 
-    broken: a side, and a token of it in sequence 0 that is no number.
+    broken: a side, and a token of it in sequence 0 that is no number; without whole in one channel.
     """
     generator = torch.Generator().manual_seed(seed)
     codes = code_of(k, 5), code_of(v, 6)
@@ -82,7 +82,10 @@ def case(
         layout = code.layout
         x = torch.randn(batch, layout.heads, length, layout.dim, generator=generator).to(dtype)
         if broken is not None and broken[0] == name:
-            x[0, :, broken[1]] = float("nan")
+            if whole:
+                x[0, :, broken[1]] = float("nan")
+            else:
+                x[0, 0, broken[1], 3] = float("inf")
         weights = importance if alike or name == "k" else importance.flip(1)
         made = torch.ops.apack.encode(
             x, visible, list(code.params), layout.spec, POLICY.sinks, POLICY.extra, POLICY.window,
@@ -215,6 +218,17 @@ def test_a_token_that_is_no_number_is_seen(name: str, side: str, alike: bool) ->
         out = kernels(given)
         assert out[0].isnan().all() and out[1].isfinite().all()
         check(given)
+
+
+@pytest.mark.parametrize("side", ["k", "v"])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("name", ["evict", "evict keys", "evict values"])
+def test_a_dropped_token_with_one_number_that_is_none(name: str, softcap: float, side: str) -> None:
+    """Bug: heads that stayed finite had the value of another token, whose row is the first."""
+    tokens = range(8, 60, 3) if DEVICE == "cuda" else (12, 33)
+    for token in tokens:
+        given = case(*PAIRS[name], alike=False, broken=(side, token), whole=False)
+        check({**given, "softcap": softcap})
 
 
 @pytest.mark.parametrize("name", PAIRS if DEVICE == "cuda" else ["all three"])

@@ -320,9 +320,9 @@ class SideStore:
     def _round_up(self, tokens: int) -> int:
         return capacity_for(tokens, self.policy.chunk)
 
-    def make_room(self, tokens: int) -> None:
-        """Let the payload hold at least so many tokens."""
-        self.side = self.side._replace(payload=self._with_room(tokens))
+    def make_room(self, tokens: int, spare: bool = True) -> None:
+        """Let the payload hold so many tokens; with ``spare`` a little more."""
+        self.side = self.side._replace(payload=self._with_room(tokens, spare))
 
     def _with_room(self, tokens: int, spare: bool = True) -> tuple[Tensor, ...]:
         more = quotas(self.ref.layout, max(tokens - self.coded, 0), later=True)
@@ -387,7 +387,7 @@ class SideStore:
         """Code further, up to ``coded`` tokens, and grow to ``capacity``, if that is more."""
         if coded > self.coded:
             self.code_oldest(coded - self.coded)
-        self.side = self.side._replace(payload=self._with_room(capacity, spare=False))
+        self.make_room(capacity, spare=False)
 
     def __getstate__(self) -> dict[str, object]:
         own = ("_leases", "_lists")

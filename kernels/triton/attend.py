@@ -83,31 +83,21 @@ def attend_kernel(
     else:
         work -= exact_programs
         if LIST:
-            split = work // BLOCKS % (splits + tails)
-            if split < splits:
-                over_codes(
-                    work, splits, tails, q16, shift, centre, table, q, k_codes, k_gain,
-                    v_codes, v_gain, bias, lengths, k_pos, v_pos, k_basis, k_offsets, k_spans,
-                    k_waves, lacks, entries, counts, k_scores, v_scores, part, stats,
-                    k_rows, v_rows, length, k_slots, v_slots, bias_b, bias_h, bias_q, scale2,
-                    H, ROWS, Q, G, M, BLOCKS, KG, VG,
-                    KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
-                    CHUNKS, CHUNKSP,
-                    VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN, VS8, VS4, VS2,
-                    EK, EKP, EV, EVP, 1, STATS, EXACTS, BIAS, CAP, N, STAGES, WHOLE, ASM,
-                )  # fmt: skip
-            else:
-                over_codes(
-                    work, splits, tails, q16, shift, centre, table, q, k_codes, k_gain,
-                    v_codes, v_gain, bias, lengths, k_pos, v_pos, k_basis, k_offsets, k_spans,
-                    k_waves, lacks, entries, counts, k_scores, v_scores, part, stats,
-                    k_rows, v_rows, length, k_slots, v_slots, bias_b, bias_h, bias_q, scale2,
-                    H, ROWS, Q, G, M, BLOCKS, KG, VG,
-                    KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
-                    CHUNKS, CHUNKSP,
-                    VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN, VS8, VS4, VS2,
-                    EK, EKP, EV, EVP, 2, STATS, EXACTS, BIAS, CAP, N, STAGES, WHOLE, ASM,
-                )  # fmt: skip
+            of_slots = work // BLOCKS % (splits + tails) >= splits
+        else:
+            of_slots = False
+        if of_slots:
+            over_codes(
+                work, splits, tails, q16, shift, centre, table, q, k_codes, k_gain,
+                v_codes, v_gain, bias, lengths, k_pos, v_pos, k_basis, k_offsets, k_spans,
+                k_waves, lacks, entries, counts, k_scores, v_scores, part, stats,
+                k_rows, v_rows, length, k_slots, v_slots, bias_b, bias_h, bias_q, scale2,
+                H, ROWS, Q, G, M, BLOCKS, KG, VG,
+                KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
+                CHUNKS, CHUNKSP,
+                VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN, VS8, VS4, VS2,
+                EK, EKP, EV, EVP, 2, STATS, EXACTS, BIAS, CAP, N, STAGES, WHOLE, ASM,
+            )  # fmt: skip
         else:
             over_codes(
                 work, splits, tails, q16, shift, centre, table, q, k_codes, k_gain,
@@ -118,5 +108,5 @@ def attend_kernel(
                 KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
                 CHUNKS, CHUNKSP,
                 VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN, VS8, VS4, VS2,
-                EK, EKP, EV, EVP, 0, STATS, EXACTS, BIAS, CAP, N, STAGES, WHOLE, ASM,
+                EK, EKP, EV, EVP, LIST, STATS, EXACTS, BIAS, CAP, N, STAGES, WHOLE, ASM,
             )  # fmt: skip

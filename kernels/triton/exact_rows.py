@@ -5,9 +5,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .score import exp2
+
 LIFT = tl.constexpr(14.0)
 """Weights of ring and pool are multiplied by 2^14 before they become float16: small ones keep their
 digits, and none is more than 1."""
+
+
+@triton.jit
+def rows_of(work, H: tl.constexpr, X: tl.constexpr, XBLOCKS: tl.constexpr):
+    """The X rows of a program: sequence, head, head of all sequences, rows of the head ``[X]``."""
+    h = work // XBLOCKS % H
+    b = work // (XBLOCKS * H)
+    return b, h, (b * H + h).to(tl.int64), work % XBLOCKS * X + tl.arange(0, X)
+
+
+@triton.jit
+def raised(s, top, mass, ASM: tl.constexpr):
+    """Softmax goes on with scores ``s [tokens, rows]``, relative to the largest so far.
+
+    The largest now, the mass, what sums so far are multiplied by, and the weights.
+    """
+    new = tl.maximum(top, tl.max(s, 0))
+    base = tl.where(new == -float("inf"), 0.0, new)
+    decay = exp2(top - base, ASM)
+    p = exp2(s - (base - LIFT)[None, :], ASM)
+    return new, mass * decay + tl.sum(p, 0), decay, p
 
 
 @triton.jit
@@ -20,11 +43,7 @@ def load_rows(
 
     Rows are those of the head; which of them there are is ``rows < ROWS``.
     """
-    block = work % XBLOCKS
-    h = work // XBLOCKS % H
-    b = work // (XBLOCKS * H)
-    head = (b * H + h).to(tl.int64)
-    r = block * X + tl.arange(0, X)
+    b, h, head, r = rows_of(work, H, X, XBLOCKS)
     mine = r < ROWS
     d = tl.arange(0, DKP)
     qx = tl.load(

@@ -182,32 +182,32 @@ def _attend(
     key, value = of_keys.layout, of_values.layout
     batch, q_heads, queries = q.shape[0], int(q.shape[1]), int(q.shape[2])
     config = step.config or default_config(key.spec, value.spec, q_heads * queries)
+    listed = rows is not None
     slots = keys.pool.shape[2], values.pool.shape[2]
-    pools = (0, 0) if rows is not None else (int(slots[0]), int(slots[1]))
+    pools = (0, 0) if listed else (int(slots[0]), int(slots[1]))
     ring, lacks = int(keys.ring.shape[2]), of_values.lacks
     plan = make_plan(
-        key.spec, value.spec, q_heads, queries, pools, ring, config, rows is not None,
+        key.spec, value.spec, q_heads, queries, pools, ring, config, listed,
         lacks is not None,
     )  # fmt: skip
     k_rows, v_rows = of_keys.codes.shape[1], of_values.codes.shape[1]
     tails = 0
-    if rows is not None:
+    if listed:
         each = TAIL_TILES * config.tokens
         tails = torch.sym_min((sum(slots) + each - 1) // each, MOST_TAILS)
     splits = count_splits(batch, k_rows, plan, config, q.device, tails)
     whole_splits = splits + tails
     apart = programs_apart(batch, plan, q.device)
     exact_programs = batch * plan.exact_programs * apart
-    folded = _folded(step, of_keys, plan)
+    folded = _folded(step, of_keys, plan, bool(of_values.params))
     part = step.empty(batch, plan.groups, whole_splits + plan.exacts, plan.rows, plan.attend["VW"])
     stats = step.empty(
         batch, plan.groups, whole_splits + plan.exacts, plan.attend["STATS"], plan.rows
     )
     exact = step.empty(batch, q_heads, queries, plan.exacts, value.dim)
     strides, kind = _bias_strides(step.bias)
-    whole = 1 if rows is not None else int(k_rows % config.tokens == 0)
+    whole = 1 if listed else int(k_rows % config.tokens == 0)
     limit = {"maxnreg": config.registers} if config.registers else {}
-    listed = rows is not None
     lists = [lengths] * 4 if rows is None else rows
     programs = exact_programs + batch * plan.groups * plan.blocks * whole_splits
     kernel(attend_kernel)[(programs,)](
@@ -249,11 +249,16 @@ def _attend(
     return out, mass
 
 
-def _folded(step: Step, of_keys: Coded, plan: Plan) -> list[Tensor]:
-    """What ``fold_kernel`` leaves, and a table; stand-ins where keys have no such codes."""
+def _folded(step: Step, of_keys: Coded, plan: Plan, tabled: bool) -> list[Tensor]:
+    """What ``fold_kernel`` leaves, and a table, which values want if they are coded (tabled).
+
+    Stand-ins where keys have no such codes.
+    """
     q, batch = step.q, step.q.shape[0]
     if not of_keys.params or of_keys.layout.positional:
-        table = torch.arange(MOST_STACKED, dtype=torch.int32, device=q.device)
+        table = step.lengths
+        if tabled:
+            table = torch.arange(MOST_STACKED, dtype=torch.int32, device=q.device)
         return [q, step.lengths, step.lengths, table]
     table = step.empty(MOST_STACKED, dtype=torch.int32)
     q16 = step.empty(batch, plan.groups, plan.rows, plan.attend["KW"], dtype=torch.float16)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codes import converted, converted_at, load_run
+from .codes import load_run
 from .score import (
     biased,
     capped,
@@ -26,63 +26,13 @@ from .score import (
     span,
 )
 from .spread import lacked
+from .sums import mix, paired, shifts, store_sums
 from .turned import load_turn, turned_scores
 
 SLACK = tl.constexpr(10.0)
 SHIFT = tl.constexpr(4.0)
 LEAST = tl.constexpr(-1e30)
 """A reference before there is one: finite, so that differences are never NaN."""
-
-
-@triton.jit
-def _shifts(table, PAD: tl.constexpr, BITS: tl.constexpr, STACK: tl.constexpr):
-    """Bits by which the codes of the first product lie up in their words, one for each row.
-
-    Made of 0 .. 63 in ``table``, read from memory: Triton lets the layout of a product's operand
-    go back through what is loaded, but not through a range that it makes itself; it would move the
-    operand through shared memory instead.
-    """
-    return tl.load(table + tl.arange(0, STACK * PAD // 2)) // (PAD // 2) * BITS
-
-
-@triton.jit
-def _mix(
-    p16, words, acc, shifts, BITS: tl.constexpr, PART: tl.constexpr, PAD: tl.constexpr,
-    STACK: tl.constexpr, N: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Weighted sums over tokens, ``[STACK * PAD / 2, M]``: product ``PART`` of a run's values.
-
-    Tensor cores want 64 rows: where a run has fewer words, STACK codes of each word are stacked.
-    """
-    if STACK == 1:
-        return tl.dot(converted(words, BITS, PART, ASM), p16, acc)
-    else:
-        W: tl.constexpr = PAD // 2
-        stacked = tl.broadcast_to(words[None, :, :], (STACK, W, N))
-        stacked = tl.reshape(stacked, (STACK * W, N))
-        shift = tl.broadcast_to((shifts + PART * STACK * BITS)[:, None], (STACK * W, N))
-        return tl.dot(converted_at(stacked, shift, BITS, ASM), p16, acc)
-
-
-@triton.jit
-def _paired(x, N: tl.constexpr, M: tl.constexpr):
-    """Numbers of tokens ``[N, M]`` summed in pairs, ``[N / 16, 8, M]``: those 8 tokens apart, which
-    one thread holds where x comes from a product. So a sum takes half the registers."""
-    return tl.sum(tl.reshape(x, (N // 16, 2, 8, M)), 1)
-
-
-@triton.jit
-def _store(
-    out, acc, rows, some, PART: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
-    PAD: tl.constexpr, STACK: tl.constexpr, VW: tl.constexpr,
-):  # fmt: skip
-    """Sums of product ``PART`` of a run, to ``out [rows, VW]``, in the order of codes."""
-    r = tl.arange(0, STACK * PAD // 2)
-    code = PART * STACK + r // (PAD // 2)
-    word = r % (PAD // 2)
-    where = START + code * (WIDTH // 2) + word
-    held = (word < WIDTH // 2)[:, None] & some[None, :]
-    tl.store(out + rows[None, :] * VW + where[:, None], acc, mask=held)
 
 
 @triton.jit
@@ -193,15 +143,15 @@ def over_codes(
     if VX:
         a16 = tl.full([DVP, M], 0.0, tl.float32)
     if V8:
-        t8 = _shifts(table, VP8, 8, VS8)
+        t8 = shifts(table, VP8, 8, VS8)
         a8_0 = tl.full([VS8 * VP8 // 2, M], 0.0, tl.float32)
         a8_1 = a8_0
     if V4:
-        t4 = _shifts(table, VP4, 4, VS4)
+        t4 = shifts(table, VP4, 4, VS4)
         a4_0 = tl.full([VS4 * VP4 // 2, M], 0.0, tl.float32)
         a4_1, a4_2, a4_3 = a4_0, a4_0, a4_0
     if V2:
-        t2 = _shifts(table, VP2, 2, VS2)
+        t2 = shifts(table, VP2, 2, VS2)
         a2_0 = tl.full([VS2 * VP2 // 2, M], 0.0, tl.float32)
         a2_1, a2_2, a2_3, a2_4, a2_5, a2_6, a2_7 = a2_0, a2_0, a2_0, a2_0, a2_0, a2_0, a2_0
 
@@ -350,7 +300,7 @@ def over_codes(
                     a2_6 = a2_6 * decay
                     a2_7 = a2_7 * decay
         p = exp2(s - (top - SHIFT)[None, :], ASM)
-        mass += _paired(p, N, M)
+        mass += paired(p, N, M)
         if VGAIN:
             p = p * u[:, None]
         if VX:
@@ -360,38 +310,38 @@ def over_codes(
             a16 = product(v, p.to(v.dtype), a16, ASM)
         else:
             p16 = p.to(tl.float16)
-            gained += _paired(p16.to(tl.float32), N, M)
+            gained += paired(p16.to(tl.float32), N, M)
             if STATS > 4:
                 lack = tl.load(lack_row + v_row, mask=inside, other=0).to(tl.int32)
-                lack8 += _paired(p16.to(tl.float32) * lacked(lack, 8)[:, None], N, M)
-                lack4 += _paired(p16.to(tl.float32) * lacked(lack, 4)[:, None], N, M)
-                lack2 += _paired(p16.to(tl.float32) * lacked(lack, 2)[:, None], N, M)
+                lack8 += paired(p16.to(tl.float32) * lacked(lack, 8)[:, None], N, M)
+                lack4 += paired(p16.to(tl.float32) * lacked(lack, 4)[:, None], N, M)
+                lack2 += paired(p16.to(tl.float32) * lacked(lack, 2)[:, None], N, M)
         if V8:
             words = load_run(v_base, v_row, inside, VPITCH, 0, V8, VP8, WHOLE, True)
-            a8_0 = _mix(p16, words, a8_0, t8, 8, 0, VP8, VS8, N, ASM)
+            a8_0 = mix(p16, words, a8_0, t8, 8, 0, VP8, VS8, N, ASM)
             if VS8 < 2:
-                a8_1 = _mix(p16, words, a8_1, t8, 8, 1, VP8, VS8, N, ASM)
+                a8_1 = mix(p16, words, a8_1, t8, 8, 1, VP8, VS8, N, ASM)
         if V4:
             words = load_run(v_base, v_row, inside, VPITCH, V8, V4, VP4, WHOLE, True)
-            a4_0 = _mix(p16, words, a4_0, t4, 4, 0, VP4, VS4, N, ASM)
+            a4_0 = mix(p16, words, a4_0, t4, 4, 0, VP4, VS4, N, ASM)
             if VS4 < 4:
-                a4_1 = _mix(p16, words, a4_1, t4, 4, 1, VP4, VS4, N, ASM)
+                a4_1 = mix(p16, words, a4_1, t4, 4, 1, VP4, VS4, N, ASM)
             if VS4 < 2:
-                a4_2 = _mix(p16, words, a4_2, t4, 4, 2, VP4, VS4, N, ASM)
-                a4_3 = _mix(p16, words, a4_3, t4, 4, 3, VP4, VS4, N, ASM)
+                a4_2 = mix(p16, words, a4_2, t4, 4, 2, VP4, VS4, N, ASM)
+                a4_3 = mix(p16, words, a4_3, t4, 4, 3, VP4, VS4, N, ASM)
         if V2:
             words = load_run(v_base, v_row, inside, VPITCH, V8 + V4, V2, VP2, WHOLE, True)
-            a2_0 = _mix(p16, words, a2_0, t2, 2, 0, VP2, VS2, N, ASM)
+            a2_0 = mix(p16, words, a2_0, t2, 2, 0, VP2, VS2, N, ASM)
             if VS2 < 8:
-                a2_1 = _mix(p16, words, a2_1, t2, 2, 1, VP2, VS2, N, ASM)
+                a2_1 = mix(p16, words, a2_1, t2, 2, 1, VP2, VS2, N, ASM)
             if VS2 < 4:
-                a2_2 = _mix(p16, words, a2_2, t2, 2, 2, VP2, VS2, N, ASM)
-                a2_3 = _mix(p16, words, a2_3, t2, 2, 3, VP2, VS2, N, ASM)
+                a2_2 = mix(p16, words, a2_2, t2, 2, 2, VP2, VS2, N, ASM)
+                a2_3 = mix(p16, words, a2_3, t2, 2, 3, VP2, VS2, N, ASM)
             if VS2 < 2:
-                a2_4 = _mix(p16, words, a2_4, t2, 2, 4, VP2, VS2, N, ASM)
-                a2_5 = _mix(p16, words, a2_5, t2, 2, 5, VP2, VS2, N, ASM)
-                a2_6 = _mix(p16, words, a2_6, t2, 2, 6, VP2, VS2, N, ASM)
-                a2_7 = _mix(p16, words, a2_7, t2, 2, 7, VP2, VS2, N, ASM)
+                a2_4 = mix(p16, words, a2_4, t2, 2, 4, VP2, VS2, N, ASM)
+                a2_5 = mix(p16, words, a2_5, t2, 2, 5, VP2, VS2, N, ASM)
+                a2_6 = mix(p16, words, a2_6, t2, 2, 6, VP2, VS2, N, ASM)
+                a2_7 = mix(p16, words, a2_7, t2, 2, 7, VP2, VS2, N, ASM)
 
     slot = group * (splits + tails + EXACTS) + split
     total = tl.sum(tl.sum(mass, 0), 0)
@@ -412,26 +362,26 @@ def over_codes(
         held = (dv < VW)[:, None] & some[None, :]
         tl.store(out + row[None, :] * VW + dv[:, None], a16, mask=held)
     if V8:
-        _store(out, a8_0, row, some, 0, 0, V8, VP8, VS8, VW)
+        store_sums(out, a8_0, row, some, 0, 0, V8, VP8, VS8, VW)
         if VS8 < 2:
-            _store(out, a8_1, row, some, 1, 0, V8, VP8, VS8, VW)
+            store_sums(out, a8_1, row, some, 1, 0, V8, VP8, VS8, VW)
     if V4:
-        _store(out, a4_0, row, some, 0, V8, V4, VP4, VS4, VW)
+        store_sums(out, a4_0, row, some, 0, V8, V4, VP4, VS4, VW)
         if VS4 < 4:
-            _store(out, a4_1, row, some, 1, V8, V4, VP4, VS4, VW)
+            store_sums(out, a4_1, row, some, 1, V8, V4, VP4, VS4, VW)
         if VS4 < 2:
-            _store(out, a4_2, row, some, 2, V8, V4, VP4, VS4, VW)
-            _store(out, a4_3, row, some, 3, V8, V4, VP4, VS4, VW)
+            store_sums(out, a4_2, row, some, 2, V8, V4, VP4, VS4, VW)
+            store_sums(out, a4_3, row, some, 3, V8, V4, VP4, VS4, VW)
     if V2:
         after: tl.constexpr = V8 + 2 * V4
-        _store(out, a2_0, row, some, 0, after, V2, VP2, VS2, VW)
+        store_sums(out, a2_0, row, some, 0, after, V2, VP2, VS2, VW)
         if VS2 < 8:
-            _store(out, a2_1, row, some, 1, after, V2, VP2, VS2, VW)
+            store_sums(out, a2_1, row, some, 1, after, V2, VP2, VS2, VW)
         if VS2 < 4:
-            _store(out, a2_2, row, some, 2, after, V2, VP2, VS2, VW)
-            _store(out, a2_3, row, some, 3, after, V2, VP2, VS2, VW)
+            store_sums(out, a2_2, row, some, 2, after, V2, VP2, VS2, VW)
+            store_sums(out, a2_3, row, some, 3, after, V2, VP2, VS2, VW)
         if VS2 < 2:
-            _store(out, a2_4, row, some, 4, after, V2, VP2, VS2, VW)
-            _store(out, a2_5, row, some, 5, after, V2, VP2, VS2, VW)
-            _store(out, a2_6, row, some, 6, after, V2, VP2, VS2, VW)
-            _store(out, a2_7, row, some, 7, after, V2, VP2, VS2, VW)
+            store_sums(out, a2_4, row, some, 4, after, V2, VP2, VS2, VW)
+            store_sums(out, a2_5, row, some, 5, after, V2, VP2, VS2, VW)
+            store_sums(out, a2_6, row, some, 6, after, V2, VP2, VS2, VW)
+            store_sums(out, a2_7, row, some, 7, after, V2, VP2, VS2, VW)

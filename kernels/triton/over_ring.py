@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .exact_rows import LIFT, load_rows, store_rows
-from .score import biased, capped, exp2, product
+from .exact_rows import load_rows, raised, store_rows
+from .score import biased, capped, product
 
 
 @triton.jit
@@ -42,12 +42,7 @@ def over_ring(
         if CAP > 0:
             s = capped(s, CAP, ASM)
         s = biased(s, bias_row, capacity + n, live, rows_bias, BIAS)
-        new = tl.maximum(top, tl.max(s, 0))
-        base = tl.where(new == -float("inf"), 0.0, new)
-        decay = exp2(top - base, ASM)
-        p = exp2(s - (base - LIFT)[None, :], ASM)
-        top = new
-        mass = mass * decay + tl.sum(p, 0)
+        top, mass, decay, p = raised(s, top, mass, ASM)
         v = tl.load(
             v_ring + cell[None, :] * DV + dv[:, None],
             mask=live[None, :] & (dv < DV)[:, None], other=0.0,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .exact_rows import LIFT, store_rows
-from .score import exp2, product
+from .exact_rows import raised, rows_of, store_rows
+from .score import product
 
 
 @triton.jit
@@ -23,10 +23,9 @@ def score_slots(
 
     NaN in the last. And -inf into ``v_scores [B, H, ROWS, v_slots]``: nothing is seen there yet.
     """
-    head = (work // XBLOCKS).to(tl.int64)
-    b = head // H
-    r = work % XBLOCKS * X + tl.arange(0, X)
+    b, _, head, r = rows_of(work, H, X, XBLOCKS)
     d = tl.arange(0, DKP)
+    # Not by load_rows: what such a function gives is taken for an address in q that is written to.
     qx = tl.load(
         q + (head * ROWS + r)[None, :] * DK + d[:, None],
         mask=(r < ROWS)[None, :] & (d < DK)[:, None], other=0.0,
@@ -56,12 +55,7 @@ def value_slots_kernel(
     X: tl.constexpr, XBLOCKS: tl.constexpr, E: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """X rows of one head over the pool of values, to place 0 of ``exact`` and slot ``splits``."""
-    work = tl.program_id(0)
-    block = work % XBLOCKS
-    h = work // XBLOCKS % H
-    b = work // (XBLOCKS * H)
-    head = (b * H + h).to(tl.int64)
-    r = block * X + tl.arange(0, X)
+    b, h, head, r = rows_of(tl.program_id(0), H, X, XBLOCKS)
     coded = tl.load(lengths).to(tl.int32)
     dv = tl.arange(0, DVP)
     top = tl.full([X], -float("inf"), tl.float32)
@@ -73,12 +67,7 @@ def value_slots_kernel(
             v_scores + (head * ROWS + r)[None, :] * v_slots + e[:, None],
             mask=(r < ROWS)[None, :] & (e < v_slots)[:, None], other=-float("inf"),
         )  # [E, X]  # fmt: skip
-        new = tl.maximum(top, tl.max(s, 0))
-        base = tl.where(new == -float("inf"), 0.0, new)
-        decay = exp2(top - base, ASM)
-        p = exp2(s - (base - LIFT)[None, :], ASM)
-        top = new
-        mass = mass * decay + tl.sum(p, 0)
+        top, mass, decay, p = raised(s, top, mass, ASM)
         held = tl.load(v_pos + b * v_slots + e, mask=e < v_slots, other=-1).to(tl.int32)
         live = (held >= 0) & (held < coded)
         v = tl.load(

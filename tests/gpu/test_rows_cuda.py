@@ -7,17 +7,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
-
-from torch._inductor.utils import run_and_get_code
 
 import apack_compile
 from apack_compile.ops.attend_cuda import by_kernels
 
 from .. import zoo
 from ..kernels.test_triton_rows import PAIRS, case
+from .graphs import attended
 from .test_cuda import on_device
 
 pytestmark = pytest.mark.gpu
@@ -35,29 +33,13 @@ EXPECTED = {
 def test_the_graph_launches_our_kernels_and_makes_no_dense_tensor(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("APACK_ATTEND", "triton_op")
-    given = case(*PAIRS[name], length=20_000, dtype=torch.bfloat16)
-    specs = [code.layout.spec for code in given["codes"]]
-    q, lengths = given["q"].cuda(), given["lengths"].cuda()
-    k, v = ([t.cuda() for t in given[side]] for side in "kv")
-
-    def attend(q: Tensor, k: list[Tensor], v: list[Tensor]) -> Tensor:
-        return torch.ops.apack.attend(q * 2, None, k, v, lengths, 0.125, *specs)
-
-    compiled = torch.compile(attend)
-    out, (code,) = run_and_get_code(compiled, q, k, v)
+    found = attended(case(*PAIRS[name], length=20_000, dtype=torch.bfloat16), monkeypatch)
     for kernel in EXPECTED[name] | {"attend_kernel", "merge_kernel"}:
-        assert f"{kernel}_" in code
-    assert "ops.apack.attend" not in code and "extern_kernels." not in code
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    assert torch.equal(out, compiled(q, k, v))
+        assert f"{kernel}_" in found.code
+    assert "ops.apack.attend" not in found.code and "extern_kernels." not in found.code
     dense = 2 * 2 * 20_000 * 64 * 2  # of the keys alone
-    assert torch.cuda.max_memory_allocated() - before < dense / 2
-    monkeypatch.setenv("APACK_ATTEND", "plain")
-    plain = attend(q, k, v)
-    error = (out.double() - plain.double()).norm() / plain.double().norm()
-    assert error < torch.finfo(torch.bfloat16).eps
+    assert found.peak < dense / 2
+    assert found.error < torch.finfo(torch.bfloat16).eps
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -5,11 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
-
-from torch._inductor.utils import run_and_get_code
 
 import apack_compile
 from apack_compile.ops.attend_cuda import by_kernels
@@ -17,6 +14,7 @@ from apack_compile.ops.attend_cuda import by_kernels
 from .. import zoo
 from ..kernels.test_triton_attend import case, transform
 from ..kernels.test_triton_turned import keys
+from .graphs import attended
 from .test_cuda import generate, on_device
 
 pytestmark = pytest.mark.gpu
@@ -27,30 +25,15 @@ pytestmark = pytest.mark.gpu
 def test_the_graph_launches_our_kernel_and_makes_no_dense_keys(
     interleaved: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("APACK_ATTEND", "triton_op")
     given = case(keys(64, interleaved), transform(gain=1), length=20_000, dtype=dtype)
-    specs = [code.layout.spec for code in given["codes"]]
-    q, lengths = given["q"].cuda(), given["lengths"].cuda()
-    k, v = ([t.cuda() for t in given[side]] for side in "kv")
-
-    def attend(q: Tensor, k: list[Tensor], v: list[Tensor]) -> Tensor:
-        return torch.ops.apack.attend(q * 2, None, k, v, lengths, 0.125, *specs)
-
-    compiled = torch.compile(attend)
-    out, (code,) = run_and_get_code(compiled, q, k, v)
+    found = attended(given, monkeypatch)
     for kernel in ("basis_kernel", "attend_kernel", "merge_kernel"):
-        assert f"{kernel}_" in code
-    assert "fold_kernel_" not in code and "ops.apack.attend" not in code
-    assert "extern_kernels." not in code
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    assert torch.equal(out, compiled(q, k, v))
+        assert f"{kernel}_" in found.code
+    assert "fold_kernel_" not in found.code and "ops.apack.attend" not in found.code
+    assert "extern_kernels." not in found.code
     dense = 2 * 2 * 20_000 * 64 * dtype.itemsize  # of the keys alone
-    assert torch.cuda.max_memory_allocated() - before < dense / 4
-    monkeypatch.setenv("APACK_ATTEND", "plain")
-    plain = attend(q, k, v)
-    error = (out.double() - plain.double()).norm() / plain.double().norm()
-    assert error < torch.finfo(dtype).eps
+    assert found.peak < dense / 4
+    assert found.error < torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

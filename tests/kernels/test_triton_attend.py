@@ -125,6 +125,13 @@ def test_dtypes_and_tiles(dtype: torch.dtype, tokens: int) -> None:
     check(case(transform(), transform(gain=1), dtype=dtype), Config(tokens=tokens, rows=16))
 
 
+def test_exact_codes_want_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: one more launch in each step, for values that have no codes."""
+    given = case(ExactLayout(2, 64), ExactLayout(2, 64))
+    monkeypatch.setattr(launch, "MOST_STACKED", None)  # of the table, which cannot be made
+    check(given)
+
+
 DIMS = [(64, 64), (80, 96), (128, 64), (256, 256)]
 
 

@@ -1,0 +1,59 @@
+"""Sums over the tokens of a tile: of weights, and of codes of values times weights."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .codes import converted, converted_at
+
+
+@triton.jit
+def shifts(table, PAD: tl.constexpr, BITS: tl.constexpr, STACK: tl.constexpr):
+    """Bits by which the codes of the first product lie up in their words, one for each row.
+
+    Made of 0 .. 63 in ``table``, read from memory: Triton lets the layout of a product's operand
+    go back through what is loaded, but not through a range that it makes itself; it would move the
+    operand through shared memory instead.
+    """
+    return tl.load(table + tl.arange(0, STACK * PAD // 2)) // (PAD // 2) * BITS
+
+
+@triton.jit
+def mix(
+    p16, words, acc, shifts, BITS: tl.constexpr, PART: tl.constexpr, PAD: tl.constexpr,
+    STACK: tl.constexpr, N: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Weighted sums over tokens, ``[STACK * PAD / 2, M]``: product ``PART`` of a run's values.
+
+    Tensor cores want 64 rows: where a run has fewer words, STACK codes of each word are stacked.
+    """
+    if STACK == 1:
+        return tl.dot(converted(words, BITS, PART, ASM), p16, acc)
+    else:
+        W: tl.constexpr = PAD // 2
+        stacked = tl.broadcast_to(words[None, :, :], (STACK, W, N))
+        stacked = tl.reshape(stacked, (STACK * W, N))
+        shift = tl.broadcast_to((shifts + PART * STACK * BITS)[:, None], (STACK * W, N))
+        return tl.dot(converted_at(stacked, shift, BITS, ASM), p16, acc)
+
+
+@triton.jit
+def paired(x, N: tl.constexpr, M: tl.constexpr):
+    """Numbers of tokens ``[N, M]`` summed in pairs, ``[N / 16, 8, M]``: those 8 tokens apart, which
+    one thread holds where x comes from a product. So a sum takes half the registers."""
+    return tl.sum(tl.reshape(x, (N // 16, 2, 8, M)), 1)
+
+
+@triton.jit
+def store_sums(
+    out, acc, rows, some, PART: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
+    PAD: tl.constexpr, STACK: tl.constexpr, VW: tl.constexpr,
+):  # fmt: skip
+    """Sums of product ``PART`` of a run, to ``out [rows, VW]``, in the order of codes."""
+    r = tl.arange(0, STACK * PAD // 2)
+    code = PART * STACK + r // (PAD // 2)
+    word = r % (PAD // 2)
+    where = START + code * (WIDTH // 2) + word
+    held = (word < WIDTH // 2)[:, None] & some[None, :]
+    tl.store(out + rows[None, :] * VW + where[:, None], acc, mask=held)

@@ -129,7 +129,8 @@ def kind_parts(stores: Iterable[SideStore]) -> tuple[KindPart, ...]:
         for store in coded:
             layout = store.ref.layout
             assert isinstance(layout, ModalLayout)
-            kinds = store.side.payload[layout.tokenwise - 1][:, : store.coded, 0]
+            levels = store.side.payload[layout.tokenwise - 1][:, : store.coded, 0]
+            kinds = layout.kinds_of(levels)
             tokens += int((coded_tokens(store) & (kinds == kind)).sum())
             dense += 2 * layout.heads * layout.dim
             codes += layout.token_bytes(store.dtype, kind)

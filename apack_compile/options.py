@@ -27,9 +27,6 @@ ONLY_WITH = {
 }
 """Options that only some codecs have."""
 
-ONE_CLASS = ("ratio", "tiers", "exact_share", "evict")
-"""Options that codes for each kind of tokens do without: their place is taken, or not built yet."""
-
 MOST_EVICTED = 0.9
 """Share of the tokens of a prompt that may be dropped."""
 
@@ -166,12 +163,7 @@ class Options:
                 f"and k_code={given.get('k_code', cls.k_code)!r}: positions of keys are counted "
                 "from the first sink; accepted is sinks from 1 to 64"
             )
-        ratio, share = given.get("ratio", cls.ratio), given.get("exact_share", 0)
-        if 2 * ratio * share > 1:
-            raise OptionError(
-                f"option exact_share={share!r} leaves less than half of the bytes to codes at "
-                f"ratio={ratio!r}: accepted is a number from 0 to {1 / (2 * ratio):.4f} with it"
-            )
+        _check_exact_share(given)
         inductor = given.get("inductor", {})
         if not isinstance(inductor, Mapping):
             raise OptionError(
@@ -195,13 +187,23 @@ def _check_kinds(given: dict[str, Any]) -> None:
             f"option text_ratio={given['text_ratio']!r} without visual_ratio: text has a ratio of "
             "its own only if visual tokens have; accepted with it is visual_ratio from 2 to 32"
         )
-    for name in ONE_CLASS if visual else ():
-        if given.get(name):
-            hint = " (text has text_ratio)" if name == "ratio" else ""
-            raise OptionError(
-                f"options visual_ratio={visual!r} and {name}={given[name]!r} do not go together"
-                f"{hint}: leave one of them out"
-            )
+    if visual and given.get("ratio"):
+        raise OptionError(
+            f"options visual_ratio={visual!r} and ratio={given['ratio']!r} do not go together "
+            "(text has text_ratio): leave one of them out"
+        )
+
+
+def _check_exact_share(given: dict[str, Any]) -> None:
+    """Codes need bytes as well."""
+    names = ("visual_ratio", "text_ratio") if given.get("visual_ratio") else ("ratio",)
+    ratio, name = max((given.get(name, getattr(Options, name)), name) for name in names)
+    share = given.get("exact_share", 0)
+    if 2 * ratio * share > 1:
+        raise OptionError(
+            f"option exact_share={share!r} leaves less than half of the bytes to codes at "
+            f"{name}={ratio!r}: accepted is a number from 0 to {1 / (2 * ratio):.4f} with it"
+        )
 
 
 def _number(

@@ -220,10 +220,8 @@ def _tiers(stores: Iterable[SideStore]) -> tuple[float, ...]:
     for store in stores:
         layout = store.ref.layout
         if layout.tier_shares and store.coded:
-            levels = store.side.payload[layout.tokenwise - 1][:, : store.coded].flatten().long()
-            if layout.evicts:
-                levels = levels[levels > 0]
-            counts.append(torch.bincount(len(layout.shares) - levels, minlength=len(TIERS) + 1))
+            lacks = layout.lacks(store.side.payload[layout.tokenwise - 1][:, : store.coded])
+            counts.append(torch.bincount(lacks[lacks >= 0], minlength=len(TIERS) + 1))
     if not counts:
         return ()
     total = torch.stack([count.cpu() for count in counts]).sum(0)

@@ -65,6 +65,10 @@ def variants(k: TransformLayout, v: TransformLayout) -> dict[str, tuple[Any, Any
     kept = sized(k, 2, 8, 5), sized(v, 2, 7, 6)
     text = 4, 16, 12
     kinds = (modal(sized(x, 1, 4, n), sized(x, *text)) for x, n in ((k, 4), (v, 3)))
+    together = (
+        modal(evicting(sized(k, 2, 8, 8), 10), sized(k, *text)),
+        modal(evicting(tiered(2, 10, 12), 10), tiered(16, 16, 0)),
+    )
     return {
         "none": (k, v),
         "k_code='pre-rope'": (replace(k, rotary=DIM), v),
@@ -73,6 +77,7 @@ def variants(k: TransformLayout, v: TransformLayout) -> dict[str, tuple[Any, Any
         "evict=0.3": (more, evicting(sized(v, 4, 8, 14), 10)),
         "tiers=True, evict=0.3": (more, evicting(tiered(8, 16, 8), 10)),
         "visual_ratio=16, text_ratio=4.5": (next(kinds), next(kinds)),
+        "visual_ratio=16, text_ratio=4.5, tiers=True, evict=0.3": together,
     }  # fmt: skip
 
 

@@ -14,8 +14,9 @@ from ..codec import Layout, parse_layout
 from ..codec.kinds import KINDS
 from ..codec.layout import Judged
 from .kinds import all_text
-from .planes import capacity_for, in_plane, members, quotas, rows_at
-from .pool import pooled_tokens, reserve_sinks
+from .levels import prompt_levels
+from .planes import filled_planes, padded, planes_by_kind
+from .pool import pooled_tokens
 from .positions import positions_of
 from .running_importance import recent_importance
 
@@ -66,21 +67,13 @@ def encode(
     coded = torch.sym_max(length - window, 0)
     here = torch.arange(length, device=x.device)
     seen = here < coded if visible is None else visible & (here < coded)
-    levels = None
-    filled: list[Tensor] = []
-    if code.plane_kinds:
-        levels, *filled = kinds or all_text(x, coded, chunk)
-    elif code.shares:
-        weight = torch.where(seen, token_sizes(x) if importance is None else importance, -1.0)
-        if code.evicts and sinks:  # they are in the pool, and want no row
-            reserved = reserve_sinks(visible, x, sinks, 0)  # [B, sinks]
-            weight = torch.where(pooled_tokens(reserved, 0, length), -1.0, weight)
-        levels = torch.ops.apack.token_levels(weight, code.shares)
+    kind, *tokens = (kinds or all_text(x, coded, chunk)) if code.plane_kinds else (None,)
+    levels = prompt_levels(x, visible, seen, importance, code, sinks, kind)
     parts, judged = encode_tokens(x, params, code, first, 0, levels)
     strain = None if judged is None else judged.strain
-    if code.evicts:  # how well a dropped token would be coded does not matter
-        assert levels is not None
-        seen = seen & (levels > 0)
+    if levels is not None and code.dropped_level is not None:
+        # How well a dropped token would be coded does not matter.
+        seen = seen & (levels != code.dropped_level)
         strain = None if strain is None else torch.where(seen, strain, 0.0)
     if strain is not None and code.kept:  # slots are counted by the coded tokens, and are theirs
         strain = torch.where(seen, strain, 0.0)
@@ -89,28 +82,19 @@ def encode(
     )
     capacity = (length + chunk - 1) // chunk * chunk
     tokenwise = code.tokenwise
-    payload = [
-        torch.nn.functional.pad(part, (0, 0, 0, capacity - length)).contiguous()
-        for part in parts[:tokenwise]
-    ]
-    if code.plane_kinds:
-        planes = zip(parts[tokenwise:], code.plane_kinds, strict=True)
-        payload += [rows_at(part, filled[kind]) for part, kind in planes]
-    for plane, quota in enumerate([] if code.plane_kinds else quotas(code, coded), 1):
-        assert levels is not None
-        rows = in_plane(parts[tokenwise + plane - 1], members(code, levels, plane), quota)
-        room = capacity_for(quota, chunk) - quota
-        payload.append(torch.nn.functional.pad(rows, (0, 0, 0, room)).contiguous())
+    payload = [padded(part, capacity) for part in parts[:tokenwise]]
+    if levels is not None:
+        planes = parts[tokenwise:]
+        payload += (
+            planes_by_kind(planes, levels, code, coded, tokens, chunk)
+            if code.plane_kinds
+            else filled_planes(planes, levels, code, coded, chunk)
+        )
     slots = coded + torch.arange(ring, device=x.device)
     recent = x.index_select(2, slots.clamp(max=length - 1))  # slots past the end: stale
-    told = levels if code.plane_kinds else None
-    made = [*payload, pool, positions, recent, tally(judged, seen, positions, 0, told)]
+    told = tally(judged, seen, positions, 0, code.kinds_of(levels))
+    made = [*payload, pool, positions, recent, told]
     return made + [recent_importance(importance, x, coded, ring)] * code.tracks_importance
-
-
-def token_sizes(x: Tensor) -> Tensor:
-    """Squared sizes ``[B, T]`` of tokens ``x [B, H, T, D]``; numbers that are not finite are 0."""
-    return torch.where(x.isfinite(), x, 0.0).float().square().sum((1, 3))
 
 
 def encode_tokens(

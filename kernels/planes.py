@@ -1,9 +1,9 @@
 """Planes: payload tensors with rows for some tokens only, in the order of the tokens.
 
-The token of level l has a row in planes 1 to l; where levels are kinds of tokens, in the planes of
-its kind (:func:`members`). Which row is counted, not stored: as many as there are tokens in the
-plane before it. Tokens that are cropped away leave no gap, and those that come next take their
-rows.
+The token of level l has a row in planes 1 to l; where planes are of kinds of tokens, in those of
+its kind that its level is high enough for (:func:`members`). Which row is counted, not stored: as
+many as there are tokens in the plane before it. Tokens that are cropped away leave no gap, and
+those that come next take their rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..codec import Layout
-from ..codec.layout import PARTS
+from ..codec.layout import PARTS, TOP_LEVEL
 
 
 def quotas(
@@ -31,9 +31,25 @@ def quotas(
     """
     if layout.plane_kinds and not later:
         every = (tokens, 0) if kinds is None else kinds
-        return [every[kind] for kind in layout.plane_kinds]
+        pairs = zip(layout.shares, layout.plane_kinds, strict=True)
+        return [rows_of(share, every[kind]) for share, kind in pairs]
     shares = layout.later_shares if later else layout.shares
     return [rows_of(share, tokens) for share in shares]
+
+
+def capacities(layout: Layout, rows: Sequence[Any], chunk: int) -> list[Any]:
+    """Rows that a prompt's planes of kinds have room for.
+
+    Args:
+        layout: of the code.
+        rows: of each kind, those that a plane of all of its tokens has room for.
+        chunk: of which all are multiples.
+    """
+    pairs = zip(layout.shares, layout.plane_kinds, strict=True)
+    return [
+        rows[kind] if share == PARTS else capacity_for(rows_of(share, rows[kind]), chunk)
+        for share, kind in pairs
+    ]
 
 
 def rows_of(share: int, tokens: int | Tensor) -> Any:
@@ -65,16 +81,16 @@ def token_levels(importance: Tensor, shares: Sequence[int]) -> Tensor:
 
 def later_levels(sizes: Tensor, layout: Layout) -> Tensor:
     """The levels of tokens of ``sizes [B, T]`` that come behind a prompt: uint8 ``[B, T]``."""
-    if layout.plane_kinds:
+    if not layout.later_steps:
         return torch.zeros_like(sizes, dtype=torch.uint8)
-    return torch.ops.apack.token_levels(sizes, layout.later_shares)
+    return torch.ops.apack.token_levels(sizes, layout.later_steps)
 
 
 def members(layout: Layout, levels: Tensor, plane: int) -> Tensor:
     """Which tokens have a row in a plane (from 1 on): bool, of the shape of ``levels``."""
-    if layout.plane_kinds:
-        return levels == layout.plane_kinds[plane - 1]
-    return levels >= plane
+    first, last = layout.plane_levels[plane - 1]
+    has = levels >= first
+    return has if last == TOP_LEVEL else has & (levels <= last)
 
 
 def counted(layout: Layout, levels: Tensor, plane: int, end: int) -> Tensor:
@@ -102,6 +118,65 @@ def in_plane(rows: Tensor, has: Tensor, count: int) -> Tensor:
 def rows_at(rows: Tensor, tokens: Tensor) -> Tensor:
     """Of rows ``[B, T, width]`` those of ``tokens [B, R]``: ``[B, R, width]``."""
     return rows.gather(1, tokens[..., None].expand(-1, -1, rows.shape[2]))
+
+
+def padded(rows: Tensor, capacity: int) -> Tensor:
+    """A payload tensor that begins with ``rows [B, R, width]``: ``[B, capacity, width]``."""
+    return torch.nn.functional.pad(rows, (0, 0, 0, capacity - rows.shape[1])).contiguous()
+
+
+def filled_planes(
+    parts: Sequence[Tensor], levels: Tensor, layout: Layout, coded: int, chunk: int
+) -> list[Tensor]:
+    """The planes of a prompt.
+
+    Args:
+        parts: of each plane a row for every token, ``[B, S, width]``.
+        levels: of the tokens ``[B, S]``; those behind ``coded`` are in no plane.
+        layout: of the code.
+        coded: tokens that are coded.
+        chunk: planes have room for a multiple of it.
+    """
+    planes = []
+    for plane, (part, quota) in enumerate(zip(parts, quotas(layout, coded), strict=True), 1):
+        rows = in_plane(part, members(layout, levels, plane), quota)
+        room = capacity_for(quota, chunk) - quota
+        planes.append(torch.nn.functional.pad(rows, (0, 0, 0, room)).contiguous())
+    return planes
+
+
+def planes_by_kind(
+    parts: Sequence[Tensor], levels: Tensor, layout: Layout, coded: int, tokens: Sequence[Tensor],
+    chunk: int,
+) -> list[Tensor]:  # fmt: skip
+    """The planes of a prompt, where each is of one kind of tokens.
+
+    Args:
+        parts, levels, layout, coded, chunk: see :func:`filled_planes`; tokens behind ``coded`` may
+            be of any level.
+        tokens: of each kind ``[B, R]``: those of the kind that are coded first.
+    """
+    planes = []
+    room = capacities(layout, [t.shape[1] for t in tokens], chunk)
+    for plane, (part, share) in enumerate(zip(parts, layout.shares, strict=True), 1):
+        kind = layout.plane_kinds[plane - 1]
+        rows = rows_at(part, tokens[kind])  # [B, R, width]
+        if share < PARTS:
+            own = levels.gather(1, tokens[kind])  # [B, R]
+            there = _first(layout, levels, kind, coded, own.shape[1])
+            has = members(layout, own, plane) & there
+            rows = padded(in_plane(rows, has, rows_of(share, own.shape[1])), room[plane - 1])
+        planes.append(rows)
+    return planes
+
+
+def _first(layout: Layout, levels: Tensor, kind: int, coded: int, rows: int) -> Tensor:
+    """Of ``rows`` rows, those of the coded tokens of a kind, which come first: ``[B, rows]``."""
+    kinds = layout.kinds_of(levels)  # [B, S]
+    assert kinds is not None
+    here = torch.arange(levels.shape[1], device=levels.device) < coded
+    count = ((kinds == kind) & here).sum(1, keepdim=True)
+    return torch.arange(rows, device=levels.device) < count
 
 
 def write_rows(plane: Tensor, rows: Tensor, first: Tensor) -> None:

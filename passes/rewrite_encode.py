@@ -83,23 +83,23 @@ def rewrite_encode(
         visible = seen.of(planned)
         x = draft.map[update.node]
         last = draft.map[planned.cached.site.node]
-        more: list[fx.Node | list[fx.Node] | None] = []
+        importance: fx.Node | None = None
+        kinds: list[fx.Node] | None = None
         code = parse_layout(layout)
-        if code.plane_kinds and planned in prompts:
-            place = SORTED * places.index(value_of(update.node).device)
-            more = [None, [draft.input(SORTED_TOKENS, place + i) for i in range(SORTED)]]
-        elif code.shares and not code.plane_kinds:
+        if code.weighs:
             site = planned.cached.site.node
             if site not in told:  # keys and values may both ask
                 with draft.graph.inserting_before(last.next):
                     told[site] = importance_of(draft, planned)
-            last = told[site]
-            more = [last]
+            last = importance = told[site]
+        if code.plane_kinds and planned in prompts:
+            place = SORTED * places.index(value_of(update.node).device)
+            kinds = [draft.input(SORTED_TOKENS, place + i) for i in range(SORTED)]
         with draft.graph.inserting_after(last):
             call = draft.graph.call_function(
                 torch.ops.apack.encode.default,
                 (x, visible, draft.code(number, layout), layout, policy.sinks, policy.extra,
-                 policy.window, policy.ring, policy.chunk, *more),
+                 policy.window, policy.ring, policy.chunk, importance, kinds),
             )  # fmt: skip
         count = results(code)
         pieces = []

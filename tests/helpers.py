@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
@@ -11,6 +13,7 @@ from apack_compile.cache import Policy, SideStore
 from apack_compile.codec import Code, CodeRef, ExactLayout, Layout, ModalLayout, TransformLayout
 from apack_compile.codec.fit import Evidence, fit_transform
 from apack_compile.codec.fit_modal import fit_modal
+from apack_compile.codec.layout import TOP_LEVEL
 from apack_compile.codec.modal import joined
 from apack_compile.codec.moments import Moments
 from apack_compile.codec.recipe import Recipe
@@ -98,7 +101,9 @@ def dropped_tokens(store: SideStore) -> Tensor:
     """``[B, S]`` bool: the tokens of a side that are gone for good, counted one by one."""
     gone = torch.zeros(store.side.ring.shape[0], store.length, dtype=torch.bool)
     if store.ref.layout.evicts:
-        gone[:, : store.coded] = store.side.payload[0][:, : store.coded, 0] == 0
+        absent = store.ref.layout.absent(store.side.payload)
+        assert absent is not None
+        gone[:, : store.coded] = absent[:, : store.coded]
         for row, positions in enumerate(store.side.pool_positions.tolist()):
             gone[row, [p for p in positions if 0 <= p < store.length]] = False
     return gone
@@ -116,7 +121,7 @@ def fitted_ref(
     return CodeRef(codes[0][int(gain)])
 
 
-def modal_ref(gain: bool = True, visual_ratio: float = 4, ratio: float = 2) -> CodeRef:
+def modal_ref(gain: bool = True, visual_ratio: float = 4, ratio: float = 2, **more: Any) -> CodeRef:
     """A code for each kind of tokens of 2 heads of 8: of keys, or of values (``gain``)."""
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(1, 2, 400, 8, generator=generator)
@@ -124,15 +129,15 @@ def modal_ref(gain: bool = True, visual_ratio: float = 4, ratio: float = 2) -> C
     seen = torch.arange(400)[None] < 200
     visual = Moments.of(x, x, x, None, among=seen)
     evidence = Evidence(Moments.of(x, x, x, None), visual=visual)
-    codes = fit_modal([evidence], (8, 8), Recipe(ratio, visual_ratio=visual_ratio), 0)
+    codes = fit_modal([evidence], (8, 8), Recipe(ratio, visual_ratio=visual_ratio, **more), 0)
     return CodeRef(codes[0][int(gain)])
 
 
 def at_every_level(ref: CodeRef, x: Tensor, positions: Tensor | None = None) -> list[Tensor]:
     """What the code makes of tokens ``[B, H, T, D]`` at each level that they may be of."""
     layout, params, found = ref.layout, ref.code.params, []
-    count = max(layout.plane_kinds) if layout.plane_kinds else len(layout.shares)
-    for level in range(count + 1):
+    highest = [last for _, last in layout.plane_levels if last < TOP_LEVEL]
+    for level in range(max(highest, default=len(layout.shares)) + 1):
         levels = torch.full((x.shape[0], x.shape[2]), level, dtype=torch.uint8)
         payload = layout.encode(x, params, positions, levels)
         found.append(layout.decode(payload, params, x.dtype, positions))

@@ -275,8 +275,7 @@ class SideStore:
             pool, positions = fill_pool(
                 pool, positions, x, start, seen, strain, code.layout.strained, spare
             )
-        kinds = levels if code.layout.plane_kinds else None
-        sums = tally(judged, seen, positions, start, kinds)
+        sums = tally(judged, seen, positions, start, code.layout.kinds_of(levels))
         self._write(payload, parts, levels, start, end)
         # In place: a step that was captured as a CUDA graph reads these addresses.
         self.side.pool.copy_(pool)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .layout import PARTS, Judged, working_dtype
+from .levels import stored_tensors, with_levels, without_levels
 from .tiered import TieredLayout
 from .transform import TransformLayout
 
@@ -62,7 +63,7 @@ class EvictingLayout(TieredLayout):
     @property
     def _whole(self) -> int:
         """Tensors in which every token that stays has a row."""
-        return self.inner.tokenwise - bool(self.tier_shares)
+        return stored_tensors(self.inner) - len(self.tier_shares)
 
     @property
     def shares(self) -> tuple[int, ...]:
@@ -77,14 +78,8 @@ class EvictingLayout(TieredLayout):
 
     def payload_fields(self, dtype: torch.dtype) -> tuple[tuple[int, torch.dtype], ...]:
         """Levels, and what the code inside has."""
-        inside = list(self.inner.payload_fields(dtype))
-        if self.tier_shares:
-            del inside[self._whole]
+        inside = without_levels(self.inner, self.inner.payload_fields(dtype))
         return ((1, torch.uint8), *inside)
-
-    def absent(self, payload: Sequence[Tensor]) -> Tensor:
-        """The tokens that were dropped: ``[B, T]`` bool."""
-        return payload[0][..., 0] == 0
 
     def encode(
         self, x: Tensor, params: Sequence[Tensor], positions: Tensor | None = None,
@@ -113,7 +108,9 @@ class EvictingLayout(TieredLayout):
         work = working_dtype(dtype)
         mean = params[0].to(work).reshape(self.heads, 1, self.dim).expand(x.shape)
         mean = self._turned(mean, params, positions, 1).to(dtype)
-        return torch.where(self.absent(payload)[:, None, :, None], mean, x)
+        absent = self.absent(payload)
+        assert absent is not None
+        return torch.where(absent[:, None, :, None], mean, x)
 
     def scores(
         self, q: Tensor, payload: Sequence[Tensor], params: Sequence[Tensor],
@@ -136,14 +133,12 @@ class EvictingLayout(TieredLayout):
         if levels is None:
             highest = self._whole + len(self.tier_shares)
             levels = inside[0].new_full(inside[0].shape[:2], highest, dtype=torch.uint8)
-        if self.tier_shares:
-            del inside[self._whole]
-        return [levels[..., None], *inside]
+        return [levels[..., None], *without_levels(self.inner, inside)]
 
     def _inside(self, payload: Sequence[Tensor]) -> list[Tensor]:
         levels, *inside = payload
         own = self._inner_levels(levels)
-        return inside if own is None else [*inside[: self._whole], own, *inside[self._whole :]]
+        return inside if own is None else with_levels(self.inner, inside, own[..., 0])
 
 
 @cache

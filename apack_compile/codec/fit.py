@@ -255,13 +255,14 @@ def fit_transform(
 
     # Layer by layer: the moments of all layers at once, spread, would take gigabytes.
     keys, values = zip(*(coded(layer).spectra(dims, recipe) for layer in layers), strict=True)
-    by_kind = layers[0].kind is not None  # a token then has a byte that says of which kind it is
+    shares, evicted = TIERS if recipe.tiers else (), recipe.evicted
+    # A token has a byte that says of which kind it is, if its levels do not say that as well.
+    by_kind = layers[0].kind is not None
     k_budget, v_budget = (
-        side_budget(side[0].mean.numel(), recipe.ratio, recipe.kept) - by_kind
-        for side in (keys, values)
+        side_budget(side[0].mean.numel(), recipe.ratio, recipe.kept) - (by_kind and not levels)
+        for side, levels in ((keys, evicted), (values, shares or evicted))
     )
     if layouts is None:
-        shares, evicted = TIERS if recipe.tiers else (), recipe.evicted
         if layers[0].sensitivity is None:
             k_layout = choose_layout(keys, k_budget, False, (), evicted)
             v_layout = choose_layout(values, v_budget, True, shares, evicted)

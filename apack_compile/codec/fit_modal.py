@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from .bits import CLASSES
 from .code import Code
 from .fit import Evidence, fit_transform
 from .kinds import TEXT, VISUAL, rest
 from .modal import ModalLayout, joined
 from .recipe import Recipe
+from .tiered import TIERS, mean_bits
 from .transform import TransformLayout
 
 FEW, MORE = 2, 3
@@ -18,6 +20,9 @@ FEW, MORE = 2, 3
 Any two may meet in a layer: at most six pairs of both. (SmolLM2 at 16x: the distortion expected is
 0.020 with two pairs, 0.015 with three, 0.014 with six.)
 """
+
+FULL = 16 / mean_bits(CLASSES[0], TIERS)
+"""At ratios up to this, tiers would leave bytes over that all bits of all tokens could have."""
 
 
 def fit_modal(
@@ -32,7 +37,8 @@ def fit_modal(
     Args:
         layers, dims, reach: as for :func:`~apack_compile.codec.fit.fit_transform`.
         recipe: its ``visual_ratio`` holds for visual tokens of all layers together, its ``ratio``
-            for text.
+            for text. Only visual tokens are dropped; a kind whose ratio is no more than
+            :data:`FULL` has no tiers.
         layouts: of each layer, to be kept; None: they are chosen.
 
     Raises:
@@ -42,7 +48,10 @@ def fit_modal(
     def fitted(kind: int) -> list[tuple[Code, Code]]:
         ratio = recipe.visual_ratio if kind == VISUAL else recipe.ratio
         mine = [replace(layer, kind=kind) for layer in layers]
-        alone = replace(recipe, ratio=ratio, visual_ratio=0.0)
+        alone = replace(
+            recipe, ratio=ratio, visual_ratio=0.0, tiers=recipe.tiers and ratio > FULL,
+            evict=recipe.evict if kind == VISUAL else 0.0,
+        )  # fmt: skip
         most = MORE if ratio > min(recipe.ratio, recipe.visual_ratio) else FEW
         return fit_transform(mine, dims, alone, reach, _of_kind(layouts, kind), most)
 

@@ -9,11 +9,12 @@ Shapes: B batch, H KV heads, Hq query heads (a multiple of H), T tokens, Q queri
 A layout that is ``positional`` wants the positions ``[B|1, T]`` of the tokens that it codes, and
 the same positions whenever it reads them. A layout may have *planes*, payload tensors with rows for
 some tokens only: the last ones, one for each of its ``shares``. The one before them then holds the
-levels of the tokens: one of level l is in planes 1 to l; or the level is a kind of token, and each
-plane has the rows of one kind (``plane_kinds``). Layouts themselves see planes with a row
-for every token; who stores them leaves rows out and puts them back (``kernels/planes.py``). A
-layout may want some of its tokens to stay exact; who stores them has slots for as many
-(``kernels/pool.py``). And it may drop some: who attends hides what is ``absent``.
+levels of the tokens, and each plane has the rows of those whose levels are among its
+``plane_levels``: one of level l is in planes 1 to l; or each plane is of one kind of tokens
+(``plane_kinds``), and levels say of which kind a token is as well. Layouts themselves see planes
+with a row for every token; who stores them leaves rows out and puts them back
+(``kernels/planes.py``). A layout may want some of its tokens to stay exact; who stores them has
+slots for as many (``kernels/pool.py``). And it may drop some: who attends hides what is ``absent``.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ KEPT_OF = 1024
 
 STRAINED = 16.0
 """A token whose error is so many times the expected one stays exact, while there is a slot."""
+
+TOP_LEVEL = 254
+"""The highest level that a token may have; kernels take 255 for that of no token."""
 
 SPARE = 4
 """Slots that only tokens that are not finite may take."""
@@ -89,7 +93,10 @@ class Layout(ABC):
 
     @property
     def shares(self) -> tuple[int, ...]:
-        """Of ``PARTS`` tokens, how many have a row in plane 1, 2, ...; empty: no planes."""
+        """Of ``PARTS`` tokens, how many have a row in plane 1, 2, ...; empty: no planes.
+
+        Where planes are of kinds: of the tokens of its kind.
+        """
         return ()
 
     @property
@@ -108,18 +115,51 @@ class Layout(ABC):
         return self.shares
 
     @property
+    def later_steps(self) -> tuple[int, ...]:
+        """Of ``PARTS`` tokens that come later, how many are above level 0, 1, ..."""
+        return self.later_shares
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it matters which tokens of a prompt received most attention."""
+        return bool(self.shares)
+
+    @property
+    def plane_levels(self) -> tuple[tuple[int, int], ...]:
+        """Of each plane, the lowest and the highest level of the tokens that have a row in it."""
+        return tuple((plane, TOP_LEVEL) for plane in range(1, len(self.shares) + 1))
+
+    @property
     def plane_kinds(self) -> tuple[int, ...]:
-        """Of each plane, the level of the tokens that are in it; empty: levels are not kinds."""
+        """Of each plane, the kind of the tokens that are in it; empty: it is nothing to planes."""
         return ()
+
+    def kinds_of(self, levels: Tensor | None) -> Tensor | None:
+        """The kinds of tokens of ``levels``; None: there is one code for all kinds."""
+        return None
 
     @property
     def evicts(self) -> int:
         """Of ``PARTS`` tokens of a prompt, how many are dropped for good."""
         return 0
 
+    def lacks(self, levels: Tensor) -> Tensor:
+        """Bits that tokens of ``levels`` lack: int64; -1 of tokens that were dropped."""
+        steps, tiers = len(self.shares), len(self.tier_shares)
+        if not steps:
+            return torch.zeros_like(levels, dtype=torch.int64)
+        lacking = steps - levels.long()
+        return torch.where(lacking > tiers, -1, lacking)
+
+    @property
+    def dropped_level(self) -> int | None:
+        """The level of tokens that were dropped; None: this layout drops none."""
+        return 0 if self.evicts else None
+
     def absent(self, payload: Sequence[Tensor]) -> Tensor | None:
         """Tokens that were dropped: ``[B, T]`` bool; None: this layout drops none."""
-        return None
+        dropped = self.dropped_level
+        return None if dropped is None else payload[self.tokenwise - 1][..., 0] == dropped
 
     @property
     def tokenwise(self) -> int:

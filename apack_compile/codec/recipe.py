@@ -29,10 +29,10 @@ class Recipe:
             that the code holds worst for their size. Codes are so much smaller.
         evict: share of the tokens of a prompt that are dropped for good: those that the last
             queries attended to least (:class:`~apack_compile.codec.evicting.EvictingLayout`). Codes
-            of the others are so much larger.
+            of the others are so much larger. With ``visual_ratio``: of its visual tokens.
         visual_ratio: of visual tokens, which have a code of their own then
             (:class:`~apack_compile.codec.modal.ModalLayout`); ``ratio`` is that of text. 0: one
-            code for all tokens.
+            code for all tokens. Goes together with all of the above.
     """
 
     ratio: float

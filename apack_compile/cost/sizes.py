@@ -14,6 +14,7 @@ every token, its share of c of a plane. The pool grows when the payload does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -23,7 +24,7 @@ import torch
 from ..cache.policy import Policy
 from ..cache.store import SLACK
 from ..codec import CodeRef, Layout
-from ..kernels.planes import quotas
+from ..kernels.planes import quotas, rows_of
 from .symbols import BATCH, LATER, PROMPT, Expr, value_of
 
 
@@ -96,6 +97,16 @@ def _held(first: Expr, wanted: Expr, chunk: int) -> Expr:
     return sympy.Piecewise((first, wanted <= first), (grown, True))
 
 
+def _made(side: PackedSide, coded: Expr, rows: Sequence[Expr]) -> list[Expr]:
+    """Rows that prefill makes of each plane, of which ``rows`` are in use."""
+    layout, chunk = side.layout, side.policy.chunk
+    if not layout.plane_kinds:
+        return [_in_chunks(n, chunk, 1) for n in rows]
+    whole = [_in_chunks(n, chunk, 1) for n in side.kinds or (coded, 0)]
+    each = zip(layout.shares, layout.plane_kinds, strict=True)
+    return [_in_chunks(rows_of(share, whole[kind]), chunk, 1) for share, kind in each]
+
+
 @cache
 def side_bytes(side: PackedSide) -> SideBytes:
     """Bytes of a packed side."""
@@ -107,9 +118,10 @@ def side_bytes(side: PackedSide) -> SideBytes:
     codes, *rest = widths[: layout.tokenwise]
     planes = sympy.Integer(0)
     prompts = quotas(layout, first, kinds=side.kinds)
-    shares = zip(prompts, quotas(layout, policy.block, later=True), strict=True)
-    for width, (prompt, block) in zip(widths[layout.tokenwise :], shares, strict=True):
-        made = _in_chunks(prompt, policy.chunk, 1)
+    blocks = quotas(layout, policy.block, later=True)
+    rooms = _made(side, first, prompts)
+    each = zip(widths[layout.tokenwise :], prompts, blocks, rooms, strict=True)
+    for width, prompt, block, made in each:
         planes += width * _held(made, prompt + flushes * block, policy.chunk)
     slots, wanted = (policy.sinks + layout.slots(policy.extra, n) for n in (first, coded))
     more = policy.sinks + layout.slots(policy.extra, rows)

@@ -34,7 +34,7 @@ from ..kernels.encode import encode as _plain_encode
 from ..kernels.encode import results, tallies
 from ..kernels.importance import importance as _importance
 from ..kernels.moments import moments as _moments
-from ..kernels.planes import capacity_for, quotas
+from ..kernels.planes import capacities, capacity_for, quotas
 from ..kernels.planes import token_levels as _token_levels
 from ..kernels.pool import make_pool as _make_pool
 from ..kernels.running_importance import running_importance as _running_importance
@@ -163,8 +163,9 @@ def _encode_fake(
     fields = code.payload_fields(x.dtype)
     rows = [(length + chunk - 1) // chunk * chunk] * code.tokenwise
     coded = torch.sym_max(length - window, 0)
-    if code.plane_kinds and kinds:
-        rows += [kinds[1 + kind].shape[1] for kind in code.plane_kinds]
+    if code.plane_kinds:
+        each = [t.shape[1] for t in kinds[1:]] if kinds else [capacity_for(coded, chunk), chunk]
+        rows += capacities(code, each, chunk)
     else:
         rows += [capacity_for(quota, chunk) for quota in quotas(code, coded)]
     slots = sinks + code.slots(extra, coded)

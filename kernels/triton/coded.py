@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...codec import EvictingLayout, Layout, ModalLayout, TieredLayout, TransformLayout
+from ...codec import Layout, ModalLayout, TieredLayout, TransformLayout
 from ...codec.bits import CLASSES
-from ...codec.kinds import VISUAL
+from ...codec.kinds import KINDS
+from ...codec.layout import TOP_LEVEL
+from ...codec.levels import without_levels
 from ..side import Side
 from .calls import kernel
 from .plan import LEAST_BYTES, power
@@ -24,6 +26,9 @@ from .spread import TILE, spread_kernel
 
 MOST_PLANES = 4
 """Planes of tiers that ``spread_kernel`` knows."""
+
+NO_LEVEL = TOP_LEVEL
+"""A level that no token of a code with these planes has."""
 
 
 class Coded(NamedTuple):
@@ -44,20 +49,46 @@ class Coded(NamedTuple):
 
 
 class Ranks(NamedTuple):
-    """Of planes of one side: rows of tokens ``[B, PLANES, C]``, and how many ``[B, PLANES]``."""
+    """Of planes of one side: rows of tokens, and how many.
+
+    Attributes:
+        rows: ``[B, kinds * planes, C]``; totals: ``[B, kinds * planes]``.
+        planes: of one kind.
+    """
 
     rows: Tensor
     totals: Tensor
+    planes: int
 
 
-def ranked_planes(layout: Layout) -> tuple[int, int]:
-    """FIRST and PLANES of ``rank_kernel``: of planes with rows for the same tokens one counts."""
-    if layout.plane_kinds:
-        return 0, 2
-    if isinstance(layout, EvictingLayout):
-        whole = len(layout.shares) - len(layout.tier_shares)
-        return whole, 1 + len(layout.tier_shares)
-    return 1, len(layout.shares)
+class Counted(NamedTuple):
+    """What ``rank_kernel`` counts of one kind; planes with rows for the same tokens count once.
+
+    Attributes:
+        first, last: the lowest levels of its planes go up from ``first``, the highest is ``last``.
+        lost: the level of dropped tokens; one that no token has: none are.
+        planes: how many.
+    """
+
+    first: int
+    last: int
+    lost: int
+    planes: int
+
+
+def counted_planes(layout: Layout) -> list[Counted]:
+    """What is counted of each kind of tokens; empty: rows are those of the tokens."""
+    lost = NO_LEVEL if layout.dropped_level is None else layout.dropped_level
+    if isinstance(layout, ModalLayout):
+        found = []
+        for code, base in zip(layout.by_kind, layout.first_levels, strict=True):
+            tiers, last = len(code.tier_shares), base + len(code.shares)
+            found.append(Counted(last - tiers, last, lost if code.evicts else NO_LEVEL, 1 + tiers))
+        return found
+    tiers, last = len(layout.tier_shares), len(layout.shares)
+    if layout.evicts:
+        return [Counted(last - tiers, last, lost, 1 + tiers)]
+    return [Counted(1, last, lost, tiers)] if tiers else []
 
 
 def plain(layout: Layout) -> Layout:
@@ -68,11 +99,11 @@ def plain(layout: Layout) -> Layout:
     return TransformLayout(**{name: getattr(layout, name) for name in names})
 
 
-def plain_pairs(key: Layout, value: Layout) -> list[tuple[Layout, Layout]]:
-    """Plain codes of keys and values of the tokens that have the same: one pair, or two kinds."""
+def pairs(key: Layout, value: Layout) -> list[tuple[Layout, Layout]]:
+    """Codes of keys and values of the tokens that have the same: one pair, or one of each kind."""
     if isinstance(key, ModalLayout) and isinstance(value, ModalLayout):
-        return [(key.text, value.text), (key.visual, value.visual)]
-    return [(plain(key), plain(value))]
+        return list(zip(key.by_kind, value.by_kind, strict=True))
+    return [(key, value)]
 
 
 def is_listed(key: Layout, value: Layout) -> bool:
@@ -89,15 +120,22 @@ def rank_planes(
     constants: dict[str, int] = {}
     batch, capacity = keys.payload[0].shape[:2]
     tiles = (capacity + TOKENS - 1) // TOKENS
+    kinds = 1
     for letter, side, layout in (("K", keys, key), ("V", values, value)):
-        first, count = ranked_planes(layout)
-        constants |= {f"{letter}FIRST": first, f"{letter}PLANES": count}
-        constants[f"{letter}PAD"] = power(count, 1)
-        if count:
-            levels = side.payload[layout.tokenwise - 1].contiguous()
-            args.append(levels)
-            rows = lengths.new_empty(batch, count, capacity, dtype=torch.int32)
-            found.append(Ranks(rows, lengths.new_empty(batch, count, dtype=torch.int32)))
+        counted = counted_planes(layout)
+        most = max((each.planes for each in counted), default=0)
+        kinds = max(kinds, len(counted))
+        constants |= {f"{letter}PLANES": most, f"{letter}PAD": power(most, 1)}
+        for number in range(KINDS):
+            each = counted[number] if number < len(counted) else Counted(0, 0, NO_LEVEL, 0)
+            names = (f"{letter}{name}{number or ''}" for name in ("FIRST", "LAST", "LOST"))
+            constants |= dict(zip(names, each[:3], strict=True))
+        if counted:
+            args.append(side.payload[layout.tokenwise - 1].contiguous())
+            planes = len(counted) * most
+            rows = lengths.new_empty(batch, planes, capacity, dtype=torch.int32)
+            totals = lengths.new_empty(batch, planes, dtype=torch.int32)
+            found.append(Ranks(rows, totals, most))
         else:
             args.append(lengths)
             found.append(None)
@@ -106,9 +144,9 @@ def rank_planes(
         return None, None
     ranks = [lengths if r is None else r.rows for r in found]
     totals = [lengths if r is None else r.totals for r in found]
-    of_keys = batch * tiles if k_ranks is not None else 0
-    programs = of_keys + (batch * tiles if v_ranks is not None else 0)
-    kinds = int(bool(key.plane_kinds))
+    each_side = batch * tiles * kinds
+    of_keys = each_side if k_ranks is not None else 0
+    programs = of_keys + (each_side if v_ranks is not None else 0)
     kernel(rank_kernel)[(programs,)](
         *args, lengths, *ranks, *totals, capacity, tiles, of_keys, **constants, KINDS=kinds,
         T=TOKENS, BLOCK=AT_ONCE, num_warps=4,
@@ -123,29 +161,30 @@ def member_ranks(layout: Layout, ranks: Ranks | None) -> Ranks | None:
 
 def coded(side: Side, layout: Layout, ranks: Ranks | None, kind: int = 0) -> Coded:
     """The plain code of one side; of a layout with two, that of a kind of tokens."""
-    payload = [t.contiguous() for t in side.payload]
+    payload: Sequence[Tensor] = [t.contiguous() for t in side.payload]
+    params, code, whole = side.params, layout, not layout.evicts
     if isinstance(layout, ModalLayout):
-        planes, params = payload[1:], side.params
-        inner, mine = layout.text, slice(layout.plane_kinds.count(VISUAL), None)
-        of_mine = slice(layout.visual.param_count, None)
-        if kind == VISUAL:
-            inner, mine = layout.visual, slice(mine.start)
-            of_mine = slice(of_mine.start)
-        return Coded(inner, planes[mine][0], planes[mine][-1], params[of_mine])
-    if isinstance(layout, EvictingLayout):
-        payload = payload[1:]
-    if layout.tier_shares:
-        assert isinstance(layout, TieredLayout) and ranks is not None
-        planes = payload[-len(layout.tier_shares) :]
-        codes, lacks = _spread(payload[0], planes, layout, ranks)
-        return Coded(plain(layout), codes, payload[1], side.params, lacks)
-    return Coded(plain(layout), payload[0], payload[-1], side.params)
+        payload, params = layout.planes(payload)[kind], layout.parts(params)[kind]
+        code, whole = layout.by_kind[kind], False
+    else:
+        payload = without_levels(layout, payload)
+    if not code.tier_shares:
+        return Coded(plain(code), payload[0], payload[-1], params)
+    assert isinstance(code, TieredLayout) and ranks is not None
+    planes = payload[-len(code.tier_shares) :]
+    first = kind * ranks.planes
+    codes, lacks = _spread(payload[0], planes, code, ranks, first, whole)
+    return Coded(plain(code), codes, payload[1], params, lacks)
 
 
 def _spread(
-    base: Tensor, planes: Sequence[Tensor], layout: TieredLayout, ranks: Ranks
-) -> tuple[Tensor, Tensor]:
-    """Codes in tiers as plain ones, and the bits that they lack."""
+    base: Tensor, planes: Sequence[Tensor], layout: TieredLayout, ranks: Ranks, first: int,
+    is_whole: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Codes in tiers as plain ones, and the bits that they lack.
+
+    first: of their ranks; is_whole: every token has leading bits, of which there is no rank.
+    """
     batch, rows = base.shape[:2]
     capacity, groups = ranks.rows.shape[2], layout.groups
     widths = [count * bits // 8 for bits, count in zip(CLASSES, _counts(layout), strict=True)]
@@ -165,7 +204,8 @@ def _spread(
     kernel(spread_kernel)[(batch * tiles * groups,)](
         base, *every, ranks.rows, codes, lacks, capacity, rows, *[p.shape[1] for p in every], tiles,
         G=groups, WIDTH=lead, PLANES=len(planes),
-        WHOLE=int(not layout.evicts), T=TILE, WORD=4 if whole else 2, **constants, num_warps=4,
+        WHOLE=int(is_whole), RANKS=ranks.rows.shape[1], RANK=first, T=TILE,
+        WORD=4 if whole else 2, **constants, num_warps=4,
     )  # fmt: skip
     return codes, lacks
 

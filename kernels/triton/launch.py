@@ -23,7 +23,8 @@ from .coded import (
     coded,
     is_listed,
     member_ranks,
-    plain_pairs,
+    pairs,
+    plain,
     rank_planes,
 )
 from .fold import fold_kernel
@@ -62,11 +63,12 @@ def takes(q: Tensor, k_layout: str, v_layout: str) -> bool:
     """Whether the kernels can attend with these queries and codes."""
     key, value = parse_layout(k_layout), parse_layout(v_layout)
     known = supported(key) and supported(value) and not value.positional
-    known &= not key.tier_shares and len(value.tier_shares) <= MOST_PLANES
     known &= bool(key.plane_kinds) == bool(value.plane_kinds)
+    every = pairs(key, value)
+    known &= all(not k.tier_shares and len(v.tier_shares) <= MOST_PLANES for k, v in every)
     if not known or q.dtype not in DTYPES:
         return False
-    wanted = max(shared_bytes(k) for k, _ in plain_pairs(key, value))
+    wanted = max(shared_bytes(plain(k)) for k, _ in every)
     return wanted == 0 or wanted <= shared_memory(q.device)
 
 
@@ -132,19 +134,19 @@ def attend_packed(
     step = Step(q.contiguous(), bias, keys, values, lengths, factor, softcap, config)
     k_ranks, v_ranks = rank_planes(keys, values, key, value, lengths)
     listed = is_listed(key, value)
-    drops = key.evicts + value.evicts > 0
     found = []
-    pairs = plain_pairs(key, value)
-    for kind in range(len(pairs)):
+    every = pairs(key, value)
+    for kind, codes in enumerate(every):
         of_keys, of_values = coded(keys, key, k_ranks, kind), coded(values, value, v_ranks, kind)
         rows = None
         if listed:
             members = member_ranks(key, k_ranks), member_ranks(value, v_ranks)
+            drops = any(code.evicts for code in codes)
             rows = list_rows(step, of_keys, *members, kind, drops)
         if kind:  # ring and sinks belong to the first
             step = step._replace(lengths=torch.cat([lengths[:1], lengths.new_zeros(1)]))
         own_sinks = None if kind else sinks
-        found.append(_attend(step, of_keys, of_values, rows, own_sinks, len(pairs) > 1))
+        found.append(_attend(step, of_keys, of_values, rows, own_sinks, len(every) > 1))
     if len(found) == 1:
         return found[0][0]
     return _together(found).to(q.dtype)

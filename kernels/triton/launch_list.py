@@ -27,7 +27,7 @@ class Listed(NamedTuple):
 def list_rows(
     step: Step, of_keys: Coded, k_ranks: Ranks | None, v_ranks: Ranks | None, kind: int, drops: bool
 ) -> Listed:
-    """Which rows belong together, of all tokens or of a kind. drops: tokens may be dropped."""
+    """Which rows belong together, of all tokens or of a kind. drops: some may be dropped."""
     q, keys, values, lengths = step.q, step.keys, step.values, step.lengths
     batch, q_heads, queries, dim = q.shape[0], *(int(n) for n in q.shape[1:])
     capacity, heads, v_dim = keys.capacity, int(keys.ring.shape[1]), int(values.ring.shape[3])
@@ -45,7 +45,7 @@ def list_rows(
     )
     rows = q_heads // heads * queries
     blocks = -(-rows // EXACT_ROWS)
-    k_rows, k_totals = (lengths, lengths) if k_ranks is None else k_ranks
+    k_rows, k_totals = (lengths, lengths) if k_ranks is None else k_ranks[:2]
     v_rows = lengths if v_ranks is None else v_ranks.rows
     programs = batch * (tiles + slot_tiles * (1 + heads * blocks))
     kernel(prepare_kernel)[(programs,)](
@@ -56,7 +56,9 @@ def list_rows(
         DVP=power(v_dim, 16), X=EXACT_ROWS, XBLOCKS=blocks,
         KPLANES=0 if k_ranks is None else k_rows.shape[1],
         VPLANES=0 if v_ranks is None else v_rows.shape[1],
-        PLANE=kind, DROPS=int(drops), T=TOKENS_LISTED, E=SLOTS_AT_ONCE, ASM=not INTERPRETED,
+        KPLANE=0 if k_ranks is None else kind * k_ranks.planes,
+        VPLANE=0 if v_ranks is None else kind * v_ranks.planes,
+        DROPS=int(drops), T=TOKENS_LISTED, E=SLOTS_AT_ONCE, ASM=not INTERPRETED,
         num_warps=4,
     )  # fmt: skip
     return listed

@@ -37,7 +37,7 @@ def _mark(positions, slots, first, last, found, E: tl.constexpr):
 def list_rows(
     b, tile, k_ranks, v_ranks, k_totals, k_pos, v_pos, coded, found, entries, counts,
     capacity, length, k_slots, v_slots,
-    KPLANES: tl.constexpr, VPLANES: tl.constexpr, PLANE: tl.constexpr,
+    KPLANES: tl.constexpr, VPLANES: tl.constexpr, KPLANE: tl.constexpr, VPLANE: tl.constexpr,
     T: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """Entries of a tile of tokens whose keys have a row.
@@ -56,11 +56,11 @@ def list_rows(
     tl.debug_barrier()
     pooled = tl.load(found + t, mask=inside, other=0) > 0
     if KPLANES:
-        k_row = tl.load(k_ranks + (b * KPLANES + PLANE) * capacity + t, mask=inside, other=-1)
+        k_row = tl.load(k_ranks + (b * KPLANES + KPLANE) * capacity + t, mask=inside, other=-1)
     else:
         k_row = t
     if VPLANES:
-        v_row = tl.load(v_ranks + (b * VPLANES + PLANE) * capacity + t, mask=inside, other=-1)
+        v_row = tl.load(v_ranks + (b * VPLANES + VPLANE) * capacity + t, mask=inside, other=-1)
     else:
         v_row = t
     mine = inside & (k_row >= 0)
@@ -70,7 +70,7 @@ def list_rows(
     tl.store(own + 2 * length + k_row, tl.where(seen, v_row, -1), mask=mine)
     if tile == 0:
         if KPLANES:
-            rows = tl.load(k_totals + b * KPLANES + PLANE)
+            rows = tl.load(k_totals + b * KPLANES + KPLANE)
         else:
             rows = coded
         tl.store(counts + b, rows)
@@ -105,7 +105,7 @@ def _slot_among(tokens, positions, slots, E: tl.constexpr):
 
 @triton.jit
 def _row(ranks, tokens, live, b, capacity, PLANES: tl.constexpr, PLANE: tl.constexpr):
-    """The row of each token in a plane, -1 if it has none."""
+    """The row of each token in a plane; below 0 if it has none (``ranks.py``)."""
     if PLANES:
         row = tl.load(ranks + (b * PLANES + PLANE) * capacity + tokens, mask=live, other=-1)
     else:
@@ -118,25 +118,27 @@ def list_slots(
     b, tile, k_ranks, v_ranks, k_pos, v_pos, k_pool, v_pool, coded, entries,
     capacity, length, k_slots, v_slots,
     H: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    KPLANES: tl.constexpr, VPLANES: tl.constexpr, PLANE: tl.constexpr, DROPS: tl.constexpr,
-    E: tl.constexpr,
+    KPLANES: tl.constexpr, VPLANES: tl.constexpr, KPLANE: tl.constexpr, VPLANE: tl.constexpr,
+    DROPS: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """Entries of E slots of the pool of keys, and of E of that of values.
 
     A token that both pools hold has that of the keys. DROPS: tokens may be dropped. One whose other
-    half was dropped is seen only if what the pool has of it is no number, with a score that is none
-    either: that of a slot behind the last one (``slots.py``). Without DROPS a token that has no row
-    is not of this kind.
+    half was dropped (its row is -2) is seen only if what the pool has of it is no number, with a
+    score that is none either: that of a slot behind the last one (``slots.py``). A token whose row
+    is -1 is of another kind.
     """
     e = tile * E + tl.arange(0, E)
     k_token = tl.load(k_pos + b * k_slots + e, mask=e < k_slots, other=-1).to(tl.int32)
     v_token = tl.load(v_pos + b * v_slots + e, mask=e < v_slots, other=-1).to(tl.int32)
     k_live = (k_token >= 0) & (k_token < coded)
     v_live = (v_token >= 0) & (v_token < coded)
-    v_row = _row(v_ranks, k_token, k_live, b, capacity, VPLANES, PLANE)
-    k_row = _row(k_ranks, v_token, v_live, b, capacity, KPLANES, PLANE)
+    v_row = _row(v_ranks, k_token, k_live, b, capacity, VPLANES, VPLANE)
+    k_row = _row(k_ranks, v_token, v_live, b, capacity, KPLANES, KPLANE)
     v_slot = _slot_among(k_token, v_pos + b * v_slots, v_slots, E)
     v_live &= _slot_among(v_token, k_pos + b * k_slots, k_slots, E) < 0
+    k_live &= v_row != -1
+    v_live &= k_row != -1
     has_value, has_key = (v_row >= 0) | (v_slot >= 0), k_row >= 0
     k_at, other_k_at = -1 - e, tl.maximum(k_row, 0)
     if DROPS:
@@ -144,9 +146,6 @@ def list_slots(
         v_live &= has_key | _broken(v_pool, b, e, v_slots, H, DV, DVP, E)
         k_at = tl.where(has_value, k_at, -1 - k_slots)
         other_k_at = tl.where(has_key, other_k_at, -1 - k_slots)
-    else:
-        k_live &= v_row >= 0
-        v_live &= has_key
     v_at = tl.where(v_slot >= 0, -1 - v_slot, tl.maximum(v_row, 0))
     own = entries + 3 * b * length + length - k_slots - v_slots
     tl.store(own + e, tl.where(k_live, k_token, -1), mask=e < k_slots)

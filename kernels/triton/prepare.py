@@ -15,8 +15,8 @@ def prepare_kernel(
     k_scores, v_scores, capacity, length, k_slots, v_slots, batch, tiles, slot_tiles, scale2,
     H: tl.constexpr, ROWS: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr,
     DV: tl.constexpr, DVP: tl.constexpr, X: tl.constexpr, XBLOCKS: tl.constexpr,
-    KPLANES: tl.constexpr, VPLANES: tl.constexpr, PLANE: tl.constexpr, DROPS: tl.constexpr,
-    T: tl.constexpr, E: tl.constexpr, ASM: tl.constexpr,
+    KPLANES: tl.constexpr, VPLANES: tl.constexpr, KPLANE: tl.constexpr, VPLANE: tl.constexpr,
+    DROPS: tl.constexpr, T: tl.constexpr, E: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Programs that list slots, those that list rows, and those that score slots.
 
@@ -31,14 +31,14 @@ def prepare_kernel(
         list_slots(
             (work // slot_tiles).to(tl.int64), work % slot_tiles, k_ranks, v_ranks,
             k_pos, v_pos, k_pool, v_pool, coded, entries, capacity, length, k_slots, v_slots,
-            H, DK, DKP, DV, DVP, KPLANES, VPLANES, PLANE, DROPS, E,
+            H, DK, DKP, DV, DVP, KPLANES, VPLANES, KPLANE, VPLANE, DROPS, E,
         )  # fmt: skip
     elif work < of_slots + batch * tiles:
         at = work - of_slots
         list_rows(
             (at // tiles).to(tl.int64), at % tiles, k_ranks, v_ranks, k_totals, k_pos, v_pos,
             coded, found, entries, counts, capacity, length, k_slots, v_slots,
-            KPLANES, VPLANES, PLANE, T, E,
+            KPLANES, VPLANES, KPLANE, VPLANE, T, E,
         )  # fmt: skip
     else:
         at = work - of_slots - batch * tiles

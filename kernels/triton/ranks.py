@@ -1,7 +1,8 @@
 """Which row of a plane belongs to which token: counted anew in each step, before the kernels.
 
 A plane has rows for the tokens that are in it, in the order of the tokens (``kernels/planes.py``),
-so the row of one is the number of those before it. A program counts what lies before its tile of
+so the row of one is the number of those before it. Tokens of one kind are counted by programs of
+their own. A program counts what lies before its tile of
 tokens by itself: levels take a byte a token, which is little beside the codes.
 """
 
@@ -22,28 +23,36 @@ tokens of a tile, and for 4095 blocks before it."""
 
 
 @triton.jit
-def _fields(level, FIRST: tl.constexpr, PLANES: tl.constexpr, KINDS: tl.constexpr):
-    """1 in the field of each plane that tokens of a level are in; a level of 255 is in none."""
-    place = level.to(tl.int64) - FIRST
-    known = (place >= 0) & (level < 255)
+def _fields(level, lowest, highest, PLANES: tl.constexpr):
+    """1 in the field of each plane that tokens of a level are in; a level of 255 is in none.
+
+    Plane i has those of level ``lowest + i`` and above, up to ``highest``.
+    """
+    place = level.to(tl.int64) - lowest
+    known = (place >= 0) & (level <= highest)
     place = tl.minimum(tl.maximum(place, 0), PLANES - 1)
-    if KINDS:
-        fields = (place * 0 + 1) << (place * FIELD)
-    else:
-        ones: tl.constexpr = 0x001001001001001
-        fields = ones & (((place * 0 + 1) << ((place + 1) * FIELD)) - 1)
+    ones: tl.constexpr = 0x001001001001001
+    fields = ones & (((place * 0 + 1) << ((place + 1) * FIELD)) - 1)
     return tl.where(known, fields, 0)
 
 
 @triton.jit
 def _rank(
     work, levels, coded, ranks, totals, capacity, tiles,
-    FIRST: tl.constexpr, PLANES: tl.constexpr, PAD: tl.constexpr, KINDS: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, LOST: tl.constexpr,
+    FIRST1: tl.constexpr, LAST1: tl.constexpr, LOST1: tl.constexpr,
+    KINDS: tl.constexpr, PLANES: tl.constexpr, PAD: tl.constexpr,
     T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of tokens of one side; see :func:`rank_kernel`."""
-    b = (work // tiles).to(tl.int64)
+    """One tile of tokens of one side and kind; see :func:`rank_kernel`."""
     start = work % tiles * T
+    kind = work // tiles % KINDS
+    b = (work // tiles // KINDS).to(tl.int64)
+    lowest, highest, lost = FIRST, LAST, LOST
+    if KINDS > 1:
+        lowest = tl.where(kind == 0, FIRST, FIRST1)
+        highest = tl.where(kind == 0, LAST, LAST1)
+        lost = tl.where(kind == 0, LOST, LOST1)
     plane = tl.arange(0, PAD)
     shift = (tl.minimum(plane, PLANES - 1) * FIELD).to(tl.int64)
     base = levels + b * capacity
@@ -51,32 +60,40 @@ def _rank(
     many = tl.zeros([BLOCK], tl.int64)  # summed behind the loop: no exchange in it
     for first in tl.range(0, end, BLOCK, num_stages=1, loop_unroll_factor=4):
         i = first + tl.arange(0, BLOCK)
-        many += _fields(tl.load(base + i, mask=i < end, other=255), FIRST, PLANES, KINDS)
+        many += _fields(tl.load(base + i, mask=i < end, other=255), lowest, highest, PLANES)
     count = tl.sum(((many[None, :] >> shift[:, None]) & 4095).to(tl.int32), 1)
     t = start + tl.arange(0, T)
-    fields = _fields(tl.load(base + t, mask=t < coded, other=255), FIRST, PLANES, KINDS)
+    level = tl.load(base + t, mask=t < coded, other=255)
+    fields = _fields(level, lowest, highest, PLANES)
     has = (fields[None, :] >> shift[:, None]) & 1  # [PAD, T]
     before = (tl.cumsum(fields, 0) - fields)[None, :] >> shift[:, None]
     rank = count[:, None] + (before & 4095).to(tl.int32)
-    where = ranks + (b * PLANES + plane)[:, None] * capacity + t[None, :]
+    own = (b * KINDS + kind) * PLANES + plane
+    where = ranks + own[:, None] * capacity + t[None, :]
     known = (plane < PLANES)[:, None] & (t < capacity)[None, :]
-    tl.store(where, tl.where(has > 0, rank, -1), mask=known)
+    none = tl.where(level == lost, -2, -1)[None, :]
+    tl.store(where, tl.where(has > 0, rank, none), mask=known)
     if start + T >= capacity:
         count += tl.sum(has.to(tl.int32), 1)
-        tl.store(totals + b * PLANES + plane, count, mask=plane < PLANES)
+        tl.store(totals + own, count, mask=plane < PLANES)
 
 
 @triton.jit
 def rank_kernel(
     k_levels, v_levels, lengths, k_ranks, v_ranks, k_totals, v_totals, capacity, tiles, of_keys,
-    KFIRST: tl.constexpr, KPLANES: tl.constexpr, KPAD: tl.constexpr,
-    VFIRST: tl.constexpr, VPLANES: tl.constexpr, VPAD: tl.constexpr, KINDS: tl.constexpr,
+    KFIRST: tl.constexpr, KLAST: tl.constexpr, KLOST: tl.constexpr,
+    KFIRST1: tl.constexpr, KLAST1: tl.constexpr, KLOST1: tl.constexpr,
+    KPLANES: tl.constexpr, KPAD: tl.constexpr,
+    VFIRST: tl.constexpr, VLAST: tl.constexpr, VLOST: tl.constexpr,
+    VFIRST1: tl.constexpr, VLAST1: tl.constexpr, VLOST1: tl.constexpr,
+    VPLANES: tl.constexpr, VPAD: tl.constexpr, KINDS: tl.constexpr,
     T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``ranks [B, PLANES, C]`` int32, -1 where a token is not in the plane; ``totals [B, PLANES]``.
+    """``ranks [B, KINDS, PLANES, C]`` int32, ``totals [B, KINDS, PLANES]``, of both sides.
 
-    Of the planes of both sides from their planes FIRST on: those of levels FIRST and above, or
-    with KINDS of that level alone. Tokens that are not coded are in none.
+    A rank is -1 where a token is not in the plane, -2 of tokens of its kind that were dropped.
+    Plane i of a kind has tokens of levels FIRST + i to LAST, and LOST is the level of those that
+    were dropped (names with 1: of the second kind). Tokens that are not coded are in none.
 
     of_keys: programs that count for keys; the others count for values.
     """
@@ -86,10 +103,10 @@ def rank_kernel(
         if KPLANES:
             _rank(
                 work, k_levels, coded, k_ranks, k_totals, capacity, tiles,
-                KFIRST, KPLANES, KPAD, KINDS, T, BLOCK,
+                KFIRST, KLAST, KLOST, KFIRST1, KLAST1, KLOST1, KINDS, KPLANES, KPAD, T, BLOCK,
             )  # fmt: skip
     elif VPLANES:
         _rank(
             work - of_keys, v_levels, coded, v_ranks, v_totals, capacity, tiles,
-            VFIRST, VPLANES, VPAD, KINDS, T, BLOCK,
+            VFIRST, VLAST, VLOST, VFIRST1, VLAST1, VLOST1, KINDS, VPLANES, VPAD, T, BLOCK,
         )  # fmt: skip

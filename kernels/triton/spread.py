@@ -105,14 +105,15 @@ def spread_kernel(
     capacity, rows, rows1, rows2, rows3, rows4, tiles,
     G: tl.constexpr, R8: tl.constexpr, R4: tl.constexpr, R2: tl.constexpr,
     P8: tl.constexpr, P4: tl.constexpr, P2: tl.constexpr, WIDTH: tl.constexpr,
-    PLANES: tl.constexpr, WHOLE: tl.constexpr,
+    PLANES: tl.constexpr, WHOLE: tl.constexpr, RANKS: tl.constexpr, RANK: tl.constexpr,
     N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr, N4: tl.constexpr, T: tl.constexpr,
     WORD: tl.constexpr,
 ):  # fmt: skip
     """``codes [B, rows, G * bytes]``, ``lacks [B, rows]`` uint8, a tile of tokens of one group.
 
-    ranks: of ``rank_kernel``: of the planes; without WHOLE, first of the leading bits, whose rows
-    are those of the result (tokens that were dropped have none). rows, rows1 ..: rows that tensors
+    ranks: of ``rank_kernel``, RANKS of each sequence, from RANK on those of the planes; without
+    WHOLE, first of the leading bits, whose rows are those of the result (tokens that were dropped,
+    or are of another kind, have none). rows, rows1 ..: rows that tensors
     have room for. WIDTH: leading bytes of a group of a token. P*: bytes of runs in tiles. WORD:
     bytes that are made at a time, of which all widths are multiples.
     """
@@ -122,7 +123,7 @@ def spread_kernel(
     t = tile * T + tl.arange(0, T)
     inside = t < capacity
     FIRST: tl.constexpr = 0 if WHOLE else 1
-    at = ranks + b * (PLANES + FIRST) * capacity + t
+    at = ranks + (b * RANKS + RANK) * capacity + t
     if WHOLE:
         row = t
     else:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from apack_compile.cache import PackedKV, Policy, SideStore
 from apack_compile.codec import Code, CodeRef, ModalLayout, TransformLayout
+from apack_compile.codec.kinds import VISUAL
 from apack_compile.codec.layout import KEPT_OF, SPARE
 from apack_compile.codec.modal import joined
 
@@ -39,15 +40,14 @@ def turned_modal(ref: CodeRef) -> CodeRef:
     """The same of a code for each kind of tokens."""
     layout, params = ref.layout, ref.code.params
     assert isinstance(layout, ModalLayout)
-    count = layout.visual.param_count
-    visual = turned(CodeRef(Code(layout.visual, params[:count])))
-    text = turned(CodeRef(Code(layout.text, params[count:])))
+    codes = zip(layout.by_kind, layout.parts(params), strict=True)
+    text, visual = (turned(CodeRef(Code(*each))) for each in codes)
     return CodeRef(joined(visual.code, text.code, (1, 1)))
 
 
 def kept(ref: CodeRef) -> CodeRef:
     """The same code with a fifth of the tokens exact."""
-    assert isinstance(ref.layout, TransformLayout)
+    assert isinstance(ref.layout, TransformLayout | ModalLayout)
     return CodeRef(Code(replace(ref.layout, exact=KEPT_OF // 5), ref.code.params))
 
 
@@ -69,6 +69,16 @@ SETUPS: dict[str, tuple[CodeRef, Policy]] = {
     "values by kind": (modal_ref(), POLICY),
     "keys by kind, before their rotation": (turned_modal(modal_ref(gain=False)), POLICY),
     "values by kind, no sinks": (modal_ref(), replace(POLICY, sinks=0)),
+    "keys by kind, some dropped": (modal_ref(gain=False, evict=0.4), POLICY),
+    "values by kind in tiers": (modal_ref(ratio=3, tiers=True), POLICY),
+    "values by kind in tiers, some dropped, some exact": (
+        kept(modal_ref(ratio=3, tiers=True, evict=0.4)),
+        POLICY,
+    ),
+    "values by kind in tiers, no sinks": (
+        kept(modal_ref(ratio=3, tiers=True)),
+        replace(POLICY, sinks=0),
+    ),
 }
 
 
@@ -180,9 +190,11 @@ class CodedPair(Pair):
     def nearest(self, got: Tensor) -> Tensor:
         """The coded tokens at the level that each has been given."""
         levels = self.coded.unflatten(1, (-1, got.shape[1]))  # [B, levels, H, S, D]
-        if self.store.ref.layout.plane_kinds:
-            return torch.where(self.visual, levels[:, 1], levels[:, 0])
         off = (levels - got[:, None]).abs().amax((2, 4), keepdim=True)  # [B, levels, 1, S, 1]
+        kinds = self.store.ref.layout.kinds_of(torch.arange(levels.shape[1]))
+        if kinds is not None:
+            mine = (kinds == VISUAL)[:, None, None, None] == self.visual[:, None]
+            off = torch.where(mine, off, torch.inf)
         best = off.nan_to_num().argmin(1, keepdim=True).expand(-1, 1, *levels.shape[2:])
         return levels.gather(1, best)[:, 0]
 

@@ -33,6 +33,8 @@ CODES = {
     "evicting tiers": fitted_ref(ratio=2, tiers=True, evict=0.25),
     "keys by kind": modal_ref(gain=False),
     "values by kind": modal_ref(),
+    "values by kind in tiers": modal_ref(ratio=3, tiers=True),
+    "values by kind in tiers, evicting": modal_ref(ratio=3, tiers=True, evict=0.3),
     "share": CodeRef(hand_code(replace(KEYS.layout, exact=30))),
     "tiered share": CodeRef(hand_code(replace(fitted_ref(ratio=2, tiers=True).layout, exact=51))),
 }
@@ -62,18 +64,19 @@ def test_bytes_behind_prefill_are_exact_by_kind(
     assert sum(want) == handle.store.nbytes
 
 
+@pytest.mark.parametrize("name", [name for name in CODES if "by kind" in name])
 @few
 @given(
     batch=st.integers(1, 3), tokens=st.integers(1, 400), window=st.integers(0, 70),
     share=st.floats(0, 1), seed=st.integers(0, 9), chunk=st.sampled_from([16, 64]),
 )  # fmt: skip
 def test_bytes_of_a_mixture_of_kinds_are_exact(
-    batch: int, tokens: int, window: int, share: float, seed: int, chunk: int
+    name: str, batch: int, tokens: int, window: int, share: float, seed: int, chunk: int
 ) -> None:
     policy = Policy(window=window, chunk=chunk)
     generator = torch.Generator().manual_seed(seed)
     visual = torch.rand(batch, tokens, generator=generator) < share
-    store = SideStore.encode(dense(batch, tokens), modal_ref(), policy, visual=visual)
+    store = SideStore.encode(dense(batch, tokens), CODES[name], policy, visual=visual)
     coded = visual[:, : max(tokens - window, 0)]
     counts = int((~coded).sum(1).max()), int(coded.sum(1).max())
     assert store.kinds == counts

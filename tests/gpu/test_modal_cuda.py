@@ -17,6 +17,7 @@ from .test_cuda import on_device
 
 pytestmark = pytest.mark.gpu
 
+EVERY = {"text_ratio": 3, "tiers": True, "evict": 0.4, "exact_share": 0.03}
 OPTIONS = {"visual_ratio": 6, "fit_tokens": 64, "window": 16, "profile_cache": False}
 
 FAMILIES = {
@@ -60,6 +61,24 @@ def test_inductor_gives_what_eager_operators_give(family: str, k_code: str) -> N
                 assert not kinds[:, coded : side.store.coded].any()
         assert apack_compile.report(case.model).recompiles == 0
     torch.testing.assert_close(found[1], found[0], rtol=1e-2, atol=1e-2)
+
+
+@torch.no_grad()
+def test_codes_by_kind_with_all_other_options() -> None:
+    """Tiers of later tokens, dropped visual ones and shares of exact tokens, captured steps."""
+    found = []
+    for inner in ("eager", "inductor"):
+        torch._dynamo.reset()
+        case = on_device(FAMILIES["llava"]())
+        options = {**OPTIONS, **EVERY, "inner": inner}
+        ours = torch.compile(case.model, backend="attentionpack", options=options)
+        decoded(ours, case, 1)
+        cache, logits = decoded(ours, case, 60)
+        found.append((logits, [side.store for x in cache.layers for side in (x.keys, x.values)]))
+        assert apack_compile.report(case.model).recompiles == 0
+    for one, two in zip(found[0][1], found[1][1], strict=True):
+        assert one.ref.layout.evicts and one.ref.layout.kept and one.rows == two.rows
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -26,6 +26,12 @@ EXPECTED = {
     "evict and tiers": {"rank_kernel", "spread_kernel", "prepare_kernel", "value_slots_kernel"},
     "kept": {"prepare_kernel", "value_slots_kernel"},
     "kinds": {"rank_kernel", "prepare_kernel", "value_slots_kernel"},
+    "kinds, tiers and evict": {
+        "rank_kernel",
+        "spread_kernel",
+        "prepare_kernel",
+        "value_slots_kernel",
+    },
 }
 
 

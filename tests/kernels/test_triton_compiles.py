@@ -20,26 +20,32 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from apack_compile.codec import TransformLayout
-from apack_compile.kernels.triton import attend, fold, plan, prepare
+from apack_compile.kernels.triton import attend, fold, plan, prepare, ranks
 
 spec = TransformLayout(2, 64, 1, 16, 32, 16, 1).spec
 made = plan.make_plan(spec, spec, 4, 1, (8, 8), 32, plan.Config(), {listed}, {listed})
 sizes = {{name: made.attend[name] for name in made.attend}}
-sides = {{"KPLANES": 1, "VPLANES": 1, "PLANE": 0, "DROPS": 1, "T": 1024, "E": 64}}
+sides = {{"KPLANES": 2, "VPLANES": 10, "KPLANE": 1, "VPLANE": 5, "DROPS": 1, "T": 1024, "E": 64}}
+levels = {{side + name: 3 for side in "KV" for name in ("PLANES", "LAST", "FIRST1", "LOST1")}}
+levels |= {{side + name: 0 for side in "KV" for name in ("FIRST", "LOST")}} | {{"KINDS": 2}}
+levels |= {{"KLAST1": 7, "VLAST1": 7, "KPAD": 4, "VPAD": 4, "T": 1024, "BLOCK": 2048}}
 kernel, constants = {{
     "fold": (fold.fold_kernel, made.fold | {{"STEPS": 64}}),
     "attend": (attend.attend_kernel, sizes | {{"BIAS": 1, "CAP": 0.0, "WHOLE": 1, "ASM": True}}),
     "prepare": (prepare.prepare_kernel, sizes | sides | {{"ASM": True}}),
+    "rank": (ranks.rank_kernel, levels),
 }}["{name}"]
 constants = {{name: constants[name] for name in kernel.arg_names if name in constants}}
-constants["scale2"] = 0.18
+if "scale2" in kernel.arg_names:
+    constants["scale2"] = 0.18
 pointers = dict.fromkeys(("k_scores", "v_scores", "part", "stats", "exact", "shift", "centre",
                           "mean", "units", "bias", "k_offsets", "k_spans", "k_waves"), "*fp32")
 pointers |= dict.fromkeys(("q", "k_pool", "v_pool", "k_ring", "v_ring"), "*bf16")
 pointers |= dict.fromkeys(("q16", "k_gain", "v_gain", "k_basis", "synthesis"), "*fp16")
-pointers |= dict.fromkeys(("k_codes", "v_codes", "lacks", "found"), "*u8")
+pointers |= dict.fromkeys(("k_codes", "v_codes", "lacks", "found", "k_levels", "v_levels"), "*u8")
 pointers |= dict.fromkeys(("lengths", "k_pos", "v_pos"), "*i64")
-pointers |= dict.fromkeys(("k_ranks", "v_ranks", "k_totals", "entries", "counts", "table"), "*i32")
+pointers |= dict.fromkeys(("k_ranks", "v_ranks", "k_totals", "v_totals", "entries", "counts",
+                          "table"), "*i32")
 signature = {{
     name: "constexpr" if name in constants else pointers.get(name, "i32")
     for name in kernel.arg_names
@@ -51,10 +57,14 @@ print(len(made.asm["ptx"]))
 
 
 @pytest.mark.parametrize(
-    ("name", "listed"), [("fold", False), ("attend", False), ("attend", True), ("prepare", True)]
+    ("name", "listed"),
+    [("fold", False), ("attend", False), ("attend", True), ("prepare", True), ("rank", True)],
 )
 def test_a_float_may_be_a_constant(name: str, listed: bool, tmp_path: Path) -> None:
-    """Bug: ``prepare_kernel`` made a tensor of it in one branch alone, and did not compile."""
+    """Bug: ``prepare_kernel`` made a tensor of it in one branch alone, and did not compile.
+
+    ``rank_kernel`` has no such number: it is compiled for two kinds of tokens.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run(

@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from apack_compile.cache import Policy
-from apack_compile.codec import Code, Layout, TransformLayout
+from apack_compile.codec import Code, Layout, ModalLayout, TransformLayout
 from apack_compile.codec.evicting import evicting
 from apack_compile.codec.modal import modal
 from apack_compile.codec.tiered import TIERS, layout_of
@@ -48,7 +48,7 @@ def code_of(layout: Layout, seed: int) -> Code:
     """A code whose decoded tokens are of the size of real ones, and whose errors are told."""
     code = hand_code(layout, seed)
     params, at = list(code.params), 0
-    inner = [layout.visual, layout.text] if layout.plane_kinds else [layout]  # type: ignore[attr-defined]
+    inner = [layout.visual, layout.text] if isinstance(layout, ModalLayout) else [layout]
     for part in inner:
         size = (part.heads // part.groups * part.dim * part.rank) ** 0.5
         params[at + 3] = params[at + 3] * torch.tensor([20.0, 1.0])[:, None, None] / size
@@ -89,7 +89,7 @@ def case(
         weights = importance if alike or name == "k" else importance.flip(1)
         made = torch.ops.apack.encode(
             x, visible, list(code.params), layout.spec, POLICY.sinks, POLICY.extra, POLICY.window,
-            POLICY.ring, POLICY.chunk, None if layout.plane_kinds else weights, kinds,
+            POLICY.ring, POLICY.chunk, weights, kinds,
         )  # fmt: skip
         count = len(layout.payload_fields(dtype)) + 3
         lengths = torch.tensor([coded, length - coded])
@@ -148,9 +148,18 @@ def kept(layout: TransformLayout, share: int = 80) -> TransformLayout:
     return replace(layout, exact=share)
 
 
-def both_kinds(gain: int, rotary: int = 0) -> Layout:
-    visual = TransformLayout(2, 64, 2, 0, 16, 32, gain, rotary)
-    return modal(visual, TransformLayout(2, 64, 1, 32, 32, 16, gain, rotary))
+def both_kinds(
+    gain: int, rotary: int = 0, tiers: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
+    evicted: int = 0, exact: int = 0,
+) -> Layout:  # fmt: skip
+    """Codes by kind; tiers: of visual tokens and of text."""
+    visual = layout_of((2, 64, 2), (0, 16, 32), gain > 0, tiers[0])
+    text = layout_of((2, 64, 1), (32, 32, 16), gain > 0, tiers[1])
+    more = {"rotary": rotary, "exact": exact}
+    return modal(evicting(replace(visual, **more), evicted), replace(text, **more))
+
+
+BOTH = TIERS, TIERS
 
 
 PAIRS = {
@@ -173,6 +182,18 @@ PAIRS = {
     "all three": (evicting(kept(KEYS), 10), evicting(replace(tiered(), exact=80), 10)),
     "kinds": (both_kinds(0), both_kinds(1)),
     "kinds, keys turned": (both_kinds(0, 64), both_kinds(1)),
+    "kinds, tiers": (both_kinds(0), both_kinds(1, tiers=BOTH)),
+    "kinds, tiers of text": (both_kinds(0), both_kinds(1, tiers=((), (16, 4)))),
+    "kinds, tiers of images": (both_kinds(0), both_kinds(1, tiers=((9,), ()))),
+    "kinds, evict": (both_kinds(0, evicted=10), both_kinds(1, evicted=10)),
+    "kinds, evict values": (both_kinds(0), both_kinds(1, evicted=10)),
+    "kinds, evict keys": (both_kinds(0, evicted=10), both_kinds(1)),
+    "kinds, kept": (both_kinds(0, exact=80), both_kinds(1, exact=80)),
+    "kinds, tiers and evict": (both_kinds(0, evicted=10), both_kinds(1, tiers=BOTH, evicted=10)),
+    "kinds, all": (
+        both_kinds(0, 64, evicted=10, exact=80),
+        both_kinds(1, tiers=BOTH, evicted=10, exact=80),
+    ),
 }
 
 
@@ -181,7 +202,7 @@ def test_every_layout(name: str) -> None:
     check(case(*PAIRS[name]))
 
 
-FEW = ["tiers", "evict and tiers", "kept", "kinds"]
+FEW = ["tiers", "evict and tiers", "kept", "kinds", "kinds, all"]
 
 
 @pytest.mark.parametrize("name", PAIRS if DEVICE == "cuda" else FEW)
@@ -195,19 +216,27 @@ def test_masks_padding_and_several_queries(name: str) -> None:
     check(given)
 
 
-@pytest.mark.parametrize("name", PAIRS if DEVICE == "cuda" else ["all three", "kinds"])
+@pytest.mark.parametrize(
+    "name", PAIRS if DEVICE == "cuda" else ["all three", "kinds", "kinds, all"]
+)
 def test_capped_scores(name: str) -> None:
     check({**case(*PAIRS[name], dtype=torch.bfloat16), "softcap": 5.0})
 
 
-@pytest.mark.parametrize("name", ["evict", "evict and tiers", "kept and evict"])
+DROPPING = ["evict", "evict and tiers", "kept and evict", "kinds, evict", "kinds, all"]
+
+
+@pytest.mark.parametrize("name", DROPPING)
 def test_keys_and_values_that_dropped_different_tokens(name: str) -> None:
     check(case(*PAIRS[name], alike=False))
 
 
 @pytest.mark.parametrize("side", ["k", "v"])
 @pytest.mark.parametrize("alike", [True, False])
-@pytest.mark.parametrize("name", ["evict", "evict keys", "evict values", "kept", "kinds"])
+@pytest.mark.parametrize(
+    "name",
+    ["evict", "evict keys", "evict values", "kept", "kinds", "kinds, evict", "kinds, evict values"],
+)
 def test_a_token_that_is_no_number_is_seen(name: str, side: str, alike: bool) -> None:
     """Whether it was dropped or not, and whatever became of its other half."""
     if name in ("kept", "kinds") and not alike:
@@ -222,7 +251,17 @@ def test_a_token_that_is_no_number_is_seen(name: str, side: str, alike: bool) ->
 
 @pytest.mark.parametrize("side", ["k", "v"])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
-@pytest.mark.parametrize("name", ["evict", "evict keys", "evict values"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "evict",
+        "evict keys",
+        "evict values",
+        "kinds, evict",
+        "kinds, evict keys",
+        "kinds, evict values",
+    ],
+)
 def test_a_dropped_token_with_one_number_that_is_none(name: str, softcap: float, side: str) -> None:
     """Bug: heads that stayed finite had the value of another token, whose row is the first."""
     tokens = range(8, 60, 3) if DEVICE == "cuda" else (12, 33)
@@ -231,14 +270,14 @@ def test_a_dropped_token_with_one_number_that_is_none(name: str, softcap: float,
         check({**given, "softcap": softcap})
 
 
-@pytest.mark.parametrize("name", PAIRS if DEVICE == "cuda" else ["all three"])
+@pytest.mark.parametrize("name", PAIRS if DEVICE == "cuda" else ["all three", "kinds, all"])
 @pytest.mark.parametrize("length", [7, 8, 23])
 def test_few_tokens(name: str, length: int) -> None:
     """None, one, and few of them coded."""
     check(case(*PAIRS[name], length=length))
 
 
-@pytest.mark.parametrize("name", PAIRS if DEVICE == "cuda" else ["evict and tiers", "kept"])
+@pytest.mark.parametrize("name", PAIRS if DEVICE == "cuda" else ["evict and tiers", "kinds, all"])
 def test_more_tokens_than_one_program_ranks(name: str) -> None:
     check(case(*PAIRS[name], batch=1, length=2500 if DEVICE == "cuda" else 1100), None)
 
@@ -257,4 +296,5 @@ def test_what_the_kernels_do_not_take() -> None:
     q = torch.empty(1, 4, 1, 64, dtype=torch.float16)
     assert not takes(q, tiered().spec, VALUES.spec)
     assert not takes(q, both_kinds(0).spec, VALUES.spec)
+    assert not takes(q, both_kinds(1, tiers=BOTH).spec, both_kinds(1).spec)
     assert not takes(q, replace(KEYS, r4=24).spec, tiered().spec)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from apack_compile.cache import PackedKV
+from apack_compile.cache import PackedKV, SideStore
 from apack_compile.kernels.kinds import SortedTokens, sort_tokens
 from apack_compile.passes.draft import SORTED_TOKENS, EncodedOutput, PlainOutput
 from apack_compile.passes.rewrite_encode import collect
@@ -109,7 +109,7 @@ def test_codes_in_tiers_are_encoded_by_importance() -> None:
     assert ours(new) == {"apack::encode": 2, "apack::importance": 1, "apack::visible": 1}
     (encoded,) = (n for n in new.gm.graph.nodes if n.target == IMPORTANCE)
     ((reader),) = encoded.users
-    assert reader.args[-1] is encoded and reader.args[3] == refs[1].layout.spec
+    assert reader.args[-2:] == (encoded, None) and reader.args[3] == refs[1].layout.spec
 
 
 def test_a_fit_of_codes_in_tiers_is_told_the_importance_of_tokens() -> None:
@@ -184,6 +184,23 @@ def test_a_prompt_is_encoded_by_kind_in_the_graph() -> None:
     for back, x, ref in zip(got, (k, v), new.refs, strict=True):
         assert torch.equal(back, alone(x, ref, masked))
         assert not torch.equal(back, alone(x, ref, None))
+
+
+def test_codes_by_kind_with_levels_are_told_both() -> None:
+    q, k, v = tokens(90, 4), tokens(90), tokens(90)
+    captured = capture(prefill, q, k, v, None)
+    masked = torch.rand(2, 90, generator=torch.Generator().manual_seed(0)) < 0.5
+    refs = [modal_ref(gain=False, evict=0.4), modal_ref(ratio=3, tiers=True, evict=0.4)]
+    new = rewrite(captured, refs)
+    assert ours(new) == {"apack::encode": 2, "apack::importance": 1}
+    (weights,) = (n for n in new.gm.graph.nodes if n.target == IMPORTANCE)
+    assert all(reader.args[-2] is weights and reader.args[-1] for reader in weights.users)
+    prompt = sort_tokens(masked, 90 - POLICY.window, POLICY.chunk)
+    (_, *got), _ = run(captured, new, prompt)
+    weight = torch.ops.apack.importance(q, k, None, False, *weights.args[4:])
+    for back, x, ref in zip(got, (k, v), refs, strict=True):
+        store = SideStore.encode(x, ref, POLICY, None, weight, masked)
+        assert torch.equal(back, store.dense(90))
 
 
 def test_tokens_of_an_image_that_is_attended_to_are_not_those_of_the_prompt() -> None:

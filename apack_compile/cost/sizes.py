@@ -120,8 +120,9 @@ def side_bytes(side: PackedSide) -> SideBytes:
     prompts = quotas(layout, first, kinds=side.kinds)
     blocks = quotas(layout, policy.block, later=True)
     rooms = _made(side, first, prompts)
-    each = zip(widths[layout.tokenwise :], prompts, blocks, rooms, strict=True)
-    for width, prompt, block, made in each:
+    for width, prompt, block, made in zip(
+        widths[layout.tokenwise :], prompts, blocks, rooms, strict=True
+    ):
         planes += width * _held(made, prompt + flushes * block, policy.chunk)
     slots, wanted = (policy.sinks + layout.slots(policy.extra, n) for n in (first, coded))
     more = policy.sinks + layout.slots(policy.extra, rows)

@@ -162,7 +162,8 @@ def member_ranks(layout: Layout, ranks: Ranks | None) -> Ranks | None:
 def coded(side: Side, layout: Layout, ranks: Ranks | None, kind: int = 0) -> Coded:
     """The plain code of one side; of a layout with two, that of a kind of tokens."""
     payload: Sequence[Tensor] = [t.contiguous() for t in side.payload]
-    params, code, whole = side.params, layout, not layout.evicts
+    params: Sequence[Tensor] = side.params
+    code, whole = layout, not layout.evicts
     if isinstance(layout, ModalLayout):
         payload, params = layout.planes(payload)[kind], layout.parts(params)[kind]
         code, whole = layout.by_kind[kind], False

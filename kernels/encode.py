@@ -98,8 +98,8 @@ def encode(
 
 
 def encode_tokens(
-    x: Tensor, params: Sequence[Tensor], layout: Layout, pool_positions: Tensor | None, start: int,
-    levels: Tensor | None = None,
+    x: Tensor, params: Sequence[Tensor], layout: Layout, pool_positions: Tensor | None,
+    start: int | Tensor, levels: Tensor | None = None,
 ) -> tuple[list[Tensor], Judged | None]:  # fmt: skip
     """Payload, and how well (:meth:`Layout.encode_and_judge`), of tokens ``x [B, H, T, D]``.
 
@@ -133,7 +133,7 @@ def tallies(layout: Layout) -> int:
 
 
 def tally(
-    judged: Judged | None, seen: Tensor, pool_positions: Tensor, start: int,
+    judged: Judged | None, seen: Tensor, pool_positions: Tensor, start: int | Tensor,
     kinds: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Error, size and number of the tokens that are read from codes: ``[3]`` float32.

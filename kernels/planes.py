@@ -93,7 +93,7 @@ def members(layout: Layout, levels: Tensor, plane: int) -> Tensor:
     return has if last == TOP_LEVEL else has & (levels <= last)
 
 
-def counted(layout: Layout, levels: Tensor, plane: int, end: int) -> Tensor:
+def counted(layout: Layout, levels: Tensor, plane: int, end: int | Tensor) -> Tensor:
     """Rows of a plane that belong to the first ``end`` tokens: ``[B, 1]`` int64.
 
     Args:
@@ -101,7 +101,8 @@ def counted(layout: Layout, levels: Tensor, plane: int, end: int) -> Tensor:
         levels: ``[B, C, 1]``, as they are stored.
         plane, end: which.
     """
-    return members(layout, levels[:, :end, 0], plane).sum(1, keepdim=True)
+    there = torch.arange(levels.shape[1], device=levels.device) < end
+    return (members(layout, levels[..., 0], plane) & there).sum(1, keepdim=True)
 
 
 def in_plane(rows: Tensor, has: Tensor, count: int) -> Tensor:
@@ -186,8 +187,9 @@ def write_rows(plane: Tensor, rows: Tensor, first: Tensor) -> None:
 
 
 def write_later(
-    payload: Sequence[Tensor], parts: Sequence[Tensor], levels: Tensor, layout: Layout, start: int
-) -> list[int]:
+    payload: Sequence[Tensor], parts: Sequence[Tensor], levels: Tensor, layout: Layout,
+    start: int | Tensor,
+) -> None:  # fmt: skip
     """Write the rows of tokens that come behind a prompt into their planes.
 
     Args:
@@ -197,16 +199,13 @@ def write_later(
         layout: of the code.
         start: of the first token.
 
-    Returns:
-        Rows that each plane has more now.
+    Each plane has as many rows more then as :func:`quotas` says.
     """
     end = layout.tokenwise
-    more = quotas(layout, levels.shape[1], later=True)
-    for plane, count in enumerate(more, 1):
+    for plane, count in enumerate(quotas(layout, levels.shape[1], later=True), 1):
         first = counted(layout, payload[end - 1], plane, start)
         has = members(layout, levels, plane)
         write_rows(payload[end + plane - 1], in_plane(parts[end + plane - 1], has, count), first)
-    return more
 
 
 def spread(payload: Sequence[Tensor], layout: Layout) -> list[Tensor]:

@@ -34,8 +34,8 @@ def reserve_sinks(visible: Tensor | None, like: Tensor, sinks: int, extra: int) 
 
 
 def fill_pool(
-    pool: Tensor, positions: Tensor, x: Tensor, start: int, visible: Tensor | None,
-    strain: Tensor | None = None, strained: float = STRAINED, spare: int = SPARE,
+    pool: Tensor, positions: Tensor, x: Tensor, start: int | Tensor, visible: Tensor | None,
+    strain: Tensor | None = None, strained: float = STRAINED, spare: int | Tensor = SPARE,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Take what the pool wants from tokens that are being coded.
 
@@ -57,8 +57,9 @@ def fill_pool(
     broken = ~x.isfinite().all(-1).all(1)  # [B, T]
     free = positions < 0  # [B, E]
     most = torch.finfo(torch.float32).max  # less than infinity: broken tokens come first
-    strain = torch.zeros(()) if strain is None else strain.nan_to_num(nan=most, posinf=most)
-    demand = torch.where(broken, float("inf"), strain.to(x.device))  # [B, T]
+    none = torch.zeros((), device=x.device)
+    strain = none if strain is None else strain.nan_to_num(nan=most, posinf=most).to(x.device)
+    demand = torch.where(broken, float("inf"), strain)  # [B, T]
     eligible = ~known.any(1) if visible is None else visible & ~known.any(1)
     broken = broken & eligible
     worst, which = torch.where(eligible, demand, 0.0).sort(dim=1, descending=True, stable=True)
@@ -138,7 +139,9 @@ def override(dense: Tensor, positions: Tensor, values: Tensor, dim: int) -> Tens
     return dense.scatter(dim, index.view(shape).expand_as(values), written)
 
 
-def pooled_tokens(positions: Tensor, start: int, count: int, which: Tensor | None = None) -> Tensor:
+def pooled_tokens(
+    positions: Tensor, start: int | Tensor, count: int, which: Tensor | None = None
+) -> Tensor:
     """Of the tokens ``start .. start + count``, those in a slot: ``[B, count]`` bool.
 
     Args:

@@ -8,7 +8,9 @@ from torch import Tensor
 from ..codec import Layout
 
 
-def positions_of(layout: Layout, pool_positions: Tensor, start: int, count: int) -> Tensor | None:
+def positions_of(
+    layout: Layout, pool_positions: Tensor, start: int | Tensor, count: int
+) -> Tensor | None:
     """Positions ``[B, count]`` of tokens ``start ..``, counted from each sequence's first.
 
     Args:

@@ -93,7 +93,7 @@ def of_run(
 
 
 def worth(
-    importance: Tensor | None, like: Tensor, start: int, first: Tensor | int
+    importance: Tensor | None, like: Tensor, start: int | Tensor, first: Tensor | int
 ) -> Tensor:  # fmt: skip
     """What the levels of tokens go by that are coded together: ``[B, T]``, negative for padding.
 

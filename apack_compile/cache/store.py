@@ -8,21 +8,21 @@ a store of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from ..codec import CodeRef
-from ..codec.layout import SPARE
 from ..codec.lowrank import REFACTOR
-from ..kernels.encode import encode_tokens, tallies, tally
+from ..kernels.encode import tallies
+from ..kernels.encode_later import encode_later
 from ..kernels.factor import refactored
 from ..kernels.kinds import sort_tokens
-from ..kernels.planes import capacity_for, later_levels, quotas, write_later
-from ..kernels.pool import fill_pool, resized
-from ..kernels.running_importance import of_run, recent_importance, worth
+from ..kernels.planes import capacity_for, quotas
+from ..kernels.pool import resized
+from ..kernels.running_importance import of_run, recent_importance
 from ..kernels.side import Side
 from ..ops.encode_cuda import encode_kernels
 from .lease import Lease, writing
@@ -241,49 +241,44 @@ class SideStore:
     def _code(self, x: Tensor, weights: Tensor | None) -> None:
         start, end = self.coded, self.coded + x.shape[2]
         code = self.ref.code
-        payload = self._with_room(end)
-        if self._slots(end) > self.side.pool.shape[2]:
-            self._resize_pool(payload[0].shape[1])  # with the payload, and as seldom
-        pool, positions, ref = self.side.pool, self.side.pool_positions, self.ref
+        self.room_for_codes(end)
+        payload, pool, positions = self.side[:3]
         kernels = None if code.layout.per_sequence else encode_kernels(x, code.layout)
         if kernels is not None:
             sums = kernels.encode_more(
                 x, code.on(self.device), code.layout, payload, pool, positions,
                 torch.full((1,), start, dtype=torch.int32, device=self.device),
             )  # fmt: skip
-            self.side = self.side._replace(payload=payload)
-            self._coded(end, sums)
+            self.coded_to(end, sums)
             return
+        ref = self.ref
         if code.layout.per_sequence and end - self.factored >= REFACTOR:
             x, start = torch.cat([self.dense(start), x], 2), 0
             ref = refactored(ref, x, positions)
             code = ref.code
-        levels = None
-        if code.layout.shares:
-            first = positions[:, :1] if self.policy.sinks else 0  # what is before is padding
-            levels = later_levels(worth(weights, x, start, first), code.layout)
-        parts, judged = encode_tokens(
-            x, code.on(self.device), code.layout, positions, start, levels
-        )
-        here = start + torch.arange(x.shape[2], device=x.device)
-        # A row begins with its first sink. Kernels do not ask: nor do codes that they serve.
-        seen = here >= (positions[:, :1] if self.policy.sinks and code.layout.kept else 0)
-        if pool.shape[2]:
-            strain = None if judged is None else judged.strain
-            # Slots for tokens to come, and those that a crop left, are not for these tokens.
-            spare = SPARE + pool.shape[2] - self._slots(end)
-            pool, positions = fill_pool(
-                pool, positions, x, start, seen, strain, code.layout.strained, spare
-            )
-        sums = tally(judged, seen, positions, start, code.layout.kinds_of(levels))
-        self._write(payload, parts, levels, start, end)
+        begin = torch.full((1,), start, dtype=torch.int32, device=self.device)
         # In place: a step that was captured as a CUDA graph reads these addresses.
-        self.side.pool.copy_(pool)
-        self.side.pool_positions.copy_(positions)
-        self.side = self.side._replace(payload=payload)
-        self._coded(end, sums)
+        sums = encode_later(
+            x, code.on(self.device), code.layout, payload, pool, positions, begin,
+            self.policy.sinks, self.policy.extra, weights,
+        )  # fmt: skip
+        self.coded_to(end, sums)
         if ref is not self.ref:
             self.ref, self.factored = ref, end
+
+    def room_for_codes(self, end: int) -> None:
+        """Let payload and pool hold what the first ``end`` tokens want."""
+        self.make_room(end)
+        if self._slots(end) > self.side.pool.shape[2]:
+            self._resize_pool(self.side.payload[0].shape[1])  # with the payload, and as seldom
+
+    def coded_to(self, end: int, sums: Tensor | None = None) -> None:
+        """The first ``end`` tokens are coded now. sums: what is new in the tally."""
+        more = quotas(self.ref.layout, end - self.coded, later=True)
+        self.rows = [rows + new for rows, new in zip(self.rows, more, strict=True)]
+        self.coded = end
+        if sums is not None:
+            self.tally = self.tally.to(sums.device) + sums
 
     def _slots(self, tokens: int) -> int:
         """Slots of the pool that so many coded tokens want."""
@@ -300,22 +295,6 @@ class SideStore:
         if self._slots(tokens) < self.side.pool.shape[2]:
             self._resize_pool(tokens)
 
-    def _write(
-        self, payload: Sequence[Tensor], parts: Sequence[Tensor], levels: Tensor | None,
-        start: int, end: int,
-    ) -> None:  # fmt: skip
-        """Put what was coded of the tokens ``start .. end`` where it belongs."""
-        layout = self.ref.layout
-        for whole, part in zip(payload[: layout.tokenwise], parts, strict=False):
-            whole[:, start:end] = part
-        if levels is not None:
-            more = write_later(payload, parts, levels, layout, start)
-            self.rows = [rows + new for rows, new in zip(self.rows, more, strict=True)]
-
-    def _coded(self, end: int, sums: Tensor) -> None:
-        self.coded = end
-        self.tally = self.tally.to(sums.device) + sums
-
     def _round_up(self, tokens: int) -> int:
         return capacity_for(tokens, self.policy.chunk)
 
@@ -324,19 +303,32 @@ class SideStore:
         self.side = self.side._replace(payload=self._with_room(tokens, spare))
 
     def _with_room(self, tokens: int, spare: bool = True) -> tuple[Tensor, ...]:
-        more = quotas(self.ref.layout, max(tokens - self.coded, 0), later=True)
-        planes = [rows + new for rows, new in zip(self.rows, more, strict=True)]
-        wanted = [tokens] * self.ref.layout.tokenwise + planes
+        """The payload with room for ``tokens``.
+
+        All tensors grow together, for captured steps are captured anew whenever one does: planes
+        get room for the tokens that the others have room for.
+        """
+        payload = self.side.payload
+        if all(n <= p.shape[1] for n, p in zip(self._wanted(tokens), payload, strict=True)):
+            return payload
+        capacity = payload[0].shape[1]
+        if tokens > capacity:  # by a little more when there is much
+            capacity = self._round_up(tokens + (capacity // SLACK if spare else 0))
         return tuple(
-            self._grown(p, rows, spare) for p, rows in zip(self.side.payload, wanted, strict=True)
+            self._grown(p, rows) for p, rows in zip(payload, self._wanted(capacity), strict=True)
         )
 
-    def _grown(self, part: Tensor, rows: int, spare: bool) -> Tensor:
+    def _wanted(self, tokens: int) -> list[int]:
+        """Rows of each payload tensor for ``tokens``, of which some are coded already."""
+        layout = self.ref.layout
+        more = quotas(layout, max(tokens - self.coded, 0), later=True)
+        planes = [rows + new for rows, new in zip(self.rows, more, strict=True)]
+        return [tokens] * layout.tokenwise + planes
+
+    def _grown(self, part: Tensor, rows: int) -> Tensor:
         if rows <= part.shape[1]:
             return part
-        # By a little more when there is much: captured steps are captured anew each time.
-        slack = part.shape[1] // SLACK if spare else 0
-        more = self._round_up(rows + slack) - part.shape[1]
+        more = self._round_up(rows) - part.shape[1]
         return torch.nn.functional.pad(part, (0, 0, 0, more))
 
     # Whole-store operations --------------------------------------------------------------------

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import pairwise
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -171,7 +171,7 @@ class Layout(ABC):
         """Of ``KEPT_OF`` tokens, how many stay exact; 0: only those that strain the code."""
         return 0
 
-    def slots(self, extra: int, tokens: int) -> int:
+    def slots(self, extra: int, tokens: Any) -> Any:
         """Slots on demand for ``tokens``: ``extra``, or those of the share and some spare ones."""
         return SPARE + self.kept * tokens // KEPT_OF if self.kept else extra
 

@@ -109,7 +109,10 @@ class TieredLayout(TransformLayout):
         if levels is None:
             levels = torch.full((batch, tokens), self.planes, dtype=torch.uint8, device=y.device)
         lacking = self.planes - levels.long()  # [B, T]
-        shrink = torch.tensor(SHRINK, dtype=y.dtype, device=y.device)[lacking][:, None]
+        shrink = torch.ones_like(lacking, dtype=y.dtype)  # by kernels alone: no copy to a GPU
+        for bits, less in enumerate(SHRINK[: self.planes + 1]):
+            shrink = torch.where(lacking == bits, less, shrink)
+        shrink = shrink[:, None]
         gains = (self._rounded_gains(y, params).to(y.dtype) * shrink).to(GAIN_DTYPE)  # [B, G, T]
         cell = torch.exp2(lacking.to(y.dtype))[:, None, :, None]
         parts, numbers, means = [], [], []

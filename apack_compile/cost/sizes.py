@@ -9,7 +9,8 @@ over what it may be just then:
     rows(first, n) =  first while n <= first, then n in whole chunks + n / (2 SLACK)
 
 ``first`` are the rows that prefill makes, in whole chunks: S of a payload tensor with a row for
-every token, its share of c of a plane. The pool grows when the payload does.
+every token, its share of c of a plane. Planes grow with those tensors, by their share of the tokens
+that these have room for; so does the pool.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from ..cache.policy import Policy
 from ..cache.store import SLACK
 from ..codec import CodeRef, Layout
+from ..codec.layout import PARTS
 from ..kernels.planes import quotas, rows_of
 from .symbols import BATCH, LATER, PROMPT, Expr, value_of
 
@@ -91,10 +93,11 @@ def _in_chunks(rows: Expr, chunk: int, least: int) -> Expr:
     return chunk * sympy.Max(sympy.ceiling(rows / sympy.Integer(chunk)), least)
 
 
-def _held(first: Expr, wanted: Expr, chunk: int) -> Expr:
-    """Rows of a payload tensor that was made with ``first`` and has to hold ``wanted``."""
-    grown = _in_chunks(wanted, chunk, 1) + wanted / sympy.Integer(2 * SLACK)
-    return sympy.Piecewise((first, wanted <= first), (grown, True))
+def _held(first: Expr, wanted: Expr, chunk: int) -> tuple[Expr, Expr]:
+    """Rows of a payload tensor that was made with ``first`` and has to hold ``wanted``; slack."""
+    slack = wanted / sympy.Integer(2 * SLACK)
+    made, grown = wanted <= first, _in_chunks(wanted, chunk, 1)
+    return sympy.Piecewise((first, made), (grown, True)), sympy.Piecewise((0, made), (slack, True))
 
 
 def _made(side: PackedSide, coded: Expr, rows: Sequence[Expr]) -> list[Expr]:
@@ -113,17 +116,21 @@ def side_bytes(side: PackedSide) -> SideBytes:
     layout, policy, size = side.layout, side.policy, side.dtype.itemsize
     first, coded = coded_tokens(policy, sympy.Integer(0)), coded_tokens(policy)
     flushes = (coded - first) / policy.block
-    rows = _held(_in_chunks(PROMPT, policy.chunk, 0), coded, policy.chunk)
+    room, slack = _held(_in_chunks(PROMPT, policy.chunk, 0), coded, policy.chunk)
+    rows = room + slack
     widths = [width * kind.itemsize for width, kind in layout.payload_fields(side.dtype)]
     codes, *rest = widths[: layout.tokenwise]
     planes = sympy.Integer(0)
     prompts = quotas(layout, first, kinds=side.kinds)
     blocks = quotas(layout, policy.block, later=True)
     rooms = _made(side, first, prompts)
-    for width, prompt, block, made in zip(
-        widths[layout.tokenwise :], prompts, blocks, rooms, strict=True
+    for width, prompt, block, made, share in zip(
+        widths[layout.tokenwise :], prompts, blocks, rooms, layout.later_shares, strict=True
     ):
-        planes += width * _held(made, prompt + flushes * block, policy.chunk)
+        part = sympy.Rational(share, PARTS)
+        grown = _in_chunks(prompt + part * (room - first), policy.chunk, 1) + part * slack
+        is_first = prompt + flushes * block <= made
+        planes += width * sympy.Piecewise((made, is_first), (grown, True))
     slots, wanted = (policy.sinks + layout.slots(policy.extra, n) for n in (first, coded))
     more = policy.sinks + layout.slots(policy.extra, rows)
     slots = sympy.Piecewise((slots, wanted <= slots), (more, True))

@@ -1,7 +1,8 @@
 """Code the oldest tokens of the rings of many caches: on a GPU by one CUDA graph for all of them.
 
 A decode step writes its token into the ring of every layer, and every so many steps all rings are
-full. By itself that would be half a dozen launches for keys and for values of each layer.
+full. By itself that would be half a dozen launches for keys and for values of each layer, and more
+than a hundred where no kernels of ours code them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..cache import SideStore
 from ..cache.lease import writing
 from ..codec import Layout, parse_layout
+from ..kernels.encode_later import encode_oldest
 from ..locks import lock
 from ..lower.capture import Captured
 from ..lower.streams import Streams
@@ -48,31 +50,30 @@ class Flush:
         """Let ``new`` tokens, at most a block, fit into the ring of each store."""
         full = [(s, s.surplus(n)) for s, n in zip(stores, new, strict=True) if s.surplus(n)]
         states = {(s.coded, s.recent, s.device, surplus) for s, surplus in full}
-        kernels = _kernels([s for s, _ in full]) if self.capture and len(states) == 1 else None
-        if kernels is None:
+        if self.capture and len(states) == 1 and all(_may_be_captured(s) for s, _ in full):
+            with self._lock:
+                self._together([s for s, _ in full], full[0][1])
+        else:
             for store, surplus in full:
                 store.code_oldest(surplus)
-        else:
-            with self._lock:
-                self._together([s for s, _ in full], full[0][1], kernels)
 
-    def _together(self, stores: Sequence[SideStore], tokens: int, kernels: Any) -> None:
+    def _together(self, stores: Sequence[SideStore], tokens: int) -> None:
         start, live, device = stores[0].coded, stores[0].recent, stores[0].device
         for store in stores:
-            store.make_room(start + tokens)
+            store.room_for_codes(start + tokens)
         inputs = [torch.full((1,), start, dtype=torch.int32, device=device)]
         counts = []
         for store in stores:
             mine = [store.tally, *store.tensors(), *store.ref.code.on(device)]
+            mine += [] if store.importance is None else [store.importance]
             inputs += mine
             counts.append(len(mine))
-        specs = tuple(s.ref.layout.spec for s in stores)
-        key = (specs, tuple(counts), tokens, live)
+        coders = tuple(map(_coder, stores))
+        key = (coders, tuple(counts), tokens, live)
         if key not in self._calls:
             every = partial(
-                _code_all, self._shifted, self._streams, kernels.code_oldest, specs,
-                tuple(counts), tokens, live,
-            )  # fmt: skip
+                _code_all, self._shifted, self._streams, coders, tuple(counts), tokens, live
+            )
             # All are read and written where they are, except for the place, which is copied.
             self._calls[key] = Captured(every, frozenset(range(1, len(inputs))))
         try:
@@ -80,43 +81,59 @@ class Flush:
                 self._calls[key](inputs)
         except BaseException:
             for store in stores[: self._shifted.value]:
-                store.coded = start + tokens
+                store.coded_to(start + tokens)
             raise
         for store in stores:
-            store.coded = start + tokens
+            store.coded_to(start + tokens)
 
 
-def _kernels(stores: Sequence[SideStore]) -> Any:
-    """The module with the kernels for all of these; None if they do not apply."""
-    found = None
-    for store in stores:
-        layout = store.ref.layout
-        if layout.per_sequence or store.tally.device != store.device:
-            return None
-        found = encode_kernels(store.side.ring, layout)
-        if found is None:
-            return None
-    return found
+class Coder(NamedTuple):
+    """How the ring of a store is coded.
+
+    Attributes:
+        spec: of the code.
+        sinks, extra: of the pool.
+        kernels: the module with kernels that do it; None: plain operators.
+    """
+
+    spec: str
+    sinks: int
+    extra: int
+    kernels: Any
+
+
+def _may_be_captured(store: SideStore) -> bool:
+    """Whether coding changes nothing but the tensors of the store."""
+    return not store.ref.layout.per_sequence and store.tally.device == store.device
+
+
+def _coder(store: SideStore) -> Coder:
+    layout, policy = store.ref.layout, store.policy
+    kernels = encode_kernels(store.side.ring, layout)
+    return Coder(layout.spec, policy.sinks, policy.extra, kernels)
 
 
 def _code_all(
-    shifted: Count, streams: Streams, code_oldest: Callable[..., None], specs: Sequence[str],
-    counts: Sequence[int], tokens: int, live: int, begin: Tensor, *tensors: Tensor,
+    shifted: Count, streams: Streams, coders: Sequence[Coder], counts: Sequence[int], tokens: int,
+    live: int, begin: Tensor, *tensors: Tensor,
 ) -> list[Any]:  # fmt: skip
     """What is captured: every store by itself; those whose ring is shifted are counted."""
 
     def pieces() -> Iterator[Callable[[], None]]:
         shifted.value = at = 0
-        for spec, count in zip(specs, counts, strict=True):
-            layout: Layout = parse_layout(spec)
+        for coder, count in zip(coders, counts, strict=True):
+            layout: Layout = parse_layout(coder.spec)
             sums, *mine = tensors[at : at + count]
             at += count
-            *payload, pool, positions, ring = mine[: len(mine) - layout.param_count]
-            params = mine[len(mine) - layout.param_count :]
-            yield partial(
-                code_oldest, tokens, live, params, layout, payload, pool, positions, ring, sums,
-                begin,
-            )  # fmt: skip
+            stored = len(layout.payload_fields(torch.float32)) + 3
+            *payload, pool, positions, ring = mine[:stored]
+            params, rest = mine[stored:][: layout.param_count], mine[stored + layout.param_count :]
+            args = params, layout, payload, pool, positions, ring, sums, begin
+            if coder.kernels is not None:
+                yield partial(coder.kernels.code_oldest, tokens, live, *args)
+            else:
+                more = coder.sinks, coder.extra, rest[0] if rest else None
+                yield partial(encode_oldest, tokens, live, *args, *more)
             shifted.value += 1
 
     streams(pieces(), begin.device)

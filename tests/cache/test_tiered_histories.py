@@ -63,7 +63,7 @@ class TieredHistories(PooledHistories):
         for row, seen in enumerate(real.expand(len(levels), -1)):
             mine = known[row, seen]
             mine = mine if (mine >= 0).all() else torch.zeros_like(mine)
-            want = token_levels(mine[None], store.ref.layout.later_shares)[0]
+            want = token_levels(mine[None], store.ref.layout.later_steps)[0]
             assert torch.equal(levels[row, seen], want)
             assert not levels[row, ~seen].any()
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from apack_compile.cache import Policy, SideStore
+from apack_compile.codec import Code, CodeRef
 from apack_compile.codec.fixed import fixed_ref
+from apack_compile.codec.lowrank import LowRankLayout, factor
 from apack_compile.kernels.side import Side
 from apack_compile.lower.capture import Captured
 from apack_compile.runtime import flush
 from apack_compile.runtime.flush import Flush
 
+from ..helpers import fitted_ref, modal_ref
 from ..lower.fakes import FakeRecording
 
 POLICY = Policy(sinks=2, extra=4, window=8, block=8, chunk=16)
@@ -66,7 +70,8 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
         return made[-1]
 
     monkeypatch.setattr(flush, "Captured", make)
-    monkeypatch.setattr(flush, "encode_kernels", lambda x, layout: PlainKernels())
+    kernels = PlainKernels()
+    monkeypatch.setattr(flush, "encode_kernels", lambda x, layout: kernels)
     monkeypatch.setattr(FakeRecording, "launches", 0)
     return made
 
@@ -100,16 +105,66 @@ def test_rings_out_of_step_are_coded_apart(captured: list[Captured]) -> None:
     assert len(captured) == 2
 
 
-def test_without_kernels_rings_are_coded_one_by_one(
-    captured: list[Captured], monkeypatch: pytest.MonkeyPatch
+EVERY = [
+    fitted_ref(gain=False), fitted_ref(ratio=2, tiers=True), fitted_ref(gain=False, evict=0.4),
+    fitted_ref(ratio=2, tiers=True, evict=0.4), modal_ref(gain=False),
+    modal_ref(ratio=3, tiers=True, evict=0.4), fixed_ref("exact", 2, 8), fixed_ref("int8", 2, 8),
+]  # fmt: skip
+KEPT = [
+    CodeRef(Code(replace(ref.layout, exact=200), ref.code.params))  # type: ignore[call-arg]
+    for ref in EVERY[:2]
+]
+
+
+def plain_stores(refs: list[CodeRef], policy: Policy = POLICY) -> list[SideStore]:
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for ref in refs:
+        x = torch.randn(2, 2, 300, 8, generator=generator)
+        visual = torch.arange(300).expand(2, -1) < 110
+        made.append(SideStore.encode(x, ref, policy, visual=visual))
+    return made
+
+
+@pytest.mark.parametrize("sinks", [2, 0])
+def test_codes_without_kernels_are_captured_as_well(
+    sinks: int, captured: list[Captured], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Tiers by importance, planes by kind, pools that grow: by plain operators."""
     monkeypatch.setattr(flush, "encode_kernels", lambda x, layout: None)
-    together, alone = stores(), stores()
+    policy = replace(POLICY, sinks=sinks, chunk=64)
+    together, alone = plain_stores(EVERY + KEPT, policy), plain_stores(EVERY + KEPT, policy)
+    flushing = Flush(capture=True)
+    for i in range(120):
+        generator = torch.Generator().manual_seed(i)
+        flushing(together, [1] * len(together))
+        one_by_one(alone, [1] * len(alone))
+        for a, b in zip(together, alone, strict=True):
+            new, weight = (torch.randn(2, *shape, generator=generator) for shape in ((2, 1, 8), ()))
+            if i % 50 == 20:
+                new[0, 0, 0, 0] = float("nan")
+            for store in (a, b):
+                here = slice(store.recent, store.recent + 1)
+                store.side.ring[:, :, here] = new
+                if store.importance is not None:
+                    store.importance[:, here] = weight.abs()[:, None]
+                store.advance(1)
+    for a, b in zip(together, alone, strict=True):
+        assert a.rows == b.rows and a.coded > 400
+        for mine, right in zip(a.owned(), b.owned(), strict=True):
+            assert torch.equal(mine.nan_to_num(7.0), right.nan_to_num(7.0))
+        torch.testing.assert_close(a.tally, b.tally, rtol=0, atol=0)
+    (call,) = captured
+    assert not call.reason and FakeRecording.launches > 0
+    assert 1 <= call.captures < call.calls
+
+
+def test_bases_of_single_sequences_are_made_one_by_one(captured: list[Captured]) -> None:
+    ref = factor(torch.randn(2, 2, 30, 16), LowRankLayout(2, 16, 4), None, None)
+    store = SideStore.encode(torch.randn(2, 2, 30, 16), ref, POLICY)
     for i in range(20):
-        step(together, Flush(capture=True), i)
-        step(alone, one_by_one, i)
-    same(together, alone)
-    assert not captured
+        step([store], Flush(capture=True), i)
+    assert store.coded > 30 and not captured
 
 
 def test_graphs_can_be_turned_off(captured: list[Captured]) -> None:

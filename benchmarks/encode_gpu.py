@@ -2,7 +2,8 @@
 
 A prefill is compared with the layer that it follows, compiled by stock Inductor, in the same run.
 The flush of the rings is given for one layer (keys and values) of eight, shared out over the steps
-between two flushes.
+between two flushes. With ``--options`` codes with these options of ``options_gpu.py`` ("all": each
+of them), which plain operators make, at the first shape.
 
     python benchmarks/encode_gpu.py --out FILE
 """
@@ -13,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,16 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2Rot
 from apack_compile.cache import Policy, SideStore
 from apack_compile.cache.policy import encode_arguments
 from apack_compile.codec import CodeRef
+from apack_compile.kernels.kinds import sort_tokens
 from apack_compile.runtime.flush import Flush
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from attend_gpu import DTYPE, Case, layouts, profiled, random_code
+from attend_gpu import DTYPE, Case, layouts, profiled
+from options_gpu import code_of, variants
 
 SHAPES = [(8, 4096), (1, 4096), (1, 32768)]
 HEADS, DIM, LAYERS = 4, 128, 8
+PLAIN = ("8 bit", "mixed")
 
 
 def milliseconds(call: Any, repeats: int = 7) -> float:
@@ -69,15 +74,35 @@ def layer_ms(batch: int, tokens: int) -> float:
     return milliseconds(lambda: compiled(x, position_embeddings=turns, position_ids=positions), 5)
 
 
-def prefill(batch: int, tokens: int, mixed: bool) -> dict[str, Any]:
+def codes(batch: int, tokens: int, kind: str) -> tuple[Any, Any]:
+    """Layouts of keys and values: 8 bit, mixed, or those of an option."""
+    case = Case(batch, 28, HEADS, tokens)
+    if kind in PLAIN:
+        return layouts(case, kind == "mixed")
+    return variants(*layouts(case, mixed=True))[kind]
+
+
+def told(batch: int, tokens: int, layout: Any) -> tuple[Any, Any]:
+    """Importance, and which tokens are visual (four of five), as far as the code asks for them."""
+    importance = torch.rand(batch, tokens, device="cuda")
+    visual = importance < 0.8 if layout.plane_kinds else None
+    return importance if layout.weighs else None, visual
+
+
+def prefill(batch: int, tokens: int, kind: str) -> dict[str, Any]:
     """Keys and values of one layer: time by the clock, with the host's part, and of the GPU alone;
     the most memory above what goes in."""
     x = torch.randn(batch, HEADS, tokens, DIM, device="cuda", dtype=DTYPE)
     policy = Policy()
-    given: list[tuple[Any, ...]] = [
-        encode_arguments(CodeRef(random_code(layout, "cuda")), policy, x.device)
-        for layout in layouts(Case(batch, 28, HEADS, tokens), mixed)
-    ]
+    given: list[tuple[Any, ...]] = []
+    for layout in codes(batch, tokens, kind):
+        importance, visual = told(batch, tokens, layout)
+        sorted_ = None
+        if visual is not None:
+            found = sort_tokens(visual, tokens - policy.window, policy.chunk)
+            sorted_ = list(found.tensors(x.device))
+        arguments = encode_arguments(CodeRef(code_of(layout, "cuda")), policy, x.device)
+        given.append((*arguments, importance, sorted_))
 
     def both(x: Tensor) -> list[list[Tensor]]:
         return [torch.ops.apack.encode(x, None, *arguments) for arguments in given]
@@ -95,7 +120,7 @@ def prefill(batch: int, tokens: int, mixed: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def flush(batch: int, tokens: int, mixed: bool) -> dict[str, float]:
+def flush(batch: int, tokens: int, kind: str) -> dict[str, float]:
     """What coding the oldest tokens of the rings costs a step, for one layer: GPU and host.
 
     Together: all layers by one CUDA graph, as decode does it; mean over flushes, captures and the
@@ -104,8 +129,10 @@ def flush(batch: int, tokens: int, mixed: bool) -> dict[str, float]:
     x = torch.randn(batch, HEADS, tokens, DIM, device="cuda", dtype=DTYPE)
     policy = Policy()
     stores = [
-        SideStore.encode(x, CodeRef(random_code(layout, "cuda")), policy)
-        for layout in layouts(Case(batch, 28, HEADS, tokens), mixed) * LAYERS
+        SideStore.encode(
+            x, CodeRef(code_of(layout, "cuda")), policy, None, *told(batch, tokens, layout)
+        )
+        for layout in codes(batch, tokens, kind) * LAYERS
     ]
     new = torch.randn(batch, HEADS, policy.block, DIM, device="cuda", dtype=DTYPE)
     together = Flush(capture=True)
@@ -121,6 +148,8 @@ def flush(batch: int, tokens: int, mixed: bool) -> dict[str, float]:
         for _ in range(repeats):
             for store in stores:
                 store.side.ring[:, :, store.recent : store.recent + policy.block] = new
+                if store.importance is not None:
+                    store.importance.uniform_()
                 store.advance(policy.block)
             torch.cuda.synchronize()
             start = time.perf_counter()
@@ -144,6 +173,7 @@ def flush(batch: int, tokens: int, mixed: bool) -> dict[str, float]:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--options", nargs="+", help="codes with these alone; all: with each")
     parser.add_argument("--out", type=Path, help="where to write the results")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -151,23 +181,26 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "command": "python benchmarks/encode_gpu.py",
+        "command": " ".join(["python", "benchmarks/encode_gpu.py", *sys.argv[1:]]),
         "rows": [],
     }
-    for batch, tokens in SHAPES:
+    kinds: Sequence[str] = args.options or PLAIN
+    if kinds == ["all"]:
+        kinds = list(variants(*layouts(Case(SHAPES[0][0], 28, HEADS, SHAPES[0][1]), mixed=True)))
+    for batch, tokens in SHAPES[:1] if args.options else SHAPES:
         layer = layer_ms(batch, tokens)
-        for kind in ("8 bit", "mixed"):
+        for kind in kinds:
             row: dict[str, Any] = {"batch": batch, "tokens": tokens, "codes": kind}
             row["layer_ms"] = layer
-            row["encode"] = prefill(batch, tokens, kind == "mixed")
+            row["encode"] = prefill(batch, tokens, kind)
             row["share"] = row["encode"]["ms"] / layer
             row["gpu_share"] = row["encode"]["gpu_ms"] / layer
-            row["flush"] = flush(batch, tokens, kind == "mixed")
+            row["flush"] = flush(batch, tokens, kind)
             report["rows"].append(row)
             print(json.dumps(row), flush=True)
+            if args.out:
+                args.out.write_text(json.dumps(report, indent=1) + "\n")
         torch._dynamo.reset()
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -71,6 +71,10 @@ VARIANTS = (
         beforehand=True, of="visual_ratio",
     ),
     Variant(
+        " visual, 4x text, tiers, fitted beforehand", {"images": (16,)},
+        {"text_ratio": 4, "tiers": True}, beforehand=True, of="visual_ratio",
+    ),
+    Variant(
         ", paper mode", {"full": (8,), "images": (8, 4), "paper": (8,)}, {"codec": "svd"}
     ),
 )  # fmt: skip

@@ -2,7 +2,8 @@
 
 Codes have components of 8, 4 and 2 bits and are fitted on nothing. With ``--plain`` also by the
 plain operators that Inductor compiles. Median over replays of a CUDA graph, beside the fastest
-dense attention of the same run.
+dense attention of the same run and what the cost model predicts, where it knows the device and the
+kernels.
 
     python benchmarks/options_gpu.py --out benchmarks/results/options-h100.json
 """
@@ -28,6 +29,7 @@ from apack_compile.codec import Code, CodeRef, ModalLayout, TransformLayout
 from apack_compile.codec.evicting import evicting
 from apack_compile.codec.modal import joined, modal
 from apack_compile.codec.tiered import TIERS, layout_of
+from apack_compile.cost import PackedSide, device_named, is_predicted, seconds_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from attend_gpu import (
@@ -41,6 +43,10 @@ from attend_gpu import (
     milliseconds,
     random_code,
 )
+
+POLICY = Policy(window=LIVE, block=96 - LIVE)
+SEEN = 0.8
+"""Of the tokens, how many are visual."""
 
 NAMES = ("B1 28/4 S4096", "B8 28/4 S32768")
 WAVES = 1e6 ** -(torch.arange(DIM) % (DIM // 2) / (DIM // 2))
@@ -94,17 +100,27 @@ def code_of(layout: Any, device: str) -> Code:
 
 
 def packed(layout: Any, x: Tensor, importance: Tensor) -> list[Tensor]:
-    """One side of the packed layer, flat; four of five tokens are visual."""
+    """One side of the packed layer, flat; ``SEEN`` of the tokens are visual."""
     ref = CodeRef(code_of(layout, str(x.device)))
-    policy = Policy(window=LIVE, block=96 - LIVE)
-    visual = importance < 0.8
-    store = SideStore.encode(x, ref, policy, None, importance, visual)
+    store = SideStore.encode(x, ref, POLICY, None, importance, importance < SEEN)
     return [*store.tensors(), *ref.code.on(x.device)]
 
 
+def predicted_us(case: Case, k: Any, v: Any, device: str) -> float | None:
+    """What the cost model says; None: it does not know the device, or the kernels."""
+    known, coded = device_named(device), case.tokens - LIVE
+    visual = round(SEEN * coded)
+    kinds = (coded - visual, visual) if k.plane_kinds else None
+    sides = [PackedSide(layout, POLICY, DTYPE, kinds=kinds) for layout in (k, v)]
+    if known is None or not is_predicted(*sides):
+        return None
+    return 1e6 * seconds_of(*sides, case.q_heads, known, case.batch, coded)
+
+
 def measure(case: Case, names: Sequence[str], plain: bool) -> dict[str, Any]:
-    """Microseconds by option, MB of the packed layer, and dense attention."""
+    """Microseconds by option, measured and predicted, MB of the packed layer; dense attention."""
     megabytes: dict[str, float] = {}
+    predicted: dict[str, float | None] = {}
     rows = {"dense": 1e3 * min(t for n, t in dense_times(case).items() if not n.startswith("cat"))}
     x = torch.randn(case.batch, case.heads, case.tokens, DIM, device="cuda", dtype=DTYPE)
     q = torch.randn(case.batch, case.q_heads, 1, DIM, device="cuda", dtype=DTYPE)
@@ -125,10 +141,11 @@ def measure(case: Case, names: Sequence[str], plain: bool) -> dict[str, Any]:
             label = name if choice == "triton_op" else f"{name}, plain operators"
             rows[label] = 1e3 * milliseconds([partial(compiled, q, *sides)], 4, 7)
             print(label, rows[label], flush=True)
+        predicted[name] = predicted_us(case, k, v, torch.cuda.get_device_name())
         fields = len(k.payload_fields(DTYPE)), len(v.payload_fields(DTYPE))
         stored = [t for side, count in zip(sides, fields, strict=True) for t in side[: count + 3]]
         megabytes[name] = sum(t.numel() * t.itemsize for t in stored) / 1e6
-    return {"microseconds": rows, "megabytes": megabytes}
+    return {"microseconds": rows, "predicted": predicted, "megabytes": megabytes}
 
 
 def main() -> None:

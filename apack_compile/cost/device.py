@@ -17,7 +17,9 @@ class Device:
         bandwidth: bytes read and written by a large copy.
         launch: from the end of one kernel to the end of a next one that does nothing.
         conversions: codes of a tile of keys or values that are made numbers and multiplied, with at
-            most 16 rows of queries.
+            most 16 rows of queries, by all programs that run at once.
+        products: multiplications of codes with the basis that rebuild keys, by all of these.
+        wait: seconds of a turn of a loop that reads before it goes on.
     """
 
     name: str
@@ -25,19 +27,25 @@ class Device:
     bandwidth: float
     launch: float
     conversions: float
+    products: float
+    wait: float
 
 
 # Bandwidths are those of copies, in benchmarks/results/attend-h200.json and attend-h100.json. The
-# other two are the same for both cards, whose multiprocessors are alike, and solve two equations of
-# two of the eighteen cases on the H200:
+# others are the same for both cards, whose multiprocessors are alike, and solve four equations of
+# four of the thirty on the H200, two of attend-h200.json and two of options-h200.json:
 #   launch         B1 28/4 S4096, 8 bit, whole: 15.25 us
 #   conversions    B8 28/4 S32768, mixed, whole: 77.19 us
+#   products       B8 28/4 S32768, k_code="pre-rope": 356.6 us
+#   wait           B8 28/4 S32768, evict=0.3: 114.1 us
 H200 = Device(
     name="NVIDIA H200",
     multiprocessors=132,
     bandwidth=2.766e12,
-    launch=4.70e-6,
-    conversions=4.75e12,
+    launch=4.69e-6,
+    conversions=5.50e12,
+    products=2.2e14,
+    wait=0.72e-6,
 )
 H100 = replace(H200, name="NVIDIA H100 80GB HBM3", bandwidth=2.423e12)
 

@@ -24,6 +24,11 @@ def predicted_bytes(stores: Iterable[SideStore]) -> int:
     return round(total)
 
 
+def first_coded(store: SideStore) -> int:
+    """Of the coded tokens of a store, those that prefill coded."""
+    return min(max(store.prompt - store.policy.window, 0), store.coded)
+
+
 def predicted_step(
     stores: Iterable[SideStore], q_heads: Mapping[str, int], device: Device | None = None
 ) -> float | None:
@@ -51,5 +56,6 @@ def predicted_step(
             where = device or device_of(k.device)
             if where is None or not is_predicted(*sides):
                 return None
-            total += seconds_of(*sides, q_heads[site], where, batch, k.coded)
+            first = first_coded(k)
+            total += seconds_of(*sides, q_heads[site], where, batch, k.coded, first=first)
     return total

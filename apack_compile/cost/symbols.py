@@ -19,7 +19,10 @@ LATER = sympy.Symbol("T", integer=True, nonnegative=True)
 """Tokens that come after them, one at a time."""
 
 CODED = sympy.Symbol("C", integer=True, nonnegative=True)
-"""Tokens that are read from codes in one step."""
+"""Tokens that are coded when a step reads them."""
+
+FIRST = sympy.Symbol("F", integer=True, nonnegative=True)
+"""Of these, the ones that prefill coded."""
 
 
 def value_of(expr: Expr, values: dict[Expr, int]) -> float:

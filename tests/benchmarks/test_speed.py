@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from apack_compile.cache import Policy
+from apack_compile.codec import CodeRef, TransformLayout
+from apack_compile.codec.modal import modal
 from apack_compile.cost import H100, PackedSide, seconds_of
 from benchmarks.quality.packed import PackedRunner
 from benchmarks.quality.runner import Setting
-from benchmarks.quality.speed import BATCH, TOKENS, markdown, plot, predicted
+from benchmarks.quality.speed import BATCH, TOKENS, attend_us, markdown, plot, predicted
 from benchmarks.quality.subject import Prompts
 
+from ..helpers import hand_code
 from . import tiny
 
 
@@ -39,9 +42,21 @@ def test_time_is_the_mean_of_all_layers_with_the_default_policy_in_16_bits() -> 
     assert len(times) == 2 and us is not None and us > 3 * 1e6 * H100.launch
 
 
-@pytest.mark.parametrize("options", [{"k_code": "pre-rope"}, {"codec": "svd"}])
-def test_codes_without_kernels_have_none(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{"codec": "svd"}, {"tiers": True, "evict": 0.25}])
+def test_codes_that_are_not_predicted_have_none(options: dict[str, Any]) -> None:
     assert noted(**options)[1] is None
+
+
+def test_codes_by_kind_have_none() -> None:
+    """Their time depends on the mixture."""
+    plain = TransformLayout(2, 64, 1, 16, 32, 16, 1)
+    ref = CodeRef(hand_code(modal(plain, plain)))
+    assert attend_us([(ref, ref)], 4) is None
+
+
+def test_keys_before_their_rotation_take_longer() -> None:
+    (_, turned), (_, plain) = noted(k_code="pre-rope"), noted()
+    assert turned is not None and plain is not None and turned > plain
 
 
 def cell(name: str, ratio: float, us: float | None, kl: float) -> dict[str, Any]:

@@ -8,9 +8,10 @@ import torch
 import apack_compile
 from apack_compile.cache import Policy, SideStore
 from apack_compile.codec import CodeRef, TransformLayout
+from apack_compile.codec.evicting import evicting
 from apack_compile.codec.fixed import fixed_ref
 from apack_compile.cost import H100, device_of, live, predicted_bytes, predicted_step, seconds_of
-from apack_compile.cost.live import side_of
+from apack_compile.cost.live import first_coded, side_of
 
 from .. import zoo
 from ..helpers import hand_code
@@ -63,6 +64,21 @@ def test_a_step_reads_every_layer_once() -> None:
     assert total == pytest.approx(sum(each))
     assert total > 2 * 3 * H100.launch
     assert predicted_step(one[::-1] + stores("one"), heads, H100) == pytest.approx(2 * each[0])
+
+
+def test_a_step_knows_which_tokens_prefill_coded() -> None:
+    """Only of those are some dropped; a crop may take some of them."""
+    values = CodeRef(hand_code(evicting(TransformLayout(2, 16, 1, 16, 0, 0, 1), 16)))
+    k, v = stores("one", tokens=9000, values=values)
+    assert (k.coded, first_coded(k)) == (8936, 8936)
+    for store in (k, v):
+        decode(store, 128)
+    sides = side_of(k), side_of(v)
+    assert (k.coded, first_coded(k)) == (9032, 8936)
+    want = seconds_of(*sides, 4, H100, 1, 9032, first=8936)
+    assert predicted_step([k, v], {"one": 4}, H100) == pytest.approx(want)
+    cut = k.select(torch.tensor([0]), 500)
+    assert first_coded(cut) <= cut.coded == 500
 
 
 def test_what_is_not_known_is_not_predicted() -> None:

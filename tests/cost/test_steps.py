@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from apack_compile.cache import Policy
-from apack_compile.codec import TransformLayout
+from apack_compile.codec import Layout, TransformLayout
+from apack_compile.codec.evicting import evicting
 from apack_compile.codec.fixed import fixed_code
+from apack_compile.codec.modal import modal
 from apack_compile.codec.spectrum import head_groups
 from apack_compile.cost import (
     H100,
@@ -133,15 +135,39 @@ def test_a_step_is_three_launches_of_batch_and_length() -> None:
     assert 3 * H100.launch < nothing < 4 * H100.launch
 
 
+def test_a_program_with_one_tile_waits_as_long_however_few_there_are() -> None:
+    """So few tokens take what a tile takes, and long contexts whole tiles of each program."""
+    k, v = sides("B8 28/4 S32768", "mixed")
+
+    def work(batch: int, tokens: int) -> float:
+        return value_of(launches(k, v, 28, 1, H100)[1].work, {BATCH: batch, CODED: tokens})
+
+    assert work(1, 64) == work(1, 4032) == work(8, 31 * 64) > 0
+    assert work(8, 31 * 64 + 1) == 2 * work(1, 64)
+
+
 def test_kernels_that_were_not_measured_are_not_predicted() -> None:
+    """Nor what plain operators do."""
     k, v = sides("B8 28/4 S32768", "8 bit")
     assert is_predicted(k, v)
     exact = PackedSide(fixed_code("exact", 4, DIM).layout, Policy(), torch.bfloat16)
-    tiered = PackedSide(fitted_ref(4, DIM, tiers=True).layout, Policy(), torch.bfloat16)
     single = PackedSide(v.layout, v.policy, torch.float32)
-    assert not any(is_predicted(k, other) for other in (exact, tiered, single))
-    turned = PackedSide(replace(k.layout, rotary=DIM), k.policy, torch.bfloat16)
-    assert not is_predicted(turned, v)
+    assert not any(is_predicted(k, other) for other in (exact, single))
+
+    def with_(side: PackedSide, layout: Layout) -> PackedSide:
+        return replace(side, layout=layout)
+
+    tiered = with_(v, fitted_ref(4, DIM, tiers=True).layout)
+    assert is_predicted(k, tiered) and not is_predicted(tiered, v)
+    dropping, kept = with_(k, evicting(k.layout, 8)), with_(k, replace(k.layout, exact=10))
+    for listed in (dropping, kept):
+        assert is_predicted(listed, v) and not is_predicted(listed, tiered)
+    turned = [with_(side, replace(side.layout, rotary=DIM)) for side in (k, v)]
+    assert is_predicted(turned[0], v) and not is_predicted(*turned)
+    wide = with_(k, replace(k.layout, rotary=DIM, r8=0, r4=32, r2=1024))
+    assert not is_predicted(wide, v), "its basis does not fit into shared memory"
+    kinds = [with_(side, modal(side.layout, side.layout)) for side in (k, v)]
+    assert is_predicted(*kinds) and not is_predicted(kinds[0], v)
 
 
 def test_only_a_gpu_that_was_measured_is_known() -> None:

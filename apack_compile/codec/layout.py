@@ -134,6 +134,21 @@ class Layout(ABC):
         """Of each plane, the kind of the tokens that are in it; empty: it is nothing to planes."""
         return ()
 
+    @property
+    def by_kind(self) -> tuple[Layout, ...]:
+        """The code of each kind of tokens, text first; of a layout without kinds, itself."""
+        return (self,)
+
+    @property
+    def plain(self) -> Layout:
+        """The code of tokens that are in no pool and have all bits: without planes."""
+        return self
+
+    @property
+    def lacks_rows(self) -> bool:
+        """Whether tokens may have no row: they are dropped, or of another kind."""
+        return bool(self.plane_kinds) or self.evicts > 0
+
     def kinds_of(self, levels: Tensor | None) -> Tensor | None:
         """The kinds of tokens of ``levels``; None: there is one code for all kinds."""
         return None

@@ -26,7 +26,8 @@ Transform coding of KV: KVTC (ICLR 2026); absorption as in multi-head latent att
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -86,6 +87,11 @@ class TransformLayout(Layout):
     exact: int = 0
 
     kind: ClassVar[str] = "transform"
+
+    @property
+    def plain(self) -> TransformLayout:
+        """The same components for every token."""
+        return _plain(self)
 
     @property
     def kept(self) -> int:
@@ -322,3 +328,9 @@ class TransformLayout(Layout):
 
         out = by_head(latent) @ synthesis + by_head(total) * mean  # [B, H, M, D]
         return out.unflatten(2, (-1, p.shape[2])).flatten(1, 2)
+
+
+@cache
+def _plain(layout: TransformLayout) -> TransformLayout:
+    sizes = {f.name: getattr(layout, f.name) for f in fields(TransformLayout)}
+    return TransformLayout(**{**sizes, "exact": 0})

@@ -20,7 +20,7 @@ import sympy
 
 from .device import Device
 from .launch import Launch
-from .parts import Part, lacks_rows, ranked_planes
+from .parts import Part, ranked_planes
 from .sizes import PackedSide
 from .symbols import BATCH, CODED, Expr
 
@@ -61,7 +61,7 @@ def spread(part: Part) -> list[Launch]:
 def prepare(k: PackedSide, v: PackedSide, rows: Expr, device: Device) -> Launch:
     """Which rows belong together, and scores of the pool of keys. rows: of the keys."""
     slots = [slots_of(side) for side in (k, v)]
-    members = sum(lacks_rows(side.layout) for side in (k, v))
+    members = sum(side.layout.lacks_rows for side in (k, v))
     entries = 3 * (rows + sum(slots)) + members * CODED
     moved = BATCH * (NUMBER * entries + k.layout.heads * slots[0] * k.layout.dim * EXACT)
     turns = sum(_turns(n, SLOTS_AT_ONCE) for n in slots) + 2

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import sympy
 
-from ..codec import Layout, ModalLayout, TransformLayout
+from ..codec import Layout
 from ..codec.kinds import TEXT, VISUAL
 from ..codec.layout import PARTS
 from .sizes import PackedSide
@@ -43,33 +43,10 @@ class Part:
     spread: Expr
 
 
-def codes_of(layout: Layout) -> tuple[Layout, ...]:
-    """The code of each kind of tokens, text first; of a layout without kinds, itself."""
-    return layout.by_kind if isinstance(layout, ModalLayout) else (layout,)
-
-
-def plain(layout: Layout) -> Layout:
-    """The code of tokens that have a row, with all bits."""
-    if not isinstance(layout, TransformLayout):
-        return layout
-    names = ("heads", "dim", "groups", "r8", "r4", "r2", "gain", "rotary", "interleaved")
-    return TransformLayout(**{name: getattr(layout, name) for name in names})
-
-
-def lacks_rows(layout: Layout) -> bool:
-    """Whether rows of codes are not those of the tokens."""
-    return bool(layout.plane_kinds) or any(code.evicts for code in codes_of(layout))
-
-
-def is_listed(k: Layout, v: Layout) -> bool:
-    """Whether a launch lists which rows belong together: they are not tokens, or many are exact."""
-    return any(lacks_rows(layout) or layout.kept for layout in (k, v))
-
-
 def ranked_planes(layout: Layout) -> int:
     """Planes whose rows are counted; of those with rows for the same tokens one is. Each kind has
     room for as many."""
-    own, codes = int(lacks_rows(layout)), codes_of(layout)
+    own, codes = int(layout.lacks_rows), layout.by_kind
     return len(codes) * max(own + len(code.tier_shares) for code in codes)
 
 
@@ -81,9 +58,9 @@ def parts_of(side: PackedSide) -> tuple[Part, ...]:
         prompts = side.kinds[TEXT], side.kinds[VISUAL]
     laters = CODED - FIRST, 0
     found = []
-    for code, prompt, later in zip(codes_of(layout), prompts, laters, strict=False):
+    for code, prompt, later in zip(layout.by_kind, prompts, laters, strict=False):
         stays = sympy.Rational(PARTS - code.evicts, PARTS)
-        whole, planes, lacks = plain(code), len(code.tier_shares), int(bool(code.tier_shares))
+        whole, planes, lacks = code.plain, len(code.tier_shares), int(bool(code.tier_shares))
         token = sympy.Rational(whole.token_bytes(side.dtype)) + lacks
         written = whole.payload_fields(side.dtype)[0][0] + 1  # codes; how many bits they lack
         spread = lacks * (written + _tier_bytes(side, code))

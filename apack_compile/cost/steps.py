@@ -27,6 +27,7 @@ from ..kernels.triton.plan import (
     Config,
     Plan,
     default_config,
+    is_listed,
     make_plan,
     shared_bytes,
     supported,
@@ -34,7 +35,7 @@ from ..kernels.triton.plan import (
 from .device import Device
 from .launch import Launch
 from .listed import EXACT, prepare, rank, slots_of, spread, value_slots
-from .parts import Part, is_listed, parts_of
+from .parts import Part, parts_of
 from .sizes import PackedSide
 from .symbols import BATCH, CODED, FIRST, Expr, value_of
 

@@ -91,24 +91,9 @@ def counted_planes(layout: Layout) -> list[Counted]:
     return [Counted(1, last, lost, tiers)] if tiers else []
 
 
-def plain(layout: Layout) -> Layout:
-    """The code of the tokens that are in no pool, with all bits."""
-    if not isinstance(layout, TransformLayout):
-        return layout
-    names = ("heads", "dim", "groups", "r8", "r4", "r2", "gain", "rotary", "interleaved")
-    return TransformLayout(**{name: getattr(layout, name) for name in names})
-
-
 def pairs(key: Layout, value: Layout) -> list[tuple[Layout, Layout]]:
     """Codes of keys and values of the tokens that have the same: one pair, or one of each kind."""
-    if isinstance(key, ModalLayout) and isinstance(value, ModalLayout):
-        return list(zip(key.by_kind, value.by_kind, strict=True))
-    return [(key, value)]
-
-
-def is_listed(key: Layout, value: Layout) -> bool:
-    """Whether rows are listed: they are not those of the tokens, or many tokens are exact."""
-    return any(x.kept or x.evicts or x.plane_kinds for x in (key, value))
+    return list(zip(key.by_kind, value.by_kind, strict=False))
 
 
 def rank_planes(
@@ -156,7 +141,7 @@ def rank_planes(
 
 def member_ranks(layout: Layout, ranks: Ranks | None) -> Ranks | None:
     """Ranks whose first planes say which tokens have a row; None: all have that of the token."""
-    return ranks if layout.evicts or layout.plane_kinds else None
+    return ranks if layout.lacks_rows else None
 
 
 def coded(side: Side, layout: Layout, ranks: Ranks | None, kind: int = 0) -> Coded:
@@ -170,12 +155,12 @@ def coded(side: Side, layout: Layout, ranks: Ranks | None, kind: int = 0) -> Cod
     else:
         payload = without_levels(layout, payload)
     if not code.tier_shares:
-        return Coded(plain(code), payload[0], payload[-1], params)
+        return Coded(code.plain, payload[0], payload[-1], params)
     assert isinstance(code, TieredLayout) and ranks is not None
     planes = payload[-len(code.tier_shares) :]
     first = kind * ranks.planes
     codes, lacks = _spread(payload[0], planes, code, ranks, first, whole)
-    return Coded(plain(code), codes, payload[1], params, lacks)
+    return Coded(code.plain, codes, payload[1], params, lacks)
 
 
 def _spread(

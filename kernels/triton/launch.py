@@ -21,10 +21,8 @@ from .coded import (
     MOST_PLANES,
     Coded,
     coded,
-    is_listed,
     member_ranks,
     pairs,
-    plain,
     rank_planes,
 )
 from .fold import fold_kernel
@@ -39,6 +37,7 @@ from .plan import (
     Config,
     Plan,
     default_config,
+    is_listed,
     make_plan,
     merge_slots,
     shared_bytes,
@@ -68,7 +67,7 @@ def takes(q: Tensor, k_layout: str, v_layout: str) -> bool:
     known &= all(not k.tier_shares and len(v.tier_shares) <= MOST_PLANES for k, v in every)
     if not known or q.dtype not in DTYPES:
         return False
-    wanted = max(shared_bytes(plain(k)) for k, _ in every)
+    wanted = max(shared_bytes(k.plain) for k, _ in every)
     return wanted == 0 or wanted <= shared_memory(q.device)
 
 

@@ -20,7 +20,7 @@ from apack_compile.cost import H100, PackedSide, launches
 from apack_compile.cost import listed as cost_listed
 from apack_compile.cost import steps as cost_steps
 from apack_compile.cost.live import first_coded, side_of
-from apack_compile.cost.parts import is_listed, parts_of, plain, ranked_planes
+from apack_compile.cost.parts import parts_of, ranked_planes
 from apack_compile.cost.steps import splits_of
 from apack_compile.cost.symbols import BATCH, CODED, FIRST, value_of
 from apack_compile.kernels.triton import coded, launch, launch_list, listing, ranks
@@ -69,14 +69,13 @@ def test_layouts_are_taken_apart_as_by_the_launches(name: str) -> None:
     key, value = PAIRS[name]
     sides = [PackedSide(layout, Policy(), torch.bfloat16) for layout in (key, value)]
     parts = zip(*(parts_of(side) for side in sides), strict=True)
-    pairs = [(coded.plain(a), coded.plain(b)) for a, b in coded.pairs(key, value)]
+    pairs = [(a.plain, b.plain) for a, b in coded.pairs(key, value)]
     assert [tuple(p.layout for p in pair) for pair in parts] == pairs
-    assert is_listed(key, value) == coded.is_listed(key, value)
     for layout in (key, value):
         counted = coded.counted_planes(layout)
         most = max((each.planes for each in counted), default=0)
         assert ranked_planes(layout) == len(counted) * most
-        assert plain(layout) == coded.plain(layout)
+        assert all(code.plain.shares == () and not code.plain.kept for code in layout.by_kind)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -144,7 +143,7 @@ def test_programs_over_slots_leave_the_splits_of_the_launch(
 ) -> None:
     monkeypatch.setattr(launch, "multiprocessors", lambda _: H100.multiprocessors)
     key, value = PAIRS["evicted"]
-    specs = plain(key).spec, plain(value).spec
+    specs = key.plain.spec, value.plain.spec
     config: Config = default_config(*specs, 28)
     plan = make_plan(*specs, 28, 1, (0, 0), 96, config, True)
     want = launch.count_splits(batch, rows, plan, config, torch.device("cpu"), 3)

@@ -22,7 +22,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
@@ -200,7 +200,7 @@ class Layout(ABC):
     def param_count(self) -> int:
         """How many tensors ``params`` has."""
 
-    @property
+    @cached_property  # every step asks for it
     def spec(self) -> str:
         """A text that :func:`parse_layout` turns back into this layout."""
         values = ((f.name, getattr(self, f.name), f.default) for f in fields(self))

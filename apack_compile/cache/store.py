@@ -269,8 +269,9 @@ class SideStore:
     def room_for_codes(self, end: int) -> None:
         """Let payload and pool hold what the first ``end`` tokens want."""
         self.make_room(end)
-        if self._slots(end) > self.side.pool.shape[2]:
-            self._resize_pool(self.side.payload[0].shape[1])  # with the payload, and as seldom
+        capacity = self.side.payload[0].shape[1]
+        if self._slots(capacity) > self.side.pool.shape[2]:
+            self._resize_pool(capacity)  # with the payload, and as seldom
 
     def coded_to(self, end: int, sums: Tensor | None = None) -> None:
         """The first ``end`` tokens are coded now. sums: what is new in the tally."""

@@ -131,9 +131,8 @@ def side_bytes(side: PackedSide) -> SideBytes:
         grown = _in_chunks(prompt + part * (room - first), policy.chunk, 1) + part * slack
         is_first = prompt + flushes * block <= made
         planes += width * sympy.Piecewise((made, is_first), (grown, True))
-    slots, wanted = (policy.sinks + layout.slots(policy.extra, n) for n in (first, coded))
-    more = policy.sinks + layout.slots(policy.extra, rows)
-    slots = sympy.Piecewise((slots, wanted <= slots), (more, True))
+    slots, more = (policy.sinks + layout.slots(policy.extra, n) for n in (first, rows))
+    slots = sympy.Piecewise((slots, sympy.Eq(flushes, 0)), (more, True))
     token = layout.heads * layout.dim * size
     slot = token + layout.tracks_importance * torch.float32.itemsize
     each, once = side.own

@@ -39,6 +39,8 @@ class Captured:
         call: works on tensors of one device; what it writes to is among ``fixed``.
         fixed: arguments that are never copied: packed caches. Weights are not copied either.
         record: makes a recording.
+        sparing: capture only what comes a second time, and seldom. Else whatever is new, once a
+            first call has run: for calls that take the host as long as a capture does.
 
     Attributes:
         reason: why nothing is captured any more; empty if that is not so.
@@ -46,11 +48,12 @@ class Captured:
 
     def __init__(
         self, call: Callable[..., Sequence[Any]], fixed: frozenset[int],
-        record: Callable[..., Recording] = Recording,
+        record: Callable[..., Recording] = Recording, sparing: bool = True,
     ) -> None:  # fmt: skip
         self.call = call
         self.fixed = fixed
         self.record = record
+        self.sparing = sparing
         self.reason = ""
         self.calls = self.captures = 0
         self._kinds: tuple[list[int], list[int], list[int]] | None = None
@@ -105,7 +108,9 @@ class Captured:
         return copied, weights, rest
 
     def _worth_it(self, key: Any) -> bool:
-        """Whether to capture now: the second time that these addresses come."""
+        """Whether to capture now: the second time that these addresses come, if sparing."""
+        if not self.sparing:
+            return self.calls > 1
         if key not in self._seen:
             self._seen[key] = None
             if len(self._seen) > 2 * MOST:

@@ -75,7 +75,9 @@ class Flush:
                 _code_all, self._shifted, self._streams, coders, tuple(counts), tokens, live
             )
             # All are read and written where they are, except for the place, which is copied.
-            self._calls[key] = Captured(every, frozenset(range(1, len(inputs))))
+            fixed = frozenset(range(1, len(inputs)))
+            # Payloads grow every few flushes, and a capture costs no more than a run without.
+            self._calls[key] = Captured(every, fixed, sparing=False)
         try:
             with writing(inputs, device):
                 self._calls[key](inputs)

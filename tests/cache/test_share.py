@@ -69,7 +69,8 @@ def test_a_crop_does_not_leave_its_slots_to_the_next_tokens() -> None:
     x = with_tokens(400, {})
     handle = PackedKV.pack(x, KEPT, POLICY)[:, :, :40]
     torch.cat([handle, x[:, :, :1]], 2)  # nobody has the longer one: the store is cut
-    slots = handle.store.side.pool.shape[2]
+    capacity = handle.store.side.payload[0].shape[1]
+    slots = POLICY.sinks + SPARE + KEPT_OF // 5 * capacity // KEPT_OF
     for count in (30, 30, 60):
         left = len(on_demand(handle.store)[0])
         handle = grown(handle, x[:, :, 200 : 200 + count])

@@ -25,8 +25,8 @@ class Step:
         return w * x + n, ring.sum(), n
 
 
-def captured(step: Any = None) -> Captured:
-    return Captured(step or Step(), frozenset({1}), FakeRecording)
+def captured(step: Any = None, sparing: bool = True) -> Captured:
+    return Captured(step or Step(), frozenset({1}), FakeRecording, sparing)
 
 
 def arguments(n: int = 0) -> list[Any]:
@@ -136,6 +136,18 @@ def test_large_inputs_are_not_copied() -> None:
         assert call([big])[0][0] == value + 1
     (recording,) = call._recordings.values()
     assert recording.inputs == []
+
+
+def test_whatever_is_new_is_captured_where_a_call_takes_as_long() -> None:
+    step, args = Step(), arguments()
+    call = captured(step, sparing=False)
+    rings = [torch.zeros(4) for _ in range(10)]
+    for number, ring in enumerate(rings):
+        args[1] = ring
+        for _ in range(3):
+            check(call, args)
+            assert call.captures == number + (call.calls > 1)
+    assert len(call._recordings) <= MOST
 
 
 def test_few_recordings_are_kept_and_captures_are_rare() -> None:

@@ -65,8 +65,8 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[Captured]:
     """The graphs that are made, on a machine without a GPU."""
     made: list[Captured] = []
 
-    def make(*args: Any) -> Captured:
-        made.append(Captured(*args, record=FakeRecording))
+    def make(*args: Any, **more: Any) -> Captured:
+        made.append(Captured(*args, record=FakeRecording, **more))
         return made[-1]
 
     monkeypatch.setattr(flush, "Captured", make)

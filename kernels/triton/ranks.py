@@ -17,9 +17,9 @@ TOKENS = 1024
 AT_ONCE = 2048
 """Levels before its tile that it counts at a time."""
 
-FIELD = tl.constexpr(12)
-"""Bits of a count of one plane: those of all planes share an integer of 64 bits. Enough for the
-tokens of a tile, and for 4095 blocks before it."""
+FIELD = tl.constexpr(8)
+"""Bits of a count of one plane: those of all planes, five at most, share an integer, one of 32
+bits for up to four. Each lane counts one level of ``AT_ONCE``: enough for 255 times as many, or 522,240 tokens."""
 
 
 @triton.jit
@@ -28,12 +28,18 @@ def _fields(level, lowest, highest, PLANES: tl.constexpr):
 
     Plane i has those of level ``lowest + i`` and above, up to ``highest``.
     """
-    place = level.to(tl.int64) - lowest
+    place = level.to(tl.int32) - lowest
     known = (place >= 0) & (level <= highest)
-    place = tl.minimum(tl.maximum(place, 0), PLANES - 1)
-    ones: tl.constexpr = 0x001001001001001
-    fields = ones & (((place * 0 + 1) << ((place + 1) * FIELD)) - 1)
-    return tl.where(known, fields, 0)
+    if PLANES == 1:
+        fields = known.to(tl.int32)
+    elif PLANES <= 4:
+        above = 3 - tl.minimum(tl.maximum(place, 0), PLANES - 1)
+        fields = tl.where(known, 0x01010101 >> (above * FIELD), 0)
+    else:
+        above = 4 - tl.minimum(tl.maximum(place, 0), PLANES - 1)
+        above = above.to(tl.int64)
+        fields = tl.where(known, (above * 0 + 0x0101010101) >> (above * FIELD), 0)
+    return fields
 
 
 @triton.jit
@@ -54,27 +60,27 @@ def _rank(
         highest = tl.where(kind == 0, LAST, LAST1)
         lost = tl.where(kind == 0, LOST, LOST1)
     plane = tl.arange(0, PAD)
-    shift = (tl.minimum(plane, PLANES - 1) * FIELD).to(tl.int64)
+    shift = tl.minimum(plane, PLANES - 1) * FIELD
     base = levels + b * capacity
     end = tl.minimum(start, coded)
-    many = tl.zeros([BLOCK], tl.int64)  # summed behind the loop: no exchange in it
+    many = _fields(tl.full([BLOCK], 255, tl.uint8), lowest, highest, PLANES)  # none yet
     for first in tl.range(0, end, BLOCK, num_stages=1, loop_unroll_factor=4):
         i = first + tl.arange(0, BLOCK)
         many += _fields(tl.load(base + i, mask=i < end, other=255), lowest, highest, PLANES)
-    count = tl.sum(((many[None, :] >> shift[:, None]) & 4095).to(tl.int32), 1)
+    # Summed behind the loop: no exchange in it.
+    count = tl.sum(((many[None, :] >> shift[:, None]) & 255).to(tl.int32), 1)
     t = start + tl.arange(0, T)
     level = tl.load(base + t, mask=t < coded, other=255)
     fields = _fields(level, lowest, highest, PLANES)
-    has = (fields[None, :] >> shift[:, None]) & 1  # [PAD, T]
-    before = (tl.cumsum(fields, 0) - fields)[None, :] >> shift[:, None]
-    rank = count[:, None] + (before & 4095).to(tl.int32)
+    has = ((fields[None, :] >> shift[:, None]) & 1).to(tl.int32)  # [PAD, T]
+    rank = count[:, None] + tl.cumsum(has, 1) - has
     own = (b * KINDS + kind) * PLANES + plane
     where = ranks + own[:, None] * capacity + t[None, :]
     known = (plane < PLANES)[:, None] & (t < capacity)[None, :]
     none = tl.where(level == lost, -2, -1)[None, :]
     tl.store(where, tl.where(has > 0, rank, none), mask=known)
     if start + T >= capacity:
-        count += tl.sum(has.to(tl.int32), 1)
+        count += tl.sum(has, 1)
         tl.store(totals + own, count, mask=plane < PLANES)
 
 

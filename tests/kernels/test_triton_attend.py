@@ -17,7 +17,7 @@ from apack_compile.kernels.reference import attend_reference, unpack_reference
 from apack_compile.kernels.triton import launch
 from apack_compile.kernels.triton.calls import INTERPRETED
 from apack_compile.kernels.triton.launch import attend_packed
-from apack_compile.kernels.triton.plan import Config, default_config, make_plan
+from apack_compile.kernels.triton.plan import MERGE, Config, default_config, make_plan
 
 from ..helpers import encoded, hand_code, pair_waves, poison
 
@@ -138,6 +138,12 @@ DIMS = [(64, 64), (80, 96), (128, 64), (256, 256)]
 @pytest.mark.parametrize("dims", every(DIMS, (80, 96)))
 def test_head_dims(dims: tuple[int, int]) -> None:
     check(case(transform(dim=dims[0]), transform(dim=dims[1], gain=1), batch=1, length=40))
+
+
+def test_more_components_than_the_merge_holds() -> None:
+    v = transform(4, 128, 1, (64, 192, 128), 1)
+    assert 1 < v.rank / MERGE.components < 2
+    check(case(transform(4, 128), v, batch=1, repeat=1, length=40))
 
 
 GROUPS = [(1, 2), (2, 4), (4, 1), (4, 4)]

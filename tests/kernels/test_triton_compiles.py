@@ -7,6 +7,7 @@ them; what is launched by hand never sees that.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +74,51 @@ def test_a_float_may_be_a_constant(name: str, listed: bool, tmp_path: Path) -> N
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) > 1000
+
+
+MERGE = """
+import subprocess, sys, tempfile
+from pathlib import Path
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from apack_compile.codec import TransformLayout
+from apack_compile.kernels.triton import merge, plan
+
+k, v = (TransformLayout(4, 128, 1, 128, 256, 128, gain).spec for gain in (0, 1))
+config = plan.default_config(k, v, 28)
+made = plan.make_plan(k, v, 28, 1, (12, 12), 96, config, {listed}, {listed})
+slots = plan.merge_slots(made, config, 132, {tails})
+constants = made.merge | {{"SINKS": 0, "LSE": 0, "SLOTS": slots}}
+kernel = merge.merge_kernel
+pointers = dict.fromkeys(("part", "stats", "exact", "units", "mean"), "*fp32")
+pointers |= {{"sinks": "*i64", "lse": "*i64", "synthesis": "*fp16", "out": "*bf16"}}
+signature = {{
+    name: "constexpr" if name in constants else pointers.get(name, "i32")
+    for name in kernel.arg_names
+}}
+given = {{(kernel.arg_names.index(name),): value for name, value in constants.items()}}
+attributes = {{(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers}}
+source = ASTSource(kernel, signature, given, attributes)
+options = {{"num_warps": plan.MERGE.warps}}
+made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+    file.write(made.asm["cubin"])
+    file.flush()
+    print(subprocess.check_output([tool, "-res-usage", file.name], text=True))
+"""
+
+
+@pytest.mark.parametrize(("listed", "tails"), [(False, 0), (True, 8)])
+def test_the_merge_keeps_wide_values_in_registers(listed: bool, tails: int, tmp_path: Path) -> None:
+    """Bug: with 512 components the basis lay in memory, and each row took tens of microseconds."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", MERGE.format(listed=listed, tails=tails)],
+        env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (stack,) = re.findall(r"STACK:(\d+)", done.stdout)
+    assert int(stack) < 64, done.stdout

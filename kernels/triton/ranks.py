@@ -19,7 +19,7 @@ AT_ONCE = 2048
 
 FIELD = tl.constexpr(8)
 """Bits of a count of one plane: those of all planes, five at most, share an integer, one of 32
-bits for up to four. Each lane counts one level of ``AT_ONCE``: enough for 255 times as many, or 522,240 tokens."""
+bits for up to four. Each lane counts one level of ``AT_ONCE``: enough for 522,240 tokens."""
 
 
 @triton.jit

@@ -33,7 +33,7 @@ class Device:
 
 # Bandwidths are those of copies, in benchmarks/results/attend-h200.json and attend-h100.json. The
 # others are the same for both cards, whose multiprocessors are alike, and solve four equations of
-# four of the thirty on the H200, two of attend-h200.json and two of options-h200.json:
+# four of the thirty on the H200, two of attend-h200.json and two of options-h200-before.json:
 #   launch         B1 28/4 S4096, 8 bit, whole: 15.25 us
 #   conversions    B8 28/4 S32768, mixed, whole: 77.19 us
 #   products       B8 28/4 S32768, k_code="pre-rope": 356.6 us

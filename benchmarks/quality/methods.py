@@ -71,10 +71,6 @@ VARIANTS = (
         beforehand=True, of="visual_ratio",
     ),
     Variant(
-        " visual, 4x text, tiers, fitted beforehand", {"images": (16,)},
-        {"text_ratio": 4, "tiers": True}, beforehand=True, of="visual_ratio",
-    ),
-    Variant(
         ", paper mode", {"full": (8,), "images": (8, 4), "paper": (8,)}, {"codec": "svd"}
     ),
 )  # fmt: skip
@@ -89,6 +85,10 @@ TIERED_VARIANTS = (
         ", tiers, pre-RoPE K, fitted beforehand",
         {"target": TIERED, "full": (8, 16), "images": (8, 16), **BESIDE},
         {**BEST, "tiers": True}, beforehand=True,
+    ),
+    Variant(
+        " visual, 4x text, tiers, fitted beforehand", {"images": (16,)},
+        {"text_ratio": 4, "tiers": True}, beforehand=True, of="visual_ratio",
     ),
 )  # fmt: skip
 

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 MOST = 4
 """Captured graphs that are kept."""
 
+LATEST = 2
+"""The same of calls that are captured whenever they are new: most of what they saw is gone."""
+
 RARELY = 16
 """One capture in so many calls at most, after the first few: it costs several steps."""
 
@@ -119,8 +122,8 @@ class Captured:
         return self.captures * RARELY <= self.calls + MOST * RARELY
 
     def _capture(self, key: Any, args: Sequence[Any], copied: list[int]) -> Recording | None:
-        if len(self._recordings) == MOST:
-            self._recordings.popitem(last=False)
+        if len(self._recordings) == (MOST if self.sparing else LATEST):
+            self._recordings.popitem(last=False)  # and with it the memory of its intermediates
         self.captures += 1
         log.debug("capture %d of a decode step", self.captures)
         try:

@@ -9,6 +9,7 @@ from .bits import CLASSES
 from .code import Code
 from .fit import Evidence, fit_transform
 from .kinds import TEXT, VISUAL, rest
+from .layout import PARTS
 from .modal import ModalLayout, joined
 from .recipe import Recipe
 from .tiered import TIERS, mean_bits
@@ -22,7 +23,8 @@ Any two may meet in a layer: at most six pairs of both. (SmolLM2 at 16x: the dis
 """
 
 FULL = 16 / mean_bits(CLASSES[0], TIERS)
-"""At ratios up to this, tiers would leave bytes over that all bits of all tokens could have."""
+"""At ratios up to this, of the tokens that stay, tiers leave bytes over: there is nothing more to
+buy than 8 bits of every component."""
 
 
 def fit_modal(
@@ -49,9 +51,10 @@ def fit_modal(
         ratio = recipe.visual_ratio if kind == VISUAL else recipe.ratio
         mine = [replace(layer, kind=kind) for layer in layers]
         alone = replace(
-            recipe, ratio=ratio, visual_ratio=0.0, tiers=recipe.tiers and ratio > FULL,
-            evict=recipe.evict if kind == VISUAL else 0.0,
-        )  # fmt: skip
+            recipe, ratio=ratio, visual_ratio=0.0, evict=recipe.evict if kind == VISUAL else 0.0
+        )
+        stays = 1 - alone.evicted / PARTS  # of the bytes that a token would have
+        alone = replace(alone, tiers=recipe.tiers and ratio * stays > FULL)
         most = MORE if ratio > min(recipe.ratio, recipe.visual_ratio) else FEW
         return fit_transform(mine, dims, alone, reach, _of_kind(layouts, kind), most)
 

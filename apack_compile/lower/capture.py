@@ -43,7 +43,9 @@ class Captured:
         fixed: arguments that are never copied: packed caches. Weights are not copied either.
         record: makes a recording.
         sparing: capture only what comes a second time, and seldom. Else whatever is new, once a
-            first call has run: for calls that take the host as long as a capture does.
+            first call has run: for calls that take the host as long as a capture does. Where that
+            fails it becomes sparing.
+        launched: see :meth:`Recording.replay`.
 
     Attributes:
         reason: why nothing is captured any more; empty if that is not so.
@@ -52,11 +54,13 @@ class Captured:
     def __init__(
         self, call: Callable[..., Sequence[Any]], fixed: frozenset[int],
         record: Callable[..., Recording] = Recording, sparing: bool = True,
+        launched: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         self.call = call
         self.fixed = fixed
         self.record = record
         self.sparing = sparing
+        self.launched = launched
         self.reason = ""
         self.calls = self.captures = 0
         self._kinds: tuple[list[int], list[int], list[int]] | None = None
@@ -71,7 +75,7 @@ class Captured:
         with self._lock:
             recording = self._recording(args)
             if recording is not None:
-                return recording.replay(args)
+                return recording.replay(args, self.launched)
         return list(self.call(*args))
 
     def _recording(self, args: Sequence[Any]) -> Recording | None:
@@ -129,7 +133,10 @@ class Captured:
         try:
             recording = self.record(self.call, args, copied)
         except Exception as error:  # nothing has run yet: the step can still be taken uncaptured
-            self._give_up(str(error).partition("\n")[0])
+            if self.sparing:
+                self._give_up(str(error).partition("\n")[0])
+            self.sparing = True
+            self._seen[key] = None
             return None
         self._recordings[key] = recording
         return recording

@@ -30,12 +30,17 @@ class Recording:
             given[i] = own.expand(args[i].shape)
         self.outputs = self.record(lambda: list(call(*given)))
 
-    def replay(self, args: Sequence[Any]) -> list[Any]:
-        """Run with other small inputs; the results are the caller's own."""
+    def replay(self, args: Sequence[Any], launched: Callable[[], None] | None = None) -> list[Any]:
+        """Run with other small inputs; the results are the caller's own.
+
+        launched: to be called as soon as the graph is on its way.
+        """
         self.wait()
         for own, i in zip(self.inputs, self.copied, strict=True):
             own.copy_(core(args[i]), non_blocking=True)
         self.launch()
+        if launched is not None:
+            launched()
         return [o.clone() if isinstance(o, Tensor) else o for o in self.outputs]
 
     def record(self, run: Callable[[], list[Any]]) -> list[Any]:

@@ -7,6 +7,7 @@ than a hundred where no kernels of ours code them.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,12 +25,19 @@ from ..lower.capture import Captured
 from ..lower.streams import Streams
 from ..ops.encode_cuda import encode_kernels
 
+MOST = 4
+"""Ways to flush whose graphs are kept: by codes, tokens in the rings and those to be coded."""
+
 
 @dataclass
 class Count:
     """How many stores have had their ring shifted, should coding fail half-way."""
 
     value: int = 0
+
+    def set(self, value: int) -> None:
+        """So many."""
+        self.value = value
 
 
 class Flush:
@@ -41,7 +49,7 @@ class Flush:
 
     def __init__(self, capture: bool) -> None:
         self.capture = capture
-        self._calls: dict[Any, Captured] = {}
+        self._calls: OrderedDict[Any, Captured] = OrderedDict()
         self._shifted = Count()
         self._streams = Streams()
         self._lock = lock()  # several threads may decode
@@ -77,7 +85,13 @@ class Flush:
             # All are read and written where they are, except for the place, which is copied.
             fixed = frozenset(range(1, len(inputs)))
             # Payloads grow every few flushes, and a capture costs no more than a run without.
-            self._calls[key] = Captured(every, fixed, sparing=False)
+            self._calls[key] = Captured(
+                every, fixed, sparing=False, launched=partial(self._shifted.set, len(stores))
+            )
+            if len(self._calls) > MOST:
+                self._calls.popitem(last=False)
+        self._calls.move_to_end(key)
+        self._shifted.set(0)
         try:
             with writing(inputs, device):
                 self._calls[key](inputs)
@@ -119,10 +133,14 @@ def _code_all(
     shifted: Count, streams: Streams, coders: Sequence[Coder], counts: Sequence[int], tokens: int,
     live: int, begin: Tensor, *tensors: Tensor,
 ) -> list[Any]:  # fmt: skip
-    """What is captured: every store by itself; those whose ring is shifted are counted."""
+    """What is captured: every store by itself; those whose ring is shifted are counted.
+
+    A capture shifts none, although it comes by here.
+    """
+    shifts = int(not _capturing(begin))
 
     def pieces() -> Iterator[Callable[[], None]]:
-        shifted.value = at = 0
+        at = 0
         for coder, count in zip(coders, counts, strict=True):
             layout: Layout = parse_layout(coder.spec)
             sums, *mine = tensors[at : at + count]
@@ -136,7 +154,12 @@ def _code_all(
             else:
                 more = coder.sinks, coder.extra, rest[0] if rest else None
                 yield partial(encode_oldest, tokens, live, *args, *more)
-            shifted.value += 1
+            shifted.value += shifts
 
     streams(pieces(), begin.device)
     return []
+
+
+def _capturing(x: Tensor) -> bool:
+    """Whether operators are recorded instead of run."""
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

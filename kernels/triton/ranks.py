@@ -2,8 +2,8 @@
 
 A plane has rows for the tokens that are in it, in the order of the tokens (``kernels/planes.py``),
 so the row of one is the number of those before it. Tokens of one kind are counted by programs of
-their own. A program counts what lies before its tile of
-tokens by itself: levels take a byte a token, which is little beside the codes.
+their own. A program counts what lies before its tile of tokens by itself: levels take a byte a
+token, which is little beside the codes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ AT_ONCE = 2048
 
 FIELD = tl.constexpr(8)
 """Bits of a count of one plane: those of all planes, five at most, share an integer, one of 32
-bits for up to four. Each lane counts one level of ``AT_ONCE``: enough for 522,240 tokens."""
+bits for up to four."""
+
+TURNS = tl.constexpr(255)
+"""Levels that a lane may count in so many bits."""
 
 
 @triton.jit
@@ -63,12 +66,15 @@ def _rank(
     shift = tl.minimum(plane, PLANES - 1) * FIELD
     base = levels + b * capacity
     end = tl.minimum(start, coded)
-    many = _fields(tl.full([BLOCK], 255, tl.uint8), lowest, highest, PLANES)  # none yet
-    for first in tl.range(0, end, BLOCK, num_stages=1, loop_unroll_factor=4):
-        i = first + tl.arange(0, BLOCK)
-        many += _fields(tl.load(base + i, mask=i < end, other=255), lowest, highest, PLANES)
-    # Summed behind the loop: no exchange in it.
-    count = tl.sum(((many[None, :] >> shift[:, None]) & 255).to(tl.int32), 1)
+    count = tl.zeros([PAD], tl.int32)
+    for part in tl.range(0, end, TURNS * BLOCK, num_stages=1):
+        many = _fields(tl.full([BLOCK], 255, tl.uint8), lowest, highest, PLANES)  # none yet
+        last = tl.minimum(part + TURNS * BLOCK, end)
+        for first in tl.range(part, last, BLOCK, num_stages=1, loop_unroll_factor=4):
+            i = first + tl.arange(0, BLOCK)
+            many += _fields(tl.load(base + i, mask=i < end, other=255), lowest, highest, PLANES)
+        # Summed behind the loop: no exchange in it.
+        count += tl.sum(((many[None, :] >> shift[:, None]) & 255).to(tl.int32), 1)
     t = start + tl.arange(0, T)
     level = tl.load(base + t, mask=t < coded, other=255)
     fields = _fields(level, lowest, highest, PLANES)

@@ -187,6 +187,15 @@ def test_each_kind_has_the_bytes_that_its_ratio_leaves(
         assert not k.layout.tier_shares and not v.layout.text.evicts
 
 
+def test_tiers_go_by_the_ratio_of_the_tokens_that_stay() -> None:
+    """Bug: with a share dropped, others could not spend their bytes on tiers at a ratio of 3."""
+    for visual, evict, tiered in ((3.0, 0.3, False), (3.0, 0.0, True), (5.0, 0.3, True)):
+        recipe = Recipe(4, visual_ratio=visual, tiers=True, evict=evict)
+        ((_, v),) = fit_modal([evidence(700, 700)], (32, 32), recipe, 0)
+        assert isinstance(v.layout, ModalLayout)
+        assert bool(v.layout.visual.tier_shares) == tiered
+
+
 def test_tiers_would_leave_bytes_over_where_all_tokens_may_have_all_bits() -> None:
     """With tiers, eight bits of every component take less than half of 16, so nothing is gained."""
     assert 2 < FULL < 3

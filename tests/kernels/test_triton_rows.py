@@ -72,7 +72,7 @@ def case(
     generator = torch.Generator().manual_seed(seed)
     codes = code_of(k, 5), code_of(v, 6)
     importance = torch.rand(batch, length, generator=generator)
-    coded = length - POLICY.window
+    coded = max(length - POLICY.window, 0)
     kinds = None
     if k.plane_kinds:
         visual = torch.rand(batch, length, generator=generator) < 0.4
@@ -271,7 +271,7 @@ def test_a_dropped_token_with_one_number_that_is_none(name: str, softcap: float,
 
 
 @pytest.mark.parametrize("name", PAIRS if DEVICE == "cuda" else ["all three", "kinds, all"])
-@pytest.mark.parametrize("length", [7, 8, 23])
+@pytest.mark.parametrize("length", [3, 7, 8, 23])
 def test_few_tokens(name: str, length: int) -> None:
     """None, one, and few of them coded."""
     check(case(*PAIRS[name], length=length))

@@ -150,6 +150,22 @@ def test_whatever_is_new_is_captured_where_a_call_takes_as_long() -> None:
     assert len(call._recordings) == LATEST
 
 
+def test_where_such_a_capture_fails_it_is_tried_once_more_when_the_call_has_run() -> None:
+    class Fails(FakeRecording):
+        tries = 0
+
+        def record(self, run: Any) -> list[Any]:
+            Fails.tries += 1
+            if Fails.tries == 1:
+                raise RuntimeError("not warm")
+            return super().record(run)
+
+    call, args = Captured(Step(), frozenset({1}), Fails, False), arguments()
+    for _ in range(5):
+        check(call, args)
+    assert not call.reason and Fails.tries == 2 and len(call._recordings) == 1
+
+
 def test_few_recordings_are_kept_and_captures_are_rare() -> None:
     call = captured()
     rings = [torch.zeros(4) for _ in range(30)]

@@ -190,3 +190,70 @@ def test_what_was_made_in_inference_mode_is_coded_outside_of_it(captured: list[C
             a.advance(1)
             b.advance(1)
     same(together, alone)
+
+
+class Interrupted(FakeRecording):
+    """Where a flush is stopped: before its graph is launched, behind that, or in a capture."""
+
+    where = ""
+
+    def record(self, run: Any) -> list[Any]:
+        if Interrupted.where == "capture":
+            run()  # the host goes through all of it
+            raise KeyboardInterrupt
+        return super().record(run)
+
+    def wait(self) -> None:
+        if Interrupted.where == "before":
+            raise KeyboardInterrupt
+
+    def replay(self, args: Any, launched: Any = None) -> list[Any]:
+        results = super().replay(args, launched)
+        if Interrupted.where == "behind":
+            raise KeyboardInterrupt
+        return results
+
+
+@pytest.mark.parametrize("where", ["before", "behind", "capture"])
+def test_a_flush_that_is_interrupted_loses_no_token(
+    where: str, captured: list[Captured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: tokens counted as coded that were still in the ring alone."""
+    monkeypatch.setattr(flush, "Captured", lambda *a, **m: Captured(*a, record=Interrupted, **m))
+    monkeypatch.setattr(flush, "encode_kernels", lambda x, layout: None)
+    policy = replace(POLICY, chunk=64)
+    every, flushing = plain_stores(EVERY[:4], policy), Flush(capture=True)
+    alone = plain_stores(EVERY[:4], policy)
+
+    def decode(steps: int) -> None:
+        for i in range(steps):
+            generator = torch.Generator().manual_seed(i)
+            flushing(every, [1] * 4)
+            one_by_one(alone, [1] * 4)
+            for a, b in zip(every, alone, strict=True):
+                new = torch.randn(2, 2, 1, 8, generator=generator)
+                for store in (a, b):
+                    store.side.ring[:, :, store.recent : store.recent + 1] = new
+                    store.advance(1)
+
+    decode(25)
+    for store in every:  # at other addresses nothing is recorded yet
+        if where == "capture":
+            store.side = store.side._replace(ring=store.side.ring.clone())
+    while not every[0].surplus(1):
+        decode(1)
+    held = [store.dense(store.length) for store in every]
+    with monkeypatch.context() as m:
+        m.setattr(Interrupted, "where", where)
+        if where == "capture":  # as a GPU would say; and it would change no tensor
+            m.setattr(flush, "_capturing", lambda x: True)
+            m.setattr(flush, "encode_oldest", lambda *args: None)
+        with pytest.raises(KeyboardInterrupt):
+            flushing(every, [1] * 4)
+    if where != "behind":
+        for store, right in zip(every, held, strict=True):
+            assert torch.equal(store.dense(store.length), right)
+    decode(40)
+    for a, b in zip(every, alone, strict=True):
+        assert (a.coded, a.length, a.rows) == (b.coded, b.length, b.rows)
+        assert torch.equal(a.dense(a.length), b.dense(b.length))

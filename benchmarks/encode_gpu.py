@@ -32,7 +32,7 @@ from apack_compile.runtime.flush import Flush
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from attend_gpu import DTYPE, Case, layouts, profiled
-from options_gpu import code_of, variants
+from options_gpu import SEEN, code_of, variants
 
 SHAPES = [(8, 4096), (1, 4096), (1, 32768)]
 HEADS, DIM, LAYERS = 4, 128, 8
@@ -83,9 +83,9 @@ def codes(batch: int, tokens: int, kind: str) -> tuple[Any, Any]:
 
 
 def told(batch: int, tokens: int, layout: Any) -> tuple[Any, Any]:
-    """Importance, and which tokens are visual (four of five), as far as the code asks for them."""
+    """Importance, and which tokens are visual, as far as the code asks for them."""
     importance = torch.rand(batch, tokens, device="cuda")
-    visual = importance < 0.8 if layout.plane_kinds else None
+    visual = importance < SEEN if layout.plane_kinds else None
     return importance if layout.weighs else None, visual
 
 

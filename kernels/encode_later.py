@@ -1,4 +1,4 @@
-"""Code tokens that come behind a prompt, in place, in plain PyTorch.
+"""Code tokens that come behind a prompt, in place: by kernels, or in plain PyTorch.
 
 How many tokens there are is known to the host; where they belong is a tensor. So all of it can be
 captured as a CUDA graph (``runtime/flush.py``).
@@ -7,6 +7,7 @@ captured as a CUDA graph (``runtime/flush.py``).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from .running_importance import of_run, worth
 def encode_later(
     x: Tensor, params: Sequence[Tensor], layout: Layout, payload: Sequence[Tensor], pool: Tensor,
     positions: Tensor, begin: Tensor, sinks: int, extra: int, weights: Tensor | None = None,
+    kernels: Any = None,
 ) -> Tensor:  # fmt: skip
     """Code ``x [B, H, T, D]``, and say how well (``encode.tally``).
 
@@ -29,10 +31,14 @@ def encode_later(
         x: tokens.
         params, layout: of the code.
         payload, pool, positions: of the store, with room for the tokens; written in place.
-        begin: ``[]`` or ``[1]`` integer, tokens that are coded already.
+        begin: ``[1]`` int32, tokens that are coded already.
         sinks, extra: slots of the pool, see ``encode.encode``.
         weights: of the tokens ``[B, T]``, where bits go by importance; None: not known.
+        kernels: the module that codes these tokens by kernels; None: plain operators do.
     """
+    if kernels is not None:
+        more: Tensor = kernels.encode_more(x, params, layout, payload, pool, positions, begin)
+        return more
     start = begin.reshape(()).long()
     here = start + torch.arange(x.shape[2], device=x.device)
     levels = None
@@ -62,13 +68,14 @@ def encode_later(
 def encode_oldest(
     tokens: int, live: int, params: Sequence[Tensor], layout: Layout, payload: Sequence[Tensor],
     pool: Tensor, positions: Tensor, ring: Tensor, sums: Tensor, begin: Tensor, sinks: int,
-    extra: int, importance: Tensor | None,
+    extra: int, importance: Tensor | None, kernels: Any = None,
 ) -> None:  # fmt: skip
     """Move the oldest ``tokens`` of a ring with ``live`` ones into the codes, in place.
 
     Args:
         tokens, live: numbers that a CUDA graph of the call holds.
-        params, layout, payload, pool, positions, begin, sinks, extra: see :func:`encode_later`.
+        params, layout, payload, pool, positions, begin, sinks, extra, kernels: see
+            :func:`encode_later`.
         ring: of the store.
         sums: to which the tally of the tokens is added.
         importance: of the tokens of the ring ``[B, ring]``, or None.
@@ -77,8 +84,9 @@ def encode_oldest(
     rest = ring[:, :, tokens:live].clone()
     oldest = None if weights is None else weights[:, :tokens]
     sums += encode_later(
-        ring[:, :, :tokens], params, layout, payload, pool, positions, begin, sinks, extra, oldest
-    )
+        ring[:, :, :tokens], params, layout, payload, pool, positions, begin, sinks, extra, oldest,
+        kernels,
+    )  # fmt: skip
     ring[:, :, : live - tokens] = rest
     if importance is not None and weights is not None:
         importance[:, : live - tokens] = weights[:, tokens:]

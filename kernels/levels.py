@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..codec import Layout, ModalLayout
+from ..codec import Layout
 from .pool import pooled_tokens, reserve_sinks
 
 
@@ -31,9 +31,8 @@ def prompt_levels(
     if code.evicts and sinks:  # they are in the pool, and want no row
         reserved = reserve_sinks(visible, x, sinks, 0)  # [B, sinks]
         weight = torch.where(pooled_tokens(reserved, 0, x.shape[2]), -1.0, weight)
-    if not isinstance(code, ModalLayout):
+    if kinds is None:
         return torch.ops.apack.token_levels(weight, code.shares)
-    assert kinds is not None
     levels = torch.zeros_like(kinds)
     for kind, (inner, first) in enumerate(zip(code.by_kind, code.first_levels, strict=True)):
         mine = kinds == kind

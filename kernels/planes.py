@@ -141,8 +141,7 @@ def filled_planes(
     planes = []
     for plane, (part, quota) in enumerate(zip(parts, quotas(layout, coded), strict=True), 1):
         rows = in_plane(part, members(layout, levels, plane), quota)
-        room = capacity_for(quota, chunk) - quota
-        planes.append(torch.nn.functional.pad(rows, (0, 0, 0, room)).contiguous())
+        planes.append(padded(rows, capacity_for(quota, chunk)))
     return planes
 
 

@@ -243,14 +243,6 @@ class SideStore:
         code = self.ref.code
         self.room_for_codes(end)
         payload, pool, positions = self.side[:3]
-        kernels = None if code.layout.per_sequence else encode_kernels(x, code.layout)
-        if kernels is not None:
-            sums = kernels.encode_more(
-                x, code.on(self.device), code.layout, payload, pool, positions,
-                torch.full((1,), start, dtype=torch.int32, device=self.device),
-            )  # fmt: skip
-            self.coded_to(end, sums)
-            return
         ref = self.ref
         if code.layout.per_sequence and end - self.factored >= REFACTOR:
             x, start = torch.cat([self.dense(start), x], 2), 0
@@ -260,7 +252,7 @@ class SideStore:
         # In place: a step that was captured as a CUDA graph reads these addresses.
         sums = encode_later(
             x, code.on(self.device), code.layout, payload, pool, positions, begin,
-            self.policy.sinks, self.policy.extra, weights,
+            self.policy.sinks, self.policy.extra, weights, encode_kernels(x, code.layout),
         )  # fmt: skip
         self.coded_to(end, sums)
         if ref is not self.ref:

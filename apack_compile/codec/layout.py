@@ -140,6 +140,11 @@ class Layout(ABC):
         return (self,)
 
     @property
+    def first_levels(self) -> tuple[int, ...]:
+        """The lowest level of each kind."""
+        return (0,)
+
+    @property
     def plain(self) -> Layout:
         """The code of tokens that are in no pool and have all bits: without planes."""
         return self

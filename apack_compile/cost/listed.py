@@ -18,17 +18,12 @@ from __future__ import annotations
 
 import sympy
 
+from ..kernels.triton.rows import LEVELS_AT_ONCE, SLOTS_AT_ONCE, counted_planes, most_planes
 from .device import Device
 from .launch import Launch
-from .parts import Part, ranked_planes
+from .parts import Part
 from .sizes import PackedSide
 from .symbols import BATCH, CODED, Expr
-
-LEVELS_AT_ONCE = 2048
-"""Levels that a turn of ``rank_kernel`` counts."""
-
-SLOTS_AT_ONCE = 64
-"""Slots that a turn of the loops over pools takes."""
 
 NUMBER = 4
 """Bytes of a rank, and of each of the three numbers of an entry."""
@@ -44,7 +39,8 @@ def slots_of(side: PackedSide) -> Expr:
 
 def rank(k: PackedSide, v: PackedSide, device: Device) -> list[Launch]:
     """Which row of which plane belongs to which token, where there are planes."""
-    counts = [ranked_planes(side.layout) for side in (k, v)]
+    each = [counted_planes(side.layout) for side in (k, v)]
+    counts = [len(counted) * most_planes(counted) for counted in each]
     if not any(counts):
         return []
     moved = sum(BATCH * CODED * (1 + NUMBER * count) for count in counts if count)

@@ -43,13 +43,6 @@ class Part:
     spread: Expr
 
 
-def ranked_planes(layout: Layout) -> int:
-    """Planes whose rows are counted; of those with rows for the same tokens one is. Each kind has
-    room for as many."""
-    own, codes = int(layout.lacks_rows), layout.by_kind
-    return len(codes) * max(own + len(code.tier_shares) for code in codes)
-
-
 def parts_of(side: PackedSide) -> tuple[Part, ...]:
     """The parts of a side, in the order in which they are attended."""
     layout = side.layout

@@ -27,11 +27,11 @@ from ..kernels.triton.plan import (
     Config,
     Plan,
     default_config,
-    is_listed,
     make_plan,
     shared_bytes,
     supported,
 )
+from ..kernels.triton.rows import MOST_TAILS, TAIL_TILES, is_listed
 from .device import Device
 from .launch import Launch
 from .listed import EXACT, prepare, rank, slots_of, spread, value_slots
@@ -48,9 +48,6 @@ HALF = 2
 ENTRY = 8
 """Bytes of an entry that the loop over rows reads: its token, and the row of its value."""
 
-TAIL_TILES, MOST_TAILS = 4, 8
-"""Tiles of slots of a program over them, and programs at most: ``launch.py``."""
-
 MOST_SHARED = 227 << 10
 """Shared memory that a program may have on the devices that are known."""
 
@@ -59,7 +56,7 @@ def is_predicted(k: PackedSide, v: PackedSide) -> bool:
     """Whether the model knows the kernels of these codes: fitted ones in 16 bits.
 
     It does not know values in tiers whose rows are listed (with evictions, exact shares or by
-    kind): their programs take twice as long as the model says.
+    kind): their programs over tokens spill registers, of which it knows nothing.
     """
     if bool(k.layout.plane_kinds) != bool(v.layout.plane_kinds) or v.layout.positional:
         return False

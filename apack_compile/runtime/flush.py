@@ -149,11 +149,8 @@ def _code_all(
             *payload, pool, positions, ring = mine[:stored]
             params, rest = mine[stored:][: layout.param_count], mine[stored + layout.param_count :]
             args = params, layout, payload, pool, positions, ring, sums, begin
-            if coder.kernels is not None:
-                yield partial(coder.kernels.code_oldest, tokens, live, *args)
-            else:
-                more = coder.sinks, coder.extra, rest[0] if rest else None
-                yield partial(encode_oldest, tokens, live, *args, *more)
+            more = coder.sinks, coder.extra, rest[0] if rest else None, coder.kernels
+            yield partial(encode_oldest, tokens, live, *args, *more)
             shifted.value += shifts
 
     streams(pieces(), begin.device)

@@ -16,19 +16,16 @@ from torch import Tensor
 from ...codec import Layout, ModalLayout, TieredLayout, TransformLayout
 from ...codec.bits import CLASSES
 from ...codec.kinds import KINDS
-from ...codec.layout import TOP_LEVEL
 from ...codec.levels import without_levels
 from ..side import Side
 from .calls import kernel
 from .plan import LEAST_BYTES, power
-from .ranks import AT_ONCE, TOKENS, rank_kernel
+from .ranks import TOKENS, rank_kernel
+from .rows import LEVELS_AT_ONCE, NO_LEVEL, Counted, counted_planes, most_planes
 from .spread import TILE, spread_kernel
 
 MOST_PLANES = 4
 """Planes of tiers that ``spread_kernel`` knows."""
-
-NO_LEVEL = TOP_LEVEL
-"""A level that no token of a code with these planes has."""
 
 
 class Coded(NamedTuple):
@@ -61,36 +58,6 @@ class Ranks(NamedTuple):
     planes: int
 
 
-class Counted(NamedTuple):
-    """What ``rank_kernel`` counts of one kind; planes with rows for the same tokens count once.
-
-    Attributes:
-        first, last: the lowest levels of its planes go up from ``first``, the highest is ``last``.
-        lost: the level of dropped tokens; one that no token has: none are.
-        planes: how many.
-    """
-
-    first: int
-    last: int
-    lost: int
-    planes: int
-
-
-def counted_planes(layout: Layout) -> list[Counted]:
-    """What is counted of each kind of tokens; empty: rows are those of the tokens."""
-    lost = NO_LEVEL if layout.dropped_level is None else layout.dropped_level
-    if isinstance(layout, ModalLayout):
-        found = []
-        for code, base in zip(layout.by_kind, layout.first_levels, strict=True):
-            tiers, last = len(code.tier_shares), base + len(code.shares)
-            found.append(Counted(last - tiers, last, lost if code.evicts else NO_LEVEL, 1 + tiers))
-        return found
-    tiers, last = len(layout.tier_shares), len(layout.shares)
-    if layout.evicts:
-        return [Counted(last - tiers, last, lost, 1 + tiers)]
-    return [Counted(1, last, lost, tiers)] if tiers else []
-
-
 def pairs(key: Layout, value: Layout) -> list[tuple[Layout, Layout]]:
     """Codes of keys and values of the tokens that have the same: one pair, or one of each kind."""
     return list(zip(key.by_kind, value.by_kind, strict=False))
@@ -108,7 +75,7 @@ def rank_planes(
     kinds = 1
     for letter, side, layout in (("K", keys, key), ("V", values, value)):
         counted = counted_planes(layout)
-        most = max((each.planes for each in counted), default=0)
+        most = most_planes(counted)
         kinds = max(kinds, len(counted))
         constants |= {f"{letter}PLANES": most, f"{letter}PAD": power(most, 1)}
         for number in range(KINDS):
@@ -134,7 +101,7 @@ def rank_planes(
     programs = of_keys + (each_side if v_ranks is not None else 0)
     kernel(rank_kernel)[(programs,)](
         *args, lengths, *ranks, *totals, capacity, tiles, of_keys, **constants, KINDS=kinds,
-        T=TOKENS, BLOCK=AT_ONCE, num_warps=4,
+        T=TOKENS, BLOCK=LEVELS_AT_ONCE, num_warps=4,
     )  # fmt: skip
     return k_ranks, v_ranks
 

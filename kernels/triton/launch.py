@@ -27,7 +27,6 @@ from .coded import (
 )
 from .fold import fold_kernel
 from .launch_list import Listed, list_rows
-from .listing import SLOTS_AT_ONCE
 from .merge import merge_kernel
 from .plan import (
     EXACT_ROWS,
@@ -37,12 +36,12 @@ from .plan import (
     Config,
     Plan,
     default_config,
-    is_listed,
     make_plan,
     merge_slots,
     shared_bytes,
     supported,
 )
+from .rows import MOST_TAILS, SLOTS_AT_ONCE, TAIL_TILES, is_listed
 from .slots import value_slots_kernel
 from .step import Step
 from .turned import basis_kernel
@@ -50,12 +49,6 @@ from .turned import basis_kernel
 LOG2_E = 1.4426950408889634
 
 DTYPES = (torch.float16, torch.bfloat16)
-
-MOST_TAILS = 8
-"""Programs over the slots of a group's pools, at most."""
-
-TAIL_TILES = 4
-"""Tiles of slots of one of them, if there are no more."""
 
 
 def takes(q: Tensor, k_layout: str, v_layout: str) -> bool:

@@ -119,26 +119,6 @@ def encode_more(
     return _run(x, None, params, layout, payload, pool, positions, begin, x.shape[2], None)
 
 
-def code_oldest(
-    tokens: int, live: int, params: Sequence[Tensor], layout: TransformLayout,
-    payload: Sequence[Tensor], pool: Tensor, positions: Tensor, ring: Tensor, sums: Tensor,
-    begin: Tensor,
-) -> None:  # fmt: skip
-    """Move the oldest ``tokens`` of a ring with ``live`` ones into the codes, in place.
-
-    Args:
-        tokens, live: numbers that a CUDA graph of the call holds.
-        params, layout: of the code.
-        payload, pool, positions, ring: of the store.
-        sums: ``[3]``, to which the tally of the tokens is added.
-        begin: ``[1]`` int32, tokens that are coded already.
-    """
-    rest = ring[:, :, tokens:live].clone()
-    oldest = ring[:, :, :tokens]
-    sums += encode_more(oldest, params, layout, payload, pool, positions, begin)
-    ring[:, :, : live - tokens] = rest
-
-
 def _run(
     x: Tensor, visible: Tensor | None, params: Sequence[Tensor], layout: TransformLayout,
     payload: Sequence[Tensor], pool: Tensor, positions: Tensor, begin: Tensor, counted: int,

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .calls import INTERPRETED, kernel
 from .coded import Coded, Ranks
-from .listing import SLOTS_AT_ONCE, TOKENS_LISTED
+from .listing import TOKENS_LISTED
 from .plan import EXACT_ROWS, power
 from .prepare import prepare_kernel
+from .rows import SLOTS_AT_ONCE
 from .step import Step
 
 

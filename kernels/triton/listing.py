@@ -19,9 +19,6 @@ import triton.language as tl
 TOKENS_LISTED = 1024
 """Tokens of a program."""
 
-SLOTS_AT_ONCE = 64
-"""Slots that a program looks at at a time."""
-
 
 @triton.jit
 def _mark(positions, slots, first, last, found, E: tl.constexpr):

@@ -143,11 +143,6 @@ def supported(layout: Layout) -> bool:
     return isinstance(layout, ExactLayout)
 
 
-def is_listed(key: Layout, value: Layout) -> bool:
-    """Whether rows are listed: they are not those of the tokens, or many tokens are exact."""
-    return any(layout.lacks_rows or layout.kept for layout in (key, value))
-
-
 def _widths(layout: TransformLayout) -> tuple[int, int, int]:
     """Bytes of each run."""
     return layout.r8, layout.r4 // 2, layout.r2 // 4

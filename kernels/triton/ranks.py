@@ -14,9 +14,6 @@ import triton.language as tl
 TOKENS = 1024
 """Tokens of a program."""
 
-AT_ONCE = 2048
-"""Levels before its tile that it counts at a time."""
-
 FIELD = tl.constexpr(8)
 """Bits of a count of one plane: those of all planes, five at most, share an integer, one of 32
 bits for up to four."""

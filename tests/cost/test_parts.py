@@ -17,14 +17,13 @@ from apack_compile.codec.kinds import TEXT, VISUAL
 from apack_compile.codec.modal import modal
 from apack_compile.codec.tiered import TIERS, layout_of
 from apack_compile.cost import H100, PackedSide, launches
-from apack_compile.cost import listed as cost_listed
-from apack_compile.cost import steps as cost_steps
 from apack_compile.cost.live import first_coded, side_of
-from apack_compile.cost.parts import parts_of, ranked_planes
+from apack_compile.cost.parts import parts_of
 from apack_compile.cost.steps import splits_of
 from apack_compile.cost.symbols import BATCH, CODED, FIRST, value_of
-from apack_compile.kernels.triton import coded, launch, launch_list, listing, ranks
+from apack_compile.kernels.triton import coded, launch, launch_list
 from apack_compile.kernels.triton.plan import Config, default_config, make_plan
+from apack_compile.kernels.triton.rows import counted_planes
 
 from ..helpers import hand_code
 
@@ -72,9 +71,10 @@ def test_layouts_are_taken_apart_as_by_the_launches(name: str) -> None:
     pairs = [(a.plain, b.plain) for a, b in coded.pairs(key, value)]
     assert [tuple(p.layout for p in pair) for pair in parts] == pairs
     for layout in (key, value):
-        counted = coded.counted_planes(layout)
-        most = max((each.planes for each in counted), default=0)
-        assert ranked_planes(layout) == len(counted) * most
+        ends = {(low, min(high, len(layout.shares))) for low, high in layout.plane_levels}
+        counted = counted_planes(layout)
+        assert {(c.first + i, c.last) for c in counted for i in range(c.planes)} <= ends
+        assert len(counted) == (len(layout.by_kind) if layout.shares else 0)
         assert all(code.plain.shares == () and not code.plain.kept for code in layout.by_kind)
 
 
@@ -127,13 +127,6 @@ def test_bits_in_tiers_are_all_bytes_of_a_row_but_gains_and_levels() -> None:
         tiers = TIERED.token_bytes(torch.bfloat16) - 2 - 1
         assert float(part.spread) == codes + 1 + tiers
         assert part.token == codes + 2 + 1 and part.planes == 4
-
-
-def test_sizes_are_those_of_the_kernels() -> None:
-    assert cost_listed.LEVELS_AT_ONCE == ranks.AT_ONCE
-    assert cost_listed.SLOTS_AT_ONCE == listing.SLOTS_AT_ONCE
-    assert cost_steps.TAIL_TILES == launch.TAIL_TILES
-    assert cost_steps.MOST_TAILS == launch.MOST_TAILS
 
 
 @pytest.mark.parametrize("batch", [1, 8])

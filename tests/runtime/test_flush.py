@@ -12,7 +12,7 @@ from apack_compile.cache import Policy, SideStore
 from apack_compile.codec import Code, CodeRef
 from apack_compile.codec.fixed import fixed_ref
 from apack_compile.codec.lowrank import LowRankLayout, factor
-from apack_compile.kernels.side import Side
+from apack_compile.kernels.encode_later import encode_later
 from apack_compile.lower.capture import Captured
 from apack_compile.runtime import flush
 from apack_compile.runtime.flush import Flush
@@ -25,19 +25,13 @@ REFS = [fixed_ref("int8", 2, 16), fixed_ref("int4", 2, 16)]
 
 
 class PlainKernels:
-    """What the Triton kernels compute, by a store of its own."""
+    """What the Triton kernels compute, by plain operators."""
 
-    def code_oldest(
-        self, tokens: int, live: int, params: Any, layout: Any, payload: Any, pool: Any,
-        positions: Any, ring: Any, sums: Any, begin: Any,
-    ) -> None:  # fmt: skip
-        ref = next(r for r in REFS if r.layout == layout)
-        start = int(begin)
-        side = Side(tuple(payload), pool, positions, ring, ())
-        store = SideStore(ref, POLICY, side, start, start + live)
-        store.tally = sums
-        store.code_oldest(tokens)
-        sums.copy_(store.tally)
+    def encode_more(
+        self, x: Any, params: Any, layout: Any, payload: Any, pool: Any, positions: Any, begin: Any
+    ) -> Any:
+        args = params, layout, payload, pool, positions, begin
+        return encode_later(x, *args, POLICY.sinks, POLICY.extra)
 
 
 def stores(seed: int = 0) -> list[SideStore]:

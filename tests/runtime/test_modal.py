@@ -52,7 +52,7 @@ def stores(cache: Any) -> list[SideStore]:
 def kinds(store: SideStore) -> Tensor:
     """Of the coded tokens, ``[B, S]`` bool: which were coded as visual ones."""
     assert isinstance(store.ref.layout, ModalLayout)
-    return store.side.payload[0][:, : store.coded, 0] == 1
+    return store.ref.layout.kinds_of(store.side.payload[0][:, : store.coded, 0]) == 1
 
 
 def notes(model: Any) -> dict[str, str]:
@@ -201,13 +201,17 @@ def test_other_lengths_and_batches_compile_a_bounded_number_of_times(dynamic: bo
     assert compiles[-1] == compiles[-4], "lengths, batches and mixtures are symbols by then"
 
 
+EVERY: dict[str, Any] = {"text_ratio": 3, "tiers": True, "evict": 0.4, "exact_share": 0.03}
+
+
+@pytest.mark.parametrize("more", [{}, EVERY], ids=str)
 @torch.no_grad()
-def test_inductor_gives_what_eager_operators_give() -> None:
+def test_inductor_gives_what_eager_operators_give(more: dict[str, Any]) -> None:
     case = FAMILIES["llava"](batch=2, padded=True, text=100)
     found = []
     for inner in ("eager", "inductor"):
         torch._dynamo.reset()
-        ours = compiled(case.model, inner=inner)
+        ours = compiled(case.model, inner=inner, **more)
         prefilled(ours, case.inputs)
         cache = prefilled(ours, case.inputs)
         steps = [

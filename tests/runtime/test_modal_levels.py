@@ -18,9 +18,8 @@ from apack_compile.codec import ModalLayout
 from .. import zoo
 from ..helpers import dropped_tokens
 from .test_evict import hidden
-from .test_modal import compiled, images, marked, prefilled, runs, stores
+from .test_modal import EVERY, compiled, images, kinds, marked, prefilled, runs, stores
 
-EVERY: dict[str, Any] = {"text_ratio": 3, "tiers": True, "evict": 0.4, "exact_share": 0.03}
 SUBSETS: list[dict[str, Any]] = [
     {"tiers": True}, {"evict": 0.4}, {"exact_share": 0.03}, {**EVERY, "k_code": "pre-rope"},
 ]  # fmt: skip
@@ -71,7 +70,7 @@ def test_only_visual_tokens_of_the_prompt_are_dropped() -> None:
             layout, coded = layout_of(store), store.coded
             assert layout.evicts and layout.kept
             seen = images(case)[:, :coded]
-            assert torch.equal(kinds_of(store), seen)
+            assert torch.equal(kinds(store), seen)
             absent = layout.absent(store.side.payload)
             assert absent is not None
             gone = absent[:, :coded]
@@ -90,36 +89,9 @@ def test_only_visual_tokens_of_the_prompt_are_dropped() -> None:
         ours(input_ids=torch.full((2, 1), 20), past_key_values=cache)
     for store in stores(cache):
         assert store.coded > coded
-        assert not kinds_of(store)[:, coded:].any(), "what comes later is text"
+        assert not kinds(store)[:, coded:].any(), "what comes later is text"
         absent = layout_of(store).absent(store.side.payload)
         assert absent is not None and not absent[:, coded : store.coded].any()
-
-
-def kinds_of(store: SideStore) -> Tensor:
-    """Of the coded tokens, ``[B, S]`` bool: which are visual by their levels."""
-    levels = store.side.payload[0][:, : store.coded, 0]
-    found = layout_of(store).kinds_of(levels)
-    assert found is not None
-    return found == 1
-
-
-@torch.no_grad()
-def test_inductor_gives_what_eager_operators_give() -> None:
-    case = zoo.llava(side=112, batch=2, padded=True, text=100)
-    found = []
-    for inner in ("eager", "inductor"):
-        torch._dynamo.reset()
-        ours = compiled(case.model, inner=inner, **EVERY)
-        prefilled(ours, case.inputs)
-        cache = prefilled(ours, case.inputs)
-        steps = [
-            ours(input_ids=torch.full((2, 1), 20 + i), past_key_values=cache).logits
-            for i in range(40)
-        ]
-        found.append((stores(cache), torch.cat(steps, 1)))
-    for one, two in zip(found[0][0], found[1][0], strict=True):
-        assert torch.equal(kinds_of(one), kinds_of(two)) and one.rows == two.rows
-    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()

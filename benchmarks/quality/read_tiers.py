@@ -2,7 +2,8 @@
 
 A block of coded tokens is read whole if its running share of the attention (AttentionPack, 3.2:
 I <- a I + (1 - a) mass, a = 0.25 a query) is at least ``times`` that of an even share, so that at
-most one in ``times`` is; of the others only components of 4 bits and more are read. Nothing is
+most one in ``times`` is; of the others only components of 4 bits and more are read. Or values of
+blocks are not read at all where no head gives any of their tokens a weight of ``times``. Nothing is
 faster here: it shows what this would cost in quality, through the compiled backend.
 
     python -m benchmarks.quality.read_tiers --device cuda      writes results/read-tiers.json
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -40,6 +42,9 @@ KEEP = 0.25
 LEADING = 4
 """Bits of the components that are always read."""
 
+SPLIT = 512
+"""Tokens of a program of a kernel, some: 8 sequences of 32,768 tokens are split among 528."""
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -51,6 +56,9 @@ class Reading:
         times: an even share of the attention that a block must have to be read whole.
         by: "running" importance; or, for values, what this very query gives ("now"), averaged over
             heads and queries of a piece or, "now, by head", one by one. Nothing could know those.
+            "weight": values of blocks whose largest weight, of any head of this query, is less than
+            ``times`` are not read. "weight in split": less than ``times`` the largest of the
+            ``SPLIT`` tokens around them, which is what a program of a kernel knows.
     """
 
     sides: str
@@ -114,6 +122,17 @@ class Lens:
             self.importance[self._layer] = kept * known + (1 - kept) * mean
             if "v" not in r.sides:
                 return mix(layout, p, payload, params)
+            if r.by.startswith("weight"):
+                most = padded.unflatten(3, (blocks, r.block)).amax((1, 4))  # [B, Q, blocks]
+                wanted = torch.full_like(most, r.times)
+                if r.by == "weight in split":
+                    per = SPLIT // r.block
+                    even = torch.nn.functional.pad(most, (0, -blocks % per))
+                    largest = even.unflatten(2, (-1, per)).amax(3)
+                    wanted = r.times * largest.repeat_interleave(per, 2)[..., :blocks]
+                read = self._spread((most >= wanted)[:, None], tokens)  # [B, 1, Q, tokens]
+                self.shares.append(float(read[..., : self.coded].float().mean()))
+                return mix(layout, torch.where(read, p, 0.0), payload, params)
             if r.by != "running":
                 now = mass if r.by == "now, by head" else mean[:, None, None]
                 whole = self._spread(now >= r.times / self._blocks(), tokens)
@@ -156,6 +175,8 @@ READINGS = (
     *(Reading(side, block, times) for block in (64, 16) for side in "kv" for times in (1, 2, 4)),
     Reading("kv", 64, 1), Reading("k", 64, 1e9), Reading("v", 64, 1e9),
     *(Reading("v", block, 1, by) for block in (64, 1) for by in ("now", "now, by head")),
+    *(Reading("v", 64, least, "weight") for least in (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)),
+    *(Reading("v", 64, least, "weight in split") for least in (3e-2, 1e-2, 1e-3)),
 )  # fmt: skip
 """A threshold of 1e9: nothing is read whole."""
 
@@ -167,6 +188,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=3072)
     parser.add_argument("--windows", type=int, default=20)
     parser.add_argument("--ratio", type=float, default=8)
+    parser.add_argument("--by", default="", help="only readings whose `by` begins so")
     parser.add_argument("--out", type=Path, default=FOLDER / "read-tiers.json")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -185,7 +207,7 @@ def main() -> None:
     coded = caches[0].layers[0].keys.store.coded
     rows = []
     with Lens(coded).on() as lens:
-        for reading in (None, *READINGS):
+        for reading in (None, *(r for r in READINGS if r.by.startswith(args.by))):
             lens.reading, lens.shares = reading, []
             kl, same = [], []
             for row, cache, wanted in zip(tests, caches, dense, strict=True):
@@ -202,7 +224,7 @@ def main() -> None:
             rows.append({**(asdict(reading) if reading else {}), **found})
             print(json.dumps(rows[-1]), flush=True)
     about = {
-        "command": "python -m benchmarks.quality.read_tiers --device " + args.device,
+        "command": " ".join(["python -m benchmarks.quality.read_tiers", *sys.argv[1:]]),
         "context": args.context, "windows": args.windows, "ratio": args.ratio,
         **environment(subject.device),
     }  # fmt: skip

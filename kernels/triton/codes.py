@@ -2,9 +2,10 @@
 
 A code u of b bits becomes u and a constant, which float16 holds exactly. Integer-to-float
 conversions run at a quarter of the rate of other instructions and would bound the kernel, so bits
-are put into the mantissa of a float16 whose last place is worth 1 (1024 + u), and a subtraction
-takes 1024 away again. After Kim et al., "Who Says Elephants Can't Run" (2022), 4. Codes of 8 bits
-keep their 1024: it is the same for all components, so it is taken from the sums at the end.
+are put into the mantissa of a float16 whose exponent makes their last place worth 1: u lands on
+top of a power of two, 2^10 where it takes the lowest bits of the mantissa, 2^6 four bits up, 2^2
+eight bits up. After Kim et al., "Who Says Elephants Can't Run" (2022), 4. The power of two is the
+same for all components of a width, so it is taken from the sums at the end, not from each number.
 
 Bytes are read two at a time, as words of 16 bits. A matrix product then finds them in registers as
 it wants its float16 operands, whether it runs over components (keys) or over tokens (values), and
@@ -18,35 +19,35 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Two words in $1 become two float16 in $0. `prmt` puts a byte of each below an exponent;
-# `lop3` (a & b | c) keeps the bits of one code and sets the exponent. A code that lies p bits up
-# counts 2^p times too much, which the multiplication undoes.
+PLACES = {8: 0, 4: 4, 2: 8}
+"""Bits of the mantissa below the codes of each width."""
+PLACE_8, PLACE_4, PLACE_2 = (tl.constexpr(place) for place in PLACES.values())
+
+# Two words in $1 become two float16 in $0. `prmt` puts a byte of each below an exponent; else bits
+# are brought to their place, and `lop3` (a & b | c) keeps those of one code and sets the exponent.
 _BYTE = "{{ prmt.b32 $0, $1, 0x64646464, {}; }}"
 _BITS = (
-    "{{ .reg .b32 x, f, s; mov.b32 f, 0x{f}{f}; mov.b32 s, 0x{s}{s}; {shift}"
-    " lop3.b32 x, x, 0x{m}{m}, 0x64006400, 0xEA; fma.rn.f16x2 $0, x, f, s; }}"
+    "{{ .reg .b32 x; {shift} x, $1, {by};"
+    " lop3.b32 $0, x, 0x{mask}{mask}, 0x{power}{power}, 0xEA; }}"
 )
-# of a code: its bits; 2^-p; -(1024 / 2^p + 2^(b-1)), the last two as float16
-_CODES = {
-    (4, 0): ("000f", "3c00", "e408"),
-    (4, 1): ("00f0", "2c00", "d480"),
-    (2, 0): ("0003", "3c00", "e402"),
-    (2, 1): ("000c", "3400", "dc08"),
-    (2, 2): ("0030", "2c00", "d420"),
-    (2, 3): ("00c0", "2400", "cc80"),
-}
-# The same for a code that is $2 bits up in its word. ($3 is the second word's $2, and no other.)
-_SHIFTED = (
-    "{{ .reg .b32 x, s; mov.b32 s, 0x{s}{s}; shr.b32 x, $1, $2;"
-    " lop3.b32 x, x, 0x{m}{m}, 0x64006400, 0xEA; sub.f16x2 $0, x, s; }}"
+# The same where a rotation by $2 brings the code to its place. ($3 is the second word's $2, and no
+# other. What a rotation brings over from the other word is not of this code.)
+_TURNED = (
+    "{{ .reg .b32 x; shf.l.wrap.b32 x, $1, $1, $2;"
+    " lop3.b32 $0, x, 0x{mask}{mask}, 0x{power}{power}, 0xEA; }}"
 )
+
+
+def _constants(bits: int) -> dict[str, str]:
+    """Of a width: which bits are kept, and the power of two below them, as float16."""
+    place = PLACES[bits]
+    return {"mask": f"{((1 << bits) - 1) << place:04x}", "power": f"{(25 - place) << 10:04x}"}
 
 
 def _text(bits: int, code: int) -> tl.constexpr:
-    per_byte = 8 // bits
-    shift = "shr.b32 x, $1, 8;" if code >= per_byte else "mov.b32 x, $1;"
-    m, f, s = _CODES[bits, code % per_byte]
-    return tl.constexpr(_BITS.format(m=m, f=f, s=s, shift=shift))
+    up = PLACES[bits] - bits * code
+    shift = "shl.b32" if up > 0 else "shr.b32"
+    return tl.constexpr(_BITS.format(shift=shift, by=abs(up), **_constants(bits)))
 
 
 ASM_8_0 = tl.constexpr(_BYTE.format("0x4240"))
@@ -54,14 +55,21 @@ ASM_8_1 = tl.constexpr(_BYTE.format("0x4341"))
 ASM_4_0, ASM_4_1, ASM_4_2, ASM_4_3 = _text(4, 0), _text(4, 1), _text(4, 2), _text(4, 3)
 ASM_2_0, ASM_2_1, ASM_2_2, ASM_2_3 = _text(2, 0), _text(2, 1), _text(2, 2), _text(2, 3)
 ASM_2_4, ASM_2_5, ASM_2_6, ASM_2_7 = _text(2, 4), _text(2, 5), _text(2, 6), _text(2, 7)
-ASM_8_ANY = tl.constexpr(_SHIFTED.format(m="00ff", s="0000"))
-ASM_4_ANY = tl.constexpr(_SHIFTED.format(m="000f", s="6408"))
-ASM_2_ANY = tl.constexpr(_SHIFTED.format(m="0003", s="6402"))
+ASM_8_ANY = tl.constexpr(_TURNED.format(**_constants(8)))
+ASM_4_ANY = tl.constexpr(_TURNED.format(**_constants(4)))
+ASM_2_ANY = tl.constexpr(_TURNED.format(**_constants(2)))
 
-OFFSET_8, OFFSET = tl.constexpr(1024 + 128 - 0.5), tl.constexpr(-0.5)
-"""``u + 1/2 - 2^(b-1)``, the middle of a code's interval, is ``converted(u)`` less this.
+OFFSET_8, OFFSET_4, OFFSET_2 = (
+    tl.constexpr(2.0 ** (10 - place) + 2 ** (bits - 1) - 0.5) for bits, place in PLACES.items()
+)
+"""``u + 1/2 - 2^(b-1)``, the middle of a code's interval, is ``converted(u)`` less this."""
 
-The first for 8 bits, the second for fewer."""
+
+@triton.jit
+def offset(number, B8: tl.constexpr, B4: tl.constexpr):
+    """What the component of this number in the order of codes has too much; of runs of B* bytes."""
+    narrow = tl.where(number < B8 + 2 * B4, OFFSET_4, OFFSET_2)
+    return tl.where(number < B8, OFFSET_8, narrow)
 
 
 @triton.jit
@@ -73,13 +81,11 @@ def _convert(words, TEXT: tl.constexpr):
 def converted(words, BITS: tl.constexpr, CODE: tl.constexpr, ASM: tl.constexpr):
     """Code ``CODE`` of each word (uint16, any shape) of a run of ``BITS``-bit codes, in float16.
 
-    8 bits: ``1024 + u``; else ``u - 2^(b-1)``. ASM: False where there is no assembler (Triton's
-    interpreter).
+    8 bits: ``1024 + u``; 4 bits: ``64 + u``; 2 bits: ``4 + u``. ASM: False where there is no
+    assembler (Triton's interpreter).
     """
     if not ASM:
-        mask: tl.constexpr = (1 << BITS) - 1
-        add: tl.constexpr = 1024 if BITS == 8 else -(1 << (BITS - 1))
-        return ((words >> (BITS * CODE)) & mask).to(tl.float16) + add
+        return _plainly(words >> (BITS * CODE), BITS)
     elif BITS == 8:
         if CODE == 0:
             return _convert(words, ASM_8_0)
@@ -113,27 +119,39 @@ def converted(words, BITS: tl.constexpr, CODE: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def converted_at(words, shift, BITS: tl.constexpr, ASM: tl.constexpr):
-    """The code that lies ``shift`` bits up in each word: :func:`converted` with shifts at run time.
-
-    shift: int32, of the shape of ``words``, the same for neighbours in pairs.
-    """
-    if not ASM:
-        mask: tl.constexpr = (1 << BITS) - 1
-        add: tl.constexpr = 1024 if BITS == 8 else -(1 << (BITS - 1))
-        return ((words.to(tl.int32) >> shift) & mask).to(tl.float16) + add
-    elif BITS == 8:
-        return _convert_at(words, shift, ASM_8_ANY)
-    elif BITS == 4:
-        return _convert_at(words, shift, ASM_4_ANY)
-    else:
-        return _convert_at(words, shift, ASM_2_ANY)
+def turn_of(code, BITS: tl.constexpr):
+    """How far to the left a rotation brings code ``code`` (a tensor) of a word to its place."""
+    place: tl.constexpr = PLACE_8 if BITS == 8 else PLACE_4 if BITS == 4 else PLACE_2
+    return place - code * BITS
 
 
 @triton.jit
-def _convert_at(words, shift, TEXT: tl.constexpr):
+def converted_at(words, turn, BITS: tl.constexpr, ASM: tl.constexpr):
+    """:func:`converted` of the code that a rotation by ``turn`` bits brings to its place.
+
+    turn: of :func:`turn_of`, of the shape of ``words``, the same for neighbours in pairs.
+    """
+    if not ASM:
+        return _plainly(words.to(tl.int32) >> (turn_of(0, BITS) - turn), BITS)
+    elif BITS == 8:
+        return _convert_at(words, turn, ASM_8_ANY)
+    elif BITS == 4:
+        return _convert_at(words, turn, ASM_4_ANY)
+    else:
+        return _convert_at(words, turn, ASM_2_ANY)
+
+
+@triton.jit
+def _plainly(words, BITS: tl.constexpr):
+    """The code in the lowest bits."""
+    power: tl.constexpr = 1024 if BITS == 8 else 64 if BITS == 4 else 4
+    return (words & ((1 << BITS) - 1)).to(tl.float16) + power
+
+
+@triton.jit
+def _convert_at(words, turn, TEXT: tl.constexpr):
     return tl.inline_asm_elementwise(
-        TEXT, "=r,r,r,r", [words, shift], dtype=tl.float16, is_pure=True, pack=2
+        TEXT, "=r,r,r,r", [words, turn], dtype=tl.float16, is_pure=True, pack=2
     )
 
 

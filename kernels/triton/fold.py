@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codes import OFFSET, OFFSET_8, component
+from .codes import component, offset
 
 LARGEST = tl.constexpr(65504.0)
 
@@ -71,7 +71,7 @@ def fold_kernel(
         q16 + (group * STRIDE + row)[:, None] * KW + number[None, :], folded,
         mask=some[:, None] & held[None, :],
     )  # fmt: skip
-    too_much = tl.where(number < K8, OFFSET_8, OFFSET)
+    too_much = offset(number, K8, K4)
     sums = tl.sum(folded.to(tl.float32) * too_much[None, :], 1)  # 0 behind the last component
     tl.store(centre + (group * CHUNKS + chunk) * STRIDE + row, -sums, mask=some)
     if chunk == 0:

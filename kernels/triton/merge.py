@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codes import OFFSET, OFFSET_8, component
+from .codes import component, offset
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def _expanded(
     x, gained, lack8, lack4, lack2, number, basis, unit, V8: tl.constexpr, V4: tl.constexpr,
 ):  # fmt: skip
     """Sums of codes ``x [components]``, and what they lack, as a value: ``[d]``."""
-    too_much = tl.where(number < V8, OFFSET_8, OFFSET)
+    too_much = offset(number, V8, V4)
     lack = tl.where(number < V8, lack8, tl.where(number < V8 + 2 * V4, lack4, lack2))
     x = (x - gained * too_much + lack) * unit
     return tl.sum(x[:, None] * basis.to(tl.float32), 0)

@@ -5,23 +5,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codes import converted, converted_at
+from .codes import converted, converted_at, turn_of
 
 
 @triton.jit
-def shifts(table, PAD: tl.constexpr, BITS: tl.constexpr, STACK: tl.constexpr):
-    """Bits by which the codes of the first product lie up in their words, one for each row.
+def turns(table, PAD: tl.constexpr, BITS: tl.constexpr, STACK: tl.constexpr):
+    """How far the words of the first product are turned for its codes, one for each row.
 
     Made of 0 .. 63 in ``table``, read from memory: Triton lets the layout of a product's operand
     go back through what is loaded, but not through a range that it makes itself; it would move the
     operand through shared memory instead.
     """
-    return tl.load(table + tl.arange(0, STACK * PAD // 2)) // (PAD // 2) * BITS
+    return turn_of(tl.load(table + tl.arange(0, STACK * PAD // 2)) // (PAD // 2), BITS)
 
 
 @triton.jit
 def mix(
-    p16, words, acc, shifts, BITS: tl.constexpr, PART: tl.constexpr, PAD: tl.constexpr,
+    p16, words, acc, turns, BITS: tl.constexpr, PART: tl.constexpr, PAD: tl.constexpr,
     STACK: tl.constexpr, N: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Weighted sums over tokens, ``[STACK * PAD / 2, M]``: product ``PART`` of a run's values.
@@ -34,8 +34,8 @@ def mix(
         W: tl.constexpr = PAD // 2
         stacked = tl.broadcast_to(words[None, :, :], (STACK, W, N))
         stacked = tl.reshape(stacked, (STACK * W, N))
-        shift = tl.broadcast_to((shifts + PART * STACK * BITS)[:, None], (STACK * W, N))
-        return tl.dot(converted_at(stacked, shift, BITS, ASM), p16, acc)
+        turn = tl.broadcast_to((turns - PART * STACK * BITS)[:, None], (STACK * W, N))
+        return tl.dot(converted_at(stacked, turn, BITS, ASM), p16, acc)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codes import OFFSET, OFFSET_8, component
+from .codes import component, offset
 from .score import code_scores, load_queries
 
 LOWER = tl.constexpr(0.25)
@@ -120,7 +120,7 @@ def basis_kernel(
         x16 = (x.to(tl.float32) * unit[:, None]).to(tl.float16)
         where = basis16 + (h * (2 * HALF) + i)[None, :] * KW + number[:, None]
         tl.store(where, x16, mask=held[:, None])
-        too_much = tl.where(number < K8, OFFSET_8, OFFSET)
+        too_much = offset(number, K8, K4)
         excess += tl.sum(x16.to(tl.float32) * too_much[:, None], 0)
     add = tl.load(mean + gk * row + own + channel, mask=there, other=0.0) * span
     if not KGAIN:

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from apack_compile.codec import TransformLayout
+from benchmarks.quality import read_tiers
 from benchmarks.quality.read_tiers import Lens, Reading
 
 from ..helpers import hand_code
@@ -62,3 +63,34 @@ def test_by_the_weights_of_the_step_only_what_is_weighed_is_read() -> None:
     _, mixed, lens = read(Reading("v", 8, 1, "now, by head"))
     torch.testing.assert_close(mixed, read(None)[1])
     assert lens.shares == [0.25]
+
+
+def weighed(p: Tensor, reading: Reading | None) -> tuple[Tensor, Lens]:
+    with Lens(p.shape[3], reading).on() as lens:
+        q = torch.ones(1, 2, 1, 16, dtype=torch.float64)
+        LAYOUT.scores(q, PAYLOAD, CODE.params)
+        return LAYOUT.mix(p, PAYLOAD, CODE.params), lens
+
+
+@pytest.mark.parametrize("by", ["weight", "weight in split"])
+def test_values_are_not_read_where_no_head_weighs_them(by: str) -> None:
+    p = torch.zeros(1, 2, 1, 32, dtype=torch.float64)
+    p[0, 0, 0, :9] = 0.1  # of the second block, head 0 weighs one token
+    p[0, 1, 0, 31] = 0.001
+    mixed, lens = weighed(p, Reading("v", 8, 0.05, by))
+    only = p.clone()
+    only[..., 31] = 0
+    torch.testing.assert_close(mixed, weighed(only, None)[0])
+    assert lens.shares == [0.5]
+
+
+def test_in_a_split_of_little_weight_its_own_largest_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two splits of two blocks: in the second the block of 0.01 is the one that counts."""
+    monkeypatch.setattr(read_tiers, "SPLIT", 16)
+    p = torch.zeros(1, 2, 1, 32, dtype=torch.float64)
+    p[..., 0], p[..., 31] = 0.9, 0.01
+    mixed, lens = weighed(p, Reading("v", 8, 0.05, "weight in split"))
+    torch.testing.assert_close(mixed, weighed(p, None)[0])
+    assert lens.shares == [0.5]

@@ -39,11 +39,11 @@ FOLDER = Path(__file__).resolve().parents[1] / "results"
 KEEP = 0.25
 """Of the importance that a token had before a query, what is kept behind it: the paper's."""
 
-LEADING = 4
-"""Bits of the components that are always read."""
+LEADING, NONE = 4, 9
+"""Bits of the components that are always read; more than any has."""
 
-SPLIT = 512
-"""Tokens of a program of a kernel, some: 8 sequences of 32,768 tokens are split among 528."""
+SPLIT = 1024
+"""Tokens of a program of a kernel, some: those of 8 sequences of 32,768, four KV heads of 128."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,14 @@ class Reading:
     Attributes:
         sides: "kv", "k" or "v": of which only leading components are read elsewhere.
         block: tokens of a block.
-        times: an even share of the attention that a block must have to be read whole.
+        times: an even share of the attention that a block must have to be read whole; by weights,
+            a weight.
         by: "running" importance; or, for values, what this very query gives ("now"), averaged over
             heads and queries of a piece or, "now, by head", one by one. Nothing could know those.
             "weight": values of blocks whose largest weight, of any head of this query, is less than
-            ``times`` are not read. "weight in split": less than ``times`` the largest of the
-            ``SPLIT`` tokens around them, which is what a program of a kernel knows.
+            ``times`` are not read, and are the mean. "weight in split": less than ``times`` the
+            largest of the ``SPLIT`` tokens around them, which is more than a program of a kernel
+            knows (what came before).
     """
 
     sides: str
@@ -132,7 +134,9 @@ class Lens:
                     wanted = r.times * largest.repeat_interleave(per, 2)[..., :blocks]
                 read = self._spread((most >= wanted)[:, None], tokens)  # [B, 1, Q, tokens]
                 self.shares.append(float(read[..., : self.coded].float().mean()))
-                return mix(layout, torch.where(read, p, 0.0), payload, params)
+                out = mix(layout, torch.where(read, p, 0.0), payload, params)
+                with _leading(NONE):
+                    return out + mix(layout, torch.where(read, 0.0, p), payload, params)
             if r.by != "running":
                 now = mass if r.by == "now, by head" else mean[:, None, None]
                 whole = self._spread(now >= r.times / self._blocks(), tokens)
@@ -157,13 +161,13 @@ class Lens:
 
 
 @contextmanager
-def _leading() -> Iterator[None]:
-    """Components of few bits are what they are in the mean."""
+def _leading(least: int = LEADING) -> Iterator[None]:
+    """Components of less than ``least`` bits are what they are in the mean."""
     codes = TransformLayout._codes
 
     def leading(layout: TransformLayout, payload: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         read = codes(layout, payload, dtype)
-        count = sum(n for bits, n in layout.runs if bits >= LEADING)
+        count = sum(n for bits, n in layout.runs if bits >= least)
         middle = -layout._centres(read)[count:]
         return torch.cat((read[..., :count], middle.expand(*read.shape[:-1], -1)), -1)
 

@@ -9,7 +9,7 @@ same for all components of a width, so it is taken from the sums at the end, not
 
 Bytes are read two at a time, as words of 16 bits. A matrix product then finds them in registers as
 it wants its float16 operands, whether it runs over components (keys) or over tokens (values), and
-each instruction here turns two words at once. Of the ``16 / b`` codes in word w of a run of B
+each instruction here takes two words at once. Of the ``16 / b`` codes in word w of a run of B
 bytes, code c is component ``(c % P) B + 2 w + c // P`` with ``P = 8 / b`` (``codec/bits.py``).
 The kernels put components in the order of their codes: code c of word w is number ``c B / 2 + w``.
 """
@@ -32,7 +32,7 @@ _BITS = (
 )
 # The same where a rotation by $2 brings the code to its place. ($3 is the second word's $2, and no
 # other. What a rotation brings over from the other word is not of this code.)
-_TURNED = (
+_ROTATED = (
     "{{ .reg .b32 x; shf.l.wrap.b32 x, $1, $1, $2;"
     " lop3.b32 $0, x, 0x{mask}{mask}, 0x{power}{power}, 0xEA; }}"
 )
@@ -55,9 +55,9 @@ ASM_8_1 = tl.constexpr(_BYTE.format("0x4341"))
 ASM_4_0, ASM_4_1, ASM_4_2, ASM_4_3 = _text(4, 0), _text(4, 1), _text(4, 2), _text(4, 3)
 ASM_2_0, ASM_2_1, ASM_2_2, ASM_2_3 = _text(2, 0), _text(2, 1), _text(2, 2), _text(2, 3)
 ASM_2_4, ASM_2_5, ASM_2_6, ASM_2_7 = _text(2, 4), _text(2, 5), _text(2, 6), _text(2, 7)
-ASM_8_ANY = tl.constexpr(_TURNED.format(**_constants(8)))
-ASM_4_ANY = tl.constexpr(_TURNED.format(**_constants(4)))
-ASM_2_ANY = tl.constexpr(_TURNED.format(**_constants(2)))
+ASM_8_ANY = tl.constexpr(_ROTATED.format(**_constants(8)))
+ASM_4_ANY = tl.constexpr(_ROTATED.format(**_constants(4)))
+ASM_2_ANY = tl.constexpr(_ROTATED.format(**_constants(2)))
 
 OFFSET_8, OFFSET_4, OFFSET_2 = (
     tl.constexpr(2.0 ** (10 - place) + 2 ** (bits - 1) - 0.5) for bits, place in PLACES.items()
@@ -119,39 +119,39 @@ def converted(words, BITS: tl.constexpr, CODE: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def turn_of(code, BITS: tl.constexpr):
+def rotation_of(code, BITS: tl.constexpr):
     """How far to the left a rotation brings code ``code`` (a tensor) of a word to its place."""
     place: tl.constexpr = PLACE_8 if BITS == 8 else PLACE_4 if BITS == 4 else PLACE_2
-    return place - code * BITS
+    return code * -BITS + place
 
 
 @triton.jit
-def converted_at(words, turn, BITS: tl.constexpr, ASM: tl.constexpr):
-    """:func:`converted` of the code that a rotation by ``turn`` bits brings to its place.
+def converted_at(words, rotation, BITS: tl.constexpr, ASM: tl.constexpr):
+    """:func:`converted` of the code that a rotation by so many bits brings to its place.
 
-    turn: of :func:`turn_of`, of the shape of ``words``, the same for neighbours in pairs.
+    rotation: of :func:`rotation_of`, of the shape of ``words``, the same for neighbours in pairs.
     """
     if not ASM:
-        return _plainly(words.to(tl.int32) >> (turn_of(0, BITS) - turn), BITS)
+        return _plainly(words.to(tl.int32) >> (rotation_of(0, BITS) - rotation), BITS)
     elif BITS == 8:
-        return _convert_at(words, turn, ASM_8_ANY)
+        return _convert_at(words, rotation, ASM_8_ANY)
     elif BITS == 4:
-        return _convert_at(words, turn, ASM_4_ANY)
+        return _convert_at(words, rotation, ASM_4_ANY)
     else:
-        return _convert_at(words, turn, ASM_2_ANY)
+        return _convert_at(words, rotation, ASM_2_ANY)
 
 
 @triton.jit
 def _plainly(words, BITS: tl.constexpr):
     """The code in the lowest bits."""
-    power: tl.constexpr = 1024 if BITS == 8 else 64 if BITS == 4 else 4
+    power: tl.constexpr = 1 << (10 - rotation_of(0, BITS))
     return (words & ((1 << BITS) - 1)).to(tl.float16) + power
 
 
 @triton.jit
-def _convert_at(words, turn, TEXT: tl.constexpr):
+def _convert_at(words, rotation, TEXT: tl.constexpr):
     return tl.inline_asm_elementwise(
-        TEXT, "=r,r,r,r", [words, turn], dtype=tl.float16, is_pure=True, pack=2
+        TEXT, "=r,r,r,r", [words, rotation], dtype=tl.float16, is_pure=True, pack=2
     )
 
 

@@ -26,7 +26,7 @@ from .score import (
     span,
 )
 from .spread import lacked
-from .sums import mix, paired, store_sums, turns
+from .sums import mix, paired, rotations, store_sums
 from .turned import load_turn, turned_scores
 
 SLACK = tl.constexpr(10.0)
@@ -143,15 +143,15 @@ def over_codes(
     if VX:
         a16 = tl.full([DVP, M], 0.0, tl.float32)
     if V8:
-        t8 = turns(table, VP8, 8, VS8)
+        t8 = rotations(table, VP8, 8, VS8)
         a8_0 = tl.full([VS8 * VP8 // 2, M], 0.0, tl.float32)
         a8_1 = a8_0
     if V4:
-        t4 = turns(table, VP4, 4, VS4)
+        t4 = rotations(table, VP4, 4, VS4)
         a4_0 = tl.full([VS4 * VP4 // 2, M], 0.0, tl.float32)
         a4_1, a4_2, a4_3 = a4_0, a4_0, a4_0
     if V2:
-        t2 = turns(table, VP2, 2, VS2)
+        t2 = rotations(table, VP2, 2, VS2)
         a2_0 = tl.full([VS2 * VP2 // 2, M], 0.0, tl.float32)
         a2_1, a2_2, a2_3, a2_4, a2_5, a2_6, a2_7 = a2_0, a2_0, a2_0, a2_0, a2_0, a2_0, a2_0
 
@@ -260,12 +260,12 @@ def over_codes(
                 )
             else:
                 next_u = gains(v_gains, n + N, n + N < last, VG)
-            more = log2_bound(u)
+            reach = s + log2_bound(u)[:, None]
         else:
-            more = tl.full([N], 0.0, tl.float32)
-        above = tl.reshape(s + more[:, None] - top[None, :], (N * M,), can_reorder=True)
+            reach = s
+        above = tl.reshape(reach - top[None, :], (N * M,), can_reorder=True)
         if tl.max(above, 0) > SLACK:
-            new = tl.maximum(top, tl.max(s + more[:, None], 0))
+            new = tl.maximum(top, tl.max(reach, 0))
             decay = exp2(top - new, ASM)[None, :]
             top = new
             mass = mass * decay[None, :, :]

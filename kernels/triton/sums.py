@@ -5,23 +5,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codes import converted, converted_at, turn_of
+from .codes import converted, converted_at, rotation_of
 
 
 @triton.jit
-def turns(table, PAD: tl.constexpr, BITS: tl.constexpr, STACK: tl.constexpr):
-    """How far the words of the first product are turned for its codes, one for each row.
+def rotations(table, PAD: tl.constexpr, BITS: tl.constexpr, STACK: tl.constexpr):
+    """How far the words of the first product are rotated for its codes, one for each row.
 
     Made of 0 .. 63 in ``table``, read from memory: Triton lets the layout of a product's operand
     go back through what is loaded, but not through a range that it makes itself; it would move the
     operand through shared memory instead.
     """
-    return turn_of(tl.load(table + tl.arange(0, STACK * PAD // 2)) // (PAD // 2), BITS)
+    return rotation_of(tl.load(table + tl.arange(0, STACK * PAD // 2)) // (PAD // 2), BITS)
 
 
 @triton.jit
 def mix(
-    p16, words, acc, turns, BITS: tl.constexpr, PART: tl.constexpr, PAD: tl.constexpr,
+    p16, words, acc, rotations, BITS: tl.constexpr, PART: tl.constexpr, PAD: tl.constexpr,
     STACK: tl.constexpr, N: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Weighted sums over tokens, ``[STACK * PAD / 2, M]``: product ``PART`` of a run's values.
@@ -34,8 +34,8 @@ def mix(
         W: tl.constexpr = PAD // 2
         stacked = tl.broadcast_to(words[None, :, :], (STACK, W, N))
         stacked = tl.reshape(stacked, (STACK * W, N))
-        turn = tl.broadcast_to((turns - PART * STACK * BITS)[:, None], (STACK * W, N))
-        return tl.dot(converted_at(stacked, turn, BITS, ASM), p16, acc)
+        rotation = tl.broadcast_to((rotations - PART * STACK * BITS)[:, None], (STACK * W, N))
+        return tl.dot(converted_at(stacked, rotation, BITS, ASM), p16, acc)
 
 
 @triton.jit

@@ -95,6 +95,35 @@ def test_words_become_codes_and_a_constant(bits: int, code: int, turned: bool) -
     check(bits, code, high.astype(np.float64), others)
 
 
+@triton.jit
+def name_offsets(out, B8: tl.constexpr, B4: tl.constexpr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(out + i, codes.offset(i, B8, B4))
+
+
+@triton.jit
+def name_rotations(out, BITS: tl.constexpr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(out + i, codes.rotation_of(i, BITS))
+
+
+@pytest.mark.parametrize(("b8", "b4"), [(0, 0), (16, 0), (0, 8), (16, 24)])
+def test_each_width_has_its_offset(b8: int, b4: int) -> None:
+    out = torch.empty(128, device=DEVICE)
+    name_offsets[(1,)](out, b8, b4, 128)
+    counts = b8, 2 * b4, 128 - b8 - 2 * b4
+    each = [getattr(codes, f"OFFSET_{bits}").value for bits in (8, 4, 2)]
+    assert out.tolist() == [o for o, count in zip(each, counts, strict=True) for _ in range(count)]
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_rotations_bring_codes_to_their_place(bits: int) -> None:
+    """The interpreter takes them back, so that it would not see a wrong one."""
+    out = torch.empty(16 // bits, dtype=torch.int32, device=DEVICE)
+    name_rotations[(1,)](out, bits, 16 // bits)
+    assert out.tolist() == [codes.PLACES[bits] - bits * code for code in range(16 // bits)]
+
+
 @pytest.mark.parametrize("runs", [(32, 0, 0), (16, 32, 16), (48, 80, 48), (0, 32, 16), (16, 0, 16)])
 def test_the_order_of_codes_is_that_of_packed_bytes(runs: tuple[int, int, int]) -> None:
     """Code c of word w, read off packed bytes, is the component that ``component`` names."""

@@ -31,9 +31,13 @@ from .learn import by_shape, evidence, fit_layers, reach_of
 TRIAL = Recipe(ratio=8.0)
 """The trial code: two bits a number."""
 
-MOST = 8.0
-"""A measurement changes a predicted sensitivity at most by this factor, up or down: rounding, in
-16-bit models above all, makes the smallest costs look larger than they are."""
+LEAST, MOST = 1 / 8, 64.0
+"""A measurement changes a predicted sensitivity at least and at most by these factors. The values
+of SmolLM2's first layer cost 39 times what is predicted; at most 8 were allowed once, and codes at
+ratio 16 had too few bits there."""
+
+NOISE = 0.3
+"""Of what rounding costs: a cost that differs by less from the predicted one says nothing."""
 
 
 class FitError(ValueError):
@@ -150,9 +154,10 @@ def _shares(layers: Sequence[Sensitivity]) -> list[Sensitivity]:
 
 def _ratio(trial: Trial) -> float:
     """Measured over predicted cost, within limits."""
-    if trial.predicted <= 0:
+    cost = max(trial.cost, 0.0)
+    if trial.predicted <= 0 or abs(cost - trial.predicted) < NOISE * trial.rounding:
         return 1.0
-    return min(max(trial.measured / trial.predicted, 1 / MOST), MOST)
+    return min(max(cost / trial.predicted, LEAST), MOST)
 
 
 class LearningGraph(PackedGraph):

@@ -16,7 +16,7 @@ class LayerSummary:
     Attributes:
         errors: relative squared coding error of keys and of values, as predicted from the samples.
         trials: what coding the keys alone, and the values alone, at a trial code costs: predicted
-            and measured KL. None if it was not measured.
+            and measured KL, and what rounding has of that. None if it was not measured.
     """
 
     errors: tuple[float, float]
@@ -50,7 +50,7 @@ class FitSummary:
         if len(trials) < 2:
             return None
         k, v = (
-            spearman([t[i].predicted for t in trials], [t[i].measured for t in trials])
+            spearman([t[i].predicted for t in trials], [t[i].cost for t in trials])
             for i in range(2)
         )
         return k, v

@@ -10,6 +10,11 @@ one layer at a time are coded with a trial code, and what the last tokens predic
 only the last tokens see the coded one.
 
 The graph is run up to the layer once for all trials, and resumed from there for each.
+
+In models of 16 bits all that is computed after a change is rounded differently, however small it
+was, which costs more than coding most layers does; the less, the fewer layers follow. So for every
+``EVERY``-th layer keys are also changed by no more than their last bit, and what that costs is told
+with each trial; between these layers, by their distance.
 """
 
 from __future__ import annotations
@@ -42,10 +47,21 @@ class Trial:
     Attributes:
         predicted: by the Fisher information.
         measured: by running the model on the coded cache.
+        rounding: what a change in the last bit costs, in models of 16 bits.
     """
 
     predicted: float
     measured: float
+    rounding: float = 0.0
+
+    @property
+    def cost(self) -> float:
+        """That of coding alone."""
+        return self.measured - self.rounding
+
+
+EVERY = 4
+"""Layers from one whose rounding is measured to the next."""
 
 
 def calibrate(
@@ -86,11 +102,14 @@ def calibrate(
         except torch.OutOfMemoryError as error:
             raise Unmeasured("out of memory") from error
     found = []
-    for site, turn, metric in zip(sites, turns, sensitivities, strict=True):
+    for number, (site, turn, metric) in enumerate(zip(sites, turns, sensitivities, strict=True)):
         k, v = site.cached.k.node, site.cached.v.node
         k_cost = _predicted(metric.k, trials.errors[k], split, split.turn(turn))
         v_cost = _predicted(metric.v, trials.errors[v], split, None)
-        found.append((Trial(k_cost, trials.costs[k]), Trial(v_cost, trials.costs[v])))
+        rounding = _between(trials.rounding, number)
+        found.append(
+            (Trial(k_cost, trials.costs[k], rounding), Trial(v_cost, trials.costs[v], rounding))
+        )
     return found
 
 
@@ -174,22 +193,32 @@ class _Trials(Replay):
         self.values = work.split.of_asked(base)
         self.errors: dict[fx.Node, Tensor] = {}
         self.costs: dict[fx.Node, float] = {}
+        self.rounding: dict[int, float] = {}
+        keys = list(sides)[::2]
+        self._rounded = {n: i for i, n in enumerate(keys) if i % EVERY == 0 or n is keys[-1]}
 
     def cached(self, n: fx.Node, value: Tensor) -> Tensor:
         """As it was; on the way, the trial."""
         past, code = self.past[n], self.sides[n]
+        if n in self._rounded and past.dtype.itemsize == 2:
+            ulp = torch.finfo(past.dtype).eps * torch.tensor([1.0, -1.0], device=past.device)
+            nudged = past * (1 + ulp.repeat(past.shape[3])[: past.shape[3]])
+            self.rounding[self._rounded[n]] = self._cost(n, value, nudged.to(past.dtype))
         params = code.on(past.device)
         payload = code.layout.encode(past, params)
         decoded = code.layout.decode(payload, params, past.dtype)
         coded = self.work.split.coded.to(past.device)
         changed = torch.where(coded[:, None, :, None], decoded, past)
         self.errors[n] = changed - past
-        rest = _Resumed(self.work, self.past, self.known)
-        result = rest.resume({**self.env, n: self.with_past(value, changed)}, n)
-        changed_values = self.work.split.of_asked(result)
-        self.costs[n] = self.work.outcome.cost(self.values, changed_values)
+        self.costs[n] = self._cost(n, value, changed)
         self.step(len(self.costs), len(self.sides))
         return self.with_past(value, past)
+
+    def _cost(self, n: fx.Node, value: Tensor, past: Tensor) -> float:
+        """What another cache before the last tokens costs."""
+        rest = _Resumed(self.work, self.past, self.known)
+        result = rest.resume({**self.env, n: self.with_past(value, past)}, n)
+        return self.work.outcome.cost(self.values, self.work.split.of_asked(result))
 
 
 FAR = 0.05
@@ -201,6 +230,16 @@ def _agree(full: Tensor | None, partly: Tensor | None) -> bool:
     assert full is not None and partly is not None
     a, b = (x[:, -min(full.shape[1], partly.shape[1]) :].float() for x in (full, partly))
     return bool((a - b).norm() <= FAR * a.norm())
+
+
+def _between(known: dict[int, float], number: int) -> float:
+    """The value at a number, from those at numbers below and above, by their distance."""
+    if not known:
+        return 0.0
+    low = max(i for i in known if i <= number)
+    high = min((i for i in known if i >= number), default=low)
+    part = (number - low) / max(high - low, 1)
+    return known[low] + part * (known[high] - known[low])
 
 
 def _predicted(metric: Tensor, errors: Tensor, split: Split, turn: Turn | None) -> float:

@@ -102,9 +102,20 @@ def test_two_batches_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_measured_sensitivity_rescales_predicted_one() -> None:
     assert session._ratio(Trial(2.0, 3.0)) == 1.5
+    assert session._ratio(Trial(1.0, 39.0)) == 39.0
     assert session._ratio(Trial(1.0, 100.0)) == session.MOST
-    assert session._ratio(Trial(1.0, -1e-9)) == 1 / session.MOST
+    assert session._ratio(Trial(1.0, -1e-9)) == session.LEAST
     assert session._ratio(Trial(0.0, 1.0)) == 1.0
+
+
+def test_what_rounding_costs_is_not_taken_for_sensitivity() -> None:
+    """Bug: in bfloat16 the least sensitive layers seemed to cost hundreds of times too much."""
+    assert session._ratio(Trial(1e-6, 1.2e-3, 1.2e-3)) == 1.0  # nothing but rounding
+    assert session._ratio(Trial(1e-6, 1.3e-3, 1.2e-3)) == 1.0  # its noise
+    assert session._ratio(Trial(1e-6, 0.8e-3, 1.2e-3)) == 1.0
+    assert session._ratio(Trial(2e-3, 3.3e-3, 1.3e-3)) == 1.0
+    assert session._ratio(Trial(1e-3, 3.2e-3, 1.2e-3)) == pytest.approx(2.0)
+    assert session._ratio(Trial(1e-5, 1.7e-3, 1.2e-3)) == pytest.approx(50.0)
 
 
 def test_without_measuring_no_trial_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

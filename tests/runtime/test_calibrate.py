@@ -16,7 +16,7 @@ from apack_compile.codec.fit import Evidence, fit_transform
 from apack_compile.codec.moments import Moments
 from apack_compile.codec.recipe import Recipe
 from apack_compile.runtime import replay
-from apack_compile.runtime.calibrate import Trial, calibrate
+from apack_compile.runtime.calibrate import Trial, _between, calibrate
 from apack_compile.runtime.replay import Outcome, Split, Unmeasured
 from apack_compile.runtime.sense import measure
 
@@ -26,8 +26,10 @@ from ..passes.capture import Captured, capture
 WINDOW = 16
 
 
-def captured_decoder(tokens: int = 300, batch: int = 1) -> Captured:
-    model = zoo.plain_decoder()
+def captured_decoder(
+    tokens: int = 300, batch: int = 1, dtype: torch.dtype = torch.float32
+) -> Captured:
+    model = zoo.plain_decoder().to(dtype)
     ids = torch.randint(10, 190, (batch, tokens), generator=torch.Generator().manual_seed(5))
     return capture(model, ids, torch.arange(tokens)[None])
 
@@ -75,6 +77,23 @@ def test_a_code_that_loses_nothing_costs_nothing() -> None:
     for pair in run(captured_decoder(), [(exact, exact)] * 2):
         for trial in pair:
             assert trial == Trial(0.0, 0.0)
+
+
+def test_rounding_is_measured_in_sixteen_bits_alone() -> None:
+    """Codes that lose nothing leave all as it is; the last bit changes all that follows."""
+    exact = Code(ExactLayout(2, 16))
+    trials = run(captured_decoder(dtype=torch.bfloat16), [(exact, exact)] * 2)
+    for pair in trials:
+        for trial in pair:
+            assert trial.measured == 0 < trial.rounding < 1e-2
+            assert trial.cost == -trial.rounding
+    assert trials[0][0].rounding == trials[0][1].rounding != trials[1][0].rounding
+
+
+def test_between_layers_that_were_measured_rounding_goes_by_their_distance() -> None:
+    known = {0: 8.0, 4: 4.0, 6: 1.0}
+    assert [_between(known, i) for i in range(7)] == [8, 7, 6, 5, 4, 2.5, 1]
+    assert _between({}, 3) == 0
 
 
 def by_hand(captured: Captured, layer: int, side: int, code: Code) -> float:

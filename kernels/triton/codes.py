@@ -144,7 +144,7 @@ def converted_at(words, rotation, BITS: tl.constexpr, ASM: tl.constexpr):
 @triton.jit
 def _plainly(words, BITS: tl.constexpr):
     """The code in the lowest bits."""
-    power: tl.constexpr = 1 << (10 - rotation_of(0, BITS))
+    power: tl.constexpr = 1024 if BITS == 8 else 64 if BITS == 4 else 4
     return (words & ((1 << BITS) - 1)).to(tl.float16) + power
 
 

@@ -97,7 +97,8 @@ def calibrate(
                 base = _Resumed(work, recording.past, False)
                 base.run(*plain)
             assert base.seen is not None
-            trials = _Trials(work, recording.past, sides, base.seen, step, known)
+            keys = {site.cached.k.node: number for number, site in enumerate(sites)}
+            trials = _Trials(work, recording.past, sides, keys, base.seen, step, known)
             trials.run(*plain)
         except torch.OutOfMemoryError as error:
             raise Unmeasured("out of memory") from error
@@ -184,26 +185,25 @@ class _Trials(Replay):
     """Codes one cache tensor after the other, and each time runs the rest of the graph."""
 
     def __init__(
-        self, work: Work, past: dict[fx.Node, Tensor], sides: dict[fx.Node, Code], base: Tensor,
-        step: Callable[[int, int], None], known: bool,
+        self, work: Work, past: dict[fx.Node, Tensor], sides: dict[fx.Node, Code],
+        keys: dict[fx.Node, int], base: Tensor, step: Callable[[int, int], None], known: bool,
     ) -> None:  # fmt: skip
         super().__init__(work, known)
         self.known = known
-        self.past, self.sides, self.step = past, sides, step
+        self.past, self.sides, self.keys, self.step = past, sides, keys, step
         self.values = work.split.of_asked(base)
         self.errors: dict[fx.Node, Tensor] = {}
         self.costs: dict[fx.Node, float] = {}
         self.rounding: dict[int, float] = {}
-        keys = list(sides)[::2]
-        self._rounded = {n: i for i, n in enumerate(keys) if i % EVERY == 0 or n is keys[-1]}
 
     def cached(self, n: fx.Node, value: Tensor) -> Tensor:
         """As it was; on the way, the trial."""
         past, code = self.past[n], self.sides[n]
-        if n in self._rounded and past.dtype.itemsize == 2:
+        number = self.keys.get(n)
+        if past.dtype.itemsize == 2 and number is not None and self._is_rounded(number):
             ulp = torch.finfo(past.dtype).eps * torch.tensor([1.0, -1.0], device=past.device)
             nudged = past * (1 + ulp.repeat(past.shape[3])[: past.shape[3]])
-            self.rounding[self._rounded[n]] = self._cost(n, value, nudged.to(past.dtype))
+            self.rounding[number] = self._cost(n, value, nudged.to(past.dtype))
         params = code.on(past.device)
         payload = code.layout.encode(past, params)
         decoded = code.layout.decode(payload, params, past.dtype)
@@ -213,6 +213,10 @@ class _Trials(Replay):
         self.costs[n] = self._cost(n, value, changed)
         self.step(len(self.costs), len(self.sides))
         return self.with_past(value, past)
+
+    def _is_rounded(self, number: int) -> bool:
+        """Every so many layers, and in the last one."""
+        return number % EVERY == 0 or number == max(self.keys.values())
 
     def _cost(self, n: fx.Node, value: Tensor, past: Tensor) -> float:
         """What another cache before the last tokens costs."""
@@ -236,7 +240,7 @@ def _between(known: dict[int, float], number: int) -> float:
     """The value at a number, from those at numbers below and above, by their distance."""
     if not known:
         return 0.0
-    low = max(i for i in known if i <= number)
+    low = max((i for i in known if i <= number), default=min(known))
     high = min((i for i in known if i >= number), default=low)
     part = (number - low) / max(high - low, 1)
     return known[low] + part * (known[high] - known[low])

@@ -94,6 +94,7 @@ def test_between_layers_that_were_measured_rounding_goes_by_their_distance() -> 
     known = {0: 8.0, 4: 4.0, 6: 1.0}
     assert [_between(known, i) for i in range(7)] == [8, 7, 6, 5, 4, 2.5, 1]
     assert _between({}, 3) == 0
+    assert _between({4: 2.0}, 0) == _between({4: 2.0}, 5) == 2  # layers before and behind them
 
 
 def by_hand(captured: Captured, layer: int, side: int, code: Code) -> float:

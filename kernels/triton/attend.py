@@ -1,6 +1,6 @@
 """Packed attention of one decode step: one launch over codes, pool and ring.
 
-Programs of three kinds share the launch:
+Programs of three kinds share the launch, or those over codes do the others' work, too:
 
 - ``over_codes``: one split of the coded tokens for one group of KV heads. All query rows of the
   group (query heads x queries) meet one tile of codes, so that each code is read once. Keys that
@@ -21,6 +21,7 @@ import triton.language as tl
 from .over_codes import over_codes
 from .over_pool import over_pool
 from .over_ring import over_ring
+from .shares import own_pieces
 
 
 @triton.jit
@@ -28,8 +29,8 @@ def attend_kernel(
     q16, shift, centre, table, q, k_codes, k_gain, v_codes, v_gain, bias, lengths, k_pos, v_pos,
     k_basis, k_offsets, k_spans, k_waves, k_pool, v_pool, k_ring, v_ring,
     lacks, entries, counts, k_scores, v_scores, part, stats, exact,
-    splits, tails, apart, exact_programs, capacity, k_rows, v_rows, length, k_slots, v_slots,
-    bias_b, bias_h, bias_q, scale2,
+    splits, tails, apart, exact_programs, pieces, capacity, k_rows, v_rows, length,
+    k_slots, v_slots, bias_b, bias_h, bias_q, scale2,
     H: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
     BLOCKS: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
     KX: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, KW: tl.constexpr,
@@ -45,34 +46,70 @@ def attend_kernel(
     LIST: tl.constexpr, STATS: tl.constexpr, EXACTS: tl.constexpr, RING: tl.constexpr,
     BIAS: tl.constexpr, CAP: tl.constexpr,
     X: tl.constexpr, XBLOCKS: tl.constexpr, XN: tl.constexpr, LISTED: tl.constexpr, N: tl.constexpr,
-    STAGES: tl.constexpr,
-    WHOLE: tl.constexpr, LAST: tl.constexpr, ASM: tl.constexpr,
+    STAGES: tl.constexpr, PIECE: tl.constexpr, AHEAD: tl.constexpr, KSECTORS: tl.constexpr,
+    VSECTORS: tl.constexpr, WHOLE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """All kinds of programs, those over ring and pool last or first. Constants: ``plan.py``.
+    """All kinds of programs. Constants: ``plan.py``.
 
-    CAP: the softcap of the scores; 0: there is none. apart: 2 if ring and pool of a head have a
-    program each, 1 if they share one. length: entries of a sequence (``listing.py``); tails:
-    programs over those of slots, behind the splits.
+    CAP: the softcap of the scores; 0: there is none. exact_programs: over ring and pool; 0: those
+    over codes do theirs, ``pieces`` in each group (``shares.py``). apart: 2 if ring and pool of a
+    head have a program each, 1 if they share one. length: entries of a sequence (``listing.py``);
+    tails: programs over those of slots, behind the splits.
     """
-    work = tl.program_id(0)
-    if LAST:  # as if they were first
-        work += exact_programs
-        work = tl.where(work < tl.num_programs(0), work, work - tl.num_programs(0))
+    program = tl.program_id(0)
     scale2 = tl.full([], scale2, tl.float32)  # Inductor passes float64
-    if work < exact_programs:
-        if work % apart == 0:
+    piece, last_piece = program, program + 1
+    if program >= exact_programs:
+        work = program - exact_programs
+        if LIST:
+            of_slots = work // BLOCKS % (splits + tails) >= splits
+        else:
+            of_slots = False
+        if of_slots:
+            over_codes(
+                work, splits, tails, pieces, q16, shift, centre, table, q, k_codes, k_gain,
+                v_codes, v_gain, bias, lengths, k_pos, v_pos, k_basis, k_offsets, k_spans,
+                k_waves, lacks, entries, counts, k_scores, v_scores, part, stats,
+                k_rows, v_rows, length, k_slots, v_slots, bias_b, bias_h, bias_q, scale2,
+                H, ROWS, Q, G, M, BLOCKS, KG, VG,
+                KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
+                CHUNKS, CHUNKSP,
+                VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN, VS8, VS4, VS2,
+                EK, EKP, EV, EVP, 2, STATS, EXACTS, BIAS, CAP, N, STAGES, PIECE, 0, KSECTORS,
+                VSECTORS, WHOLE, ASM,
+            )  # fmt: skip
+        else:
+            over_codes(
+                work, splits, tails, pieces, q16, shift, centre, table, q, k_codes, k_gain,
+                v_codes, v_gain, bias, lengths, k_pos, v_pos, k_basis, k_offsets, k_spans,
+                k_waves, lacks, entries, counts, k_scores, v_scores, part, stats,
+                k_rows, v_rows, length, k_slots, v_slots, bias_b, bias_h, bias_q, scale2,
+                H, ROWS, Q, G, M, BLOCKS, KG, VG,
+                KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
+                CHUNKS, CHUNKSP,
+                VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN, VS8, VS4, VS2,
+                EK, EKP, EV, EVP, LIST, STATS, EXACTS, BIAS, CAP, N, STAGES, PIECE, AHEAD, KSECTORS,
+                VSECTORS, WHOLE, ASM,
+            )  # fmt: skip
+        group = work // (BLOCKS * (splits + tails))
+        split = work // BLOCKS % (splits + tails)
+        piece, last_piece = own_pieces(pieces, split, splits, work % BLOCKS, BLOCKS)
+        piece += group * pieces
+        last_piece += group * pieces
+    for exact_work in range(piece, last_piece, BLOCKS):
+        if exact_work % apart == 0:
             over_ring(
-                work // apart, splits + tails, q, bias, lengths, k_ring, v_ring, stats, exact,
+                exact_work // apart, splits + tails, q, bias, lengths, k_ring, v_ring, stats, exact,
                 capacity, bias_b, bias_h, bias_q, scale2,
                 H, ROWS, Q, G, M, BLOCKS, DK, DKP, DV, DVP,
                 RING, BIAS, CAP, X, XBLOCKS, XN, STATS, EXACTS, ASM,
             )  # fmt: skip
         if EK + EV:  # noqa: SIM102  (known when the kernel is compiled)
-            if work % apart == apart - 1:
+            if exact_work % apart == apart - 1:
                 over_pool(
-                    work // apart, splits, q16, shift, centre, q, k_codes, k_gain, v_codes, v_gain,
-                    bias, lengths, k_pos, v_pos, k_basis, k_offsets, k_spans, k_waves,
-                    k_pool, v_pool, lacks, part, stats, exact, capacity,
+                    exact_work // apart, splits, q16, shift, centre, q, k_codes, k_gain,
+                    v_codes, v_gain, bias, lengths, k_pos, v_pos, k_basis, k_offsets, k_spans,
+                    k_waves, k_pool, v_pool, lacks, part, stats, exact, capacity,
                     bias_b, bias_h, bias_q, scale2,
                     H, ROWS, Q, G, M, BLOCKS, KG, VG,
                     KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
@@ -80,33 +117,3 @@ def attend_kernel(
                     VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN,
                     EK, EKP, EV, EVP, STATS, BIAS, CAP, X, XBLOCKS, LISTED, ASM,
                 )  # fmt: skip
-    else:
-        work -= exact_programs
-        if LIST:
-            of_slots = work // BLOCKS % (splits + tails) >= splits
-        else:
-            of_slots = False
-        if of_slots:
-            over_codes(
-                work, splits, tails, q16, shift, centre, table, q, k_codes, k_gain,
-                v_codes, v_gain, bias, lengths, k_pos, v_pos, k_basis, k_offsets, k_spans,
-                k_waves, lacks, entries, counts, k_scores, v_scores, part, stats,
-                k_rows, v_rows, length, k_slots, v_slots, bias_b, bias_h, bias_q, scale2,
-                H, ROWS, Q, G, M, BLOCKS, KG, VG,
-                KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
-                CHUNKS, CHUNKSP,
-                VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN, VS8, VS4, VS2,
-                EK, EKP, EV, EVP, 2, STATS, EXACTS, BIAS, CAP, N, STAGES, WHOLE, ASM,
-            )  # fmt: skip
-        else:
-            over_codes(
-                work, splits, tails, q16, shift, centre, table, q, k_codes, k_gain,
-                v_codes, v_gain, bias, lengths, k_pos, v_pos, k_basis, k_offsets, k_spans,
-                k_waves, lacks, entries, counts, k_scores, v_scores, part, stats,
-                k_rows, v_rows, length, k_slots, v_slots, bias_b, bias_h, bias_q, scale2,
-                H, ROWS, Q, G, M, BLOCKS, KG, VG,
-                KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
-                CHUNKS, CHUNKSP,
-                VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN, VS8, VS4, VS2,
-                EK, EKP, EV, EVP, LIST, STATS, EXACTS, BIAS, CAP, N, STAGES, WHOLE, ASM,
-            )  # fmt: skip

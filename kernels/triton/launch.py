@@ -86,18 +86,34 @@ def programs_apart(batch: int, plan: Plan, device: torch.device) -> int:
     return 1 + plan.pool if isinstance(batch, int) and batch * plan.exact_programs <= few else 1
 
 
-def count_splits(
-    batch: int, capacity: int, plan: Plan, config: Config, device: torch.device, tails: int = 0
+def exact_beside(
+    batch: int, capacity: int, plan: Plan, config: Config, device: torch.device
 ) -> int:
+    """1 if programs over codes do ring and pool as well, for they have many tiles; else 0.
+
+    Sizes may be symbols.
+    """
+    if not config.beside:
+        return 0
+    tiles = batch * plan.groups * plan.blocks * (-(-capacity // config.tokens))
+    slots = multiprocessors(device) * config.fill
+    return torch.sym_min(tiles // (slots * config.beside), 1)
+
+
+def count_splits(
+    batch: int, capacity: int, plan: Plan, config: Config, device: torch.device, tails: int = 0,
+    apart: int = 1,
+) -> int:  # fmt: skip
     """Splits over tokens so that all programs over codes run at once. Sizes may be symbols.
 
-    tails: programs over slots beside them.
+    tails: programs over slots beside them. apart: programs over ring and pool of a head.
     """
     programs = batch * plan.groups * plan.blocks
     slots = multiprocessors(device) * config.fill
-    rest = torch.sym_max(slots - batch * plan.exact_programs, int(slots * config.share))
-    room = rest // programs - tails
-    tiles = (capacity + config.tokens - 1) // config.tokens
+    own = 1 - exact_beside(batch, capacity, plan, config, device)
+    exact = torch.sym_min(batch * plan.exact_programs * apart, slots - int(slots * config.share))
+    room = (slots - own * exact) // programs - tails
+    tiles = -(-capacity // config.tokens)
     return torch.sym_max(torch.sym_min(torch.sym_min(room, tiles), MOST_SPLITS), 1)
 
 
@@ -175,8 +191,8 @@ def _attend(
     q, keys, values, lengths = step.q, step.keys, step.values, step.lengths
     key, value = of_keys.layout, of_values.layout
     batch, q_heads, queries = q.shape[0], int(q.shape[1]), int(q.shape[2])
-    config = step.config or default_config(key.spec, value.spec, q_heads * queries)
     listed = rows is not None
+    config = step.config or default_config(key.spec, value.spec, q_heads * queries, listed)
     slots = keys.pool.shape[2], values.pool.shape[2]
     pools = (0, 0) if listed else (int(slots[0]), int(slots[1]))
     ring, lacks = int(keys.ring.shape[2]), of_values.lacks
@@ -189,10 +205,12 @@ def _attend(
     if listed:
         each = TAIL_TILES * config.tokens
         tails = torch.sym_min((sum(slots) + each - 1) // each, MOST_TAILS)
-    splits = count_splits(batch, k_rows, plan, config, q.device, tails)
+    beside = exact_beside(batch, k_rows, plan, config, q.device)
+    apart = 1 + (1 - beside) * (programs_apart(batch, plan, q.device) - 1)
+    splits = count_splits(batch, k_rows, plan, config, q.device, tails, apart)
     whole_splits = splits + tails
-    apart = programs_apart(batch, plan, q.device)
-    exact_programs = batch * plan.exact_programs * apart
+    exact_programs = (1 - beside) * batch * plan.exact_programs * apart
+    pieces = beside * plan.pieces
     folded = _folded(step, of_keys, plan, bool(of_values.params))
     part = step.empty(batch, plan.groups, whole_splits + plan.exacts, plan.rows, plan.attend["VW"])
     stats = step.empty(
@@ -210,7 +228,7 @@ def _attend(
         keys.pool_positions, values.pool_positions, *_turning(of_keys, plan),
         keys.pool, values.pool, keys.ring, values.ring,
         lengths if lacks is None else lacks, *lists, part, stats, exact,
-        splits, tails, apart, exact_programs, keys.capacity, k_rows, v_rows,
+        splits, tails, apart, exact_programs, pieces, keys.capacity, k_rows, v_rows,
         0 if rows is None else rows.entries.shape[2], *slots,
         *strides, step.factor, **plan.attend, BIAS=kind, CAP=step.softcap, WHOLE=whole,
         ASM=not INTERPRETED, num_warps=config.warps, **limit,

@@ -1,7 +1,7 @@
 """One split of the coded tokens for one group of KV heads.
 
 Softmax is kept relative to a reference of each query row, 2^top. The reference is raised only
-when a score exceeds it by more than ``SLACK``, which happens in the first tile and seldom after:
+when a score exceeds it by more than 10, which happens in the first tile and seldom after:
 finding the largest score of a tile costs one number a tile then, not one a row, and sums need not
 be scaled again (after Flash-Attention 4's conditional rescaling). Weights are multiplied by
 2^``SHIFT`` before they become float16, whose largest number is 2^16.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codes import load_run
+from .codes import fetch, load_run
 from .score import (
     biased,
     capped,
@@ -25,11 +25,13 @@ from .score import (
     product,
     span,
 )
+from .shares import own_tiles
 from .spread import lacked
 from .sums import mix, paired, rotations, store_sums
 from .turned import load_turn, turned_scores
 
-SLACK = tl.constexpr(10.0)
+SLACK_BITS = tl.constexpr(0x41200000)
+"""Those of a score that is 10 above the reference, in float32."""
 SHIFT = tl.constexpr(4.0)
 LEAST = tl.constexpr(-1e30)
 """A reference before there is one: finite, so that differences are never NaN."""
@@ -37,8 +39,8 @@ LEAST = tl.constexpr(-1e30)
 
 @triton.jit
 def over_codes(
-    work, splits, tails, q16, shift, centre, table, q, k_codes, k_gain, v_codes, v_gain, bias,
-    lengths, k_pos, v_pos, k_basis, k_offsets, k_spans, k_waves, lacks, entries, counts,
+    work, splits, tails, pieces, q16, shift, centre, table, q, k_codes, k_gain, v_codes, v_gain,
+    bias, lengths, k_pos, v_pos, k_basis, k_offsets, k_spans, k_waves, lacks, entries, counts,
     k_scores, v_scores, part, stats, k_rows, v_rows, length, k_slots, v_slots,
     bias_b, bias_h, bias_q, scale2,
     H: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
@@ -54,13 +56,18 @@ def over_codes(
     VS8: tl.constexpr, VS4: tl.constexpr, VS2: tl.constexpr,
     EK: tl.constexpr, EKP: tl.constexpr, EV: tl.constexpr, EVP: tl.constexpr,
     LIST: tl.constexpr, STATS: tl.constexpr, EXACTS: tl.constexpr, BIAS: tl.constexpr,
-    CAP: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
+    CAP: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, PIECE: tl.constexpr,
+    AHEAD: tl.constexpr, KSECTORS: tl.constexpr, VSECTORS: tl.constexpr, WHOLE: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
     """Leaves ``part [B, G, slots, BLOCKS * M, VW]`` and ``stats [.., STATS, BLOCKS * M]``.
 
     There is a slot for each split and tail, then one for the pool if there is one, and one for the
     ring.
+
+    pieces: of ring and pool that programs over codes of a group do, PIECE: tiles that one takes as
+    long as (``shares.py``). AHEAD: tiles from that which is worked on to that which is fetched; 0:
+    none is.
 
     WHOLE: any row of a tile may be read: the capacity is a multiple of N, so that no tile reaches
     past it, or rows are listed. LIST: ``entries`` say which rows there are (``listing.py``), 1:
@@ -72,14 +79,20 @@ def over_codes(
     g = work // (BLOCKS * (splits + tails)) % G
     b = work // (BLOCKS * (splits + tails) * G)
     coded = tl.load(lengths).to(tl.int32)
-    begin, end, share, parts = 0, coded, split, splits
-    if LIST == 1:
-        end = tl.load(counts + b)
     if LIST == 2:
-        begin, end, share, parts = length - k_slots - v_slots, length, split - splits, tails
-    per = ((end - begin + N - 1) // N + parts - 1) // parts * N
-    first = begin + share * per
-    last = tl.minimum(first + per, end)
+        begin = length - k_slots - v_slots
+        end = length
+        tiles = (end - begin + N - 1) // N
+        first, last = own_tiles(tiles, 0, split - splits, tails, block, BLOCKS, PIECE)
+    else:
+        begin = 0
+        end = coded
+        if LIST:
+            end = tl.load(counts + b)
+        tiles = (end + N - 1) // N
+        first, last = own_tiles(tiles, pieces, split, splits, block, BLOCKS, PIECE)
+    first = begin + first * N
+    last = tl.minimum(begin + last * N, end)
 
     STRIDE: tl.constexpr = BLOCKS * M
     row = block * M + tl.arange(0, M)  # of the group's
@@ -178,6 +191,12 @@ def over_codes(
 
     for start in tl.range(first, last, N, num_stages=STAGES):
         n = start + tl.arange(0, N)
+        if AHEAD and ASM:
+            later = tl.minimum(n + AHEAD * N, last - 1)
+            if not KX:
+                fetch(k_base + later * KPITCH, K8 + K4 + K2, KSECTORS)
+            if not VX:
+                fetch(v_base + later * VPITCH, V8 + V4 + V2, VSECTORS)
         inside = n < last
         live = inside
         k_row, v_row, token, in_codes = n, n, n, inside
@@ -263,8 +282,10 @@ def over_codes(
             reach = s + log2_bound(u)[:, None]
         else:
             reach = s
-        above = tl.reshape(reach - top[None, :], (N * M,), can_reorder=True)
-        if tl.max(above, 0) > SLACK:
+        # Positive numbers are in the order of their bits, and those of the others are negative:
+        # the GPU finds the largest integer of a warp in one instruction, but no float.
+        above = (reach - top[None, :]).to(tl.int32, bitcast=True)
+        if tl.max(tl.reshape(above, (N * M,), can_reorder=True), 0) > SLACK_BITS:
             new = tl.maximum(top, tl.max(reach, 0))
             decay = exp2(top - new, ASM)[None, :]
             top = new
@@ -317,12 +338,16 @@ def over_codes(
                 lack4 += paired(p16.to(tl.float32) * lacked(lack, 4)[:, None], N, M)
                 lack2 += paired(p16.to(tl.float32) * lacked(lack, 2)[:, None], N, M)
         if V8:
-            words = load_run(v_base, v_row, inside, VPITCH, 0, V8, VP8, WHOLE, True)
+            words = load_run(
+                v_base, v_row, inside, VPITCH, 0, V8, VP8, WHOLE, True, VS8
+            )  # fmt: skip
             a8_0 = mix(p16, words, a8_0, t8, 8, 0, VP8, VS8, N, ASM)
             if VS8 < 2:
                 a8_1 = mix(p16, words, a8_1, t8, 8, 1, VP8, VS8, N, ASM)
         if V4:
-            words = load_run(v_base, v_row, inside, VPITCH, V8, V4, VP4, WHOLE, True)
+            words = load_run(
+                v_base, v_row, inside, VPITCH, V8, V4, VP4, WHOLE, True, VS4
+            )  # fmt: skip
             a4_0 = mix(p16, words, a4_0, t4, 4, 0, VP4, VS4, N, ASM)
             if VS4 < 4:
                 a4_1 = mix(p16, words, a4_1, t4, 4, 1, VP4, VS4, N, ASM)
@@ -330,7 +355,9 @@ def over_codes(
                 a4_2 = mix(p16, words, a4_2, t4, 4, 2, VP4, VS4, N, ASM)
                 a4_3 = mix(p16, words, a4_3, t4, 4, 3, VP4, VS4, N, ASM)
         if V2:
-            words = load_run(v_base, v_row, inside, VPITCH, V8 + V4, V2, VP2, WHOLE, True)
+            words = load_run(
+                v_base, v_row, inside, VPITCH, V8 + V4, V2, VP2, WHOLE, True, VS2
+            )  # fmt: skip
             a2_0 = mix(p16, words, a2_0, t2, 2, 0, VP2, VS2, N, ASM)
             if VS2 < 8:
                 a2_1 = mix(p16, words, a2_1, t2, 2, 1, VP2, VS2, N, ASM)

@@ -27,15 +27,16 @@ def mix(
     """Weighted sums over tokens, ``[STACK * PAD / 2, M]``: product ``PART`` of a run's values.
 
     Tensor cores want 64 rows: where a run has fewer words, STACK codes of each word are stacked.
+    words: ``[STACK * PAD / 2, N]``, all of them STACK times (:func:`.codes.load_run`). They are
+    read so often, from the L2 cache: a tile that goes into a product as it is loaded is copied to
+    shared memory ahead of it; one that is stacked behind the load waits in registers.
     """
     if STACK == 1:
         return tl.dot(converted(words, BITS, PART, ASM), p16, acc)
     else:
-        W: tl.constexpr = PAD // 2
-        stacked = tl.broadcast_to(words[None, :, :], (STACK, W, N))
-        stacked = tl.reshape(stacked, (STACK * W, N))
-        rotation = tl.broadcast_to((rotations - PART * STACK * BITS)[:, None], (STACK * W, N))
-        return tl.dot(converted_at(stacked, rotation, BITS, ASM), p16, acc)
+        by = (rotations - PART * STACK * BITS)[:, None]
+        by = tl.broadcast_to(by, (STACK * PAD // 2, N))
+        return tl.dot(converted_at(words, by, BITS, ASM), p16, acc)
 
 
 @triton.jit

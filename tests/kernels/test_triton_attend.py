@@ -260,12 +260,46 @@ def test_a_token_that_is_not_a_number_spoils_its_row_alone() -> None:
 
 
 @pytest.mark.parametrize("apart", [1, 2])
-@pytest.mark.parametrize("last", [False, True])
 def test_ring_and_pool_share_programs_or_do_not(
-    apart: int, last: bool, monkeypatch: pytest.MonkeyPatch
+    apart: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "programs_apart", lambda *_: apart)
-    check(case(transform(), transform(gain=1), batch=1), replace(SMALL, last=last))
+    check(case(transform(), transform(gain=1), batch=1))
+
+
+BESIDE = [
+    ({"heads": 4, "groups": 1}, {"repeat": 8}, 1, None),  # more pieces than splits, blocks of rows
+    ({"heads": 4, "groups": 2}, {"repeat": 2}, 2, None),
+    ({"heads": 2, "groups": 1}, {"repeat": 20}, 2, None),  # blocks of a head
+    ({"heads": 2, "groups": 1}, {"repeat": 2}, 3, POOLLESS),
+    ({"heads": 2, "groups": 1}, {"repeat": 2, "length": 9}, 3, None),  # nothing is coded
+]
+
+
+@pytest.mark.parametrize(("layout", "sizes", "splits", "policy"), BESIDE)
+def test_programs_over_codes_do_ring_and_pool_where_they_are_many(
+    layout: dict[str, int], sizes: dict[str, Any], splits: int, policy: Policy | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(launch, "exact_beside", lambda *_: 1)
+    monkeypatch.setattr(launch, "count_splits", lambda *_: splits)
+    policies = (policy or POOLED,) * 2
+    check(case(transform(**layout), transform(**layout, gain=1), policies=policies, **sizes))
+
+
+def test_programs_over_codes_have_tiles_enough_to_do_ring_and_pool() -> None:
+    mixed = transform(4, 128, 1).spec
+    config = default_config(mixed, mixed, 28)
+    plan = make_plan(mixed, mixed, 28, 1, (8, 8), 96, config)
+    device = torch.device(DEVICE)
+    slots = launch.multiprocessors(device) * config.fill
+    enough = slots * config.beside * config.tokens
+    assert launch.exact_beside(1, enough, plan, config, device) == 1
+    assert launch.exact_beside(1, enough - config.tokens, plan, config, device) == 0
+    assert launch.exact_beside(2, enough // 2, plan, config, device) == 1
+    wide = transform(4, 128, 1, (128, 0, 0)).spec
+    never = default_config(wide, wide, 28)
+    assert launch.exact_beside(64, enough, plan, never, device) == 0
 
 
 def test_programs_are_apart_where_there_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,11 +314,13 @@ def test_programs_are_apart_where_there_are_few(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_work_is_cut_by_rows() -> None:
-    """Two warps hold the sums of 16 rows, and codes of 4 and 2 bits have no more in a program."""
+    """Two warps hold the sums of 16 rows."""
     wide, mixed = transform(4, 128, 1, (128, 0, 0)).spec, transform(4, 128, 1).spec
     assert default_config(wide, wide, 16).warps == 2
     assert default_config(wide, wide, 17).warps == 4
-    assert default_config(wide, mixed, 28).warps == default_config(mixed, wide, 28).warps == 2
+    assert default_config(wide, mixed, 16).warps == default_config(mixed, wide, 16).warps == 2
+    assert default_config(wide, mixed, 28).warps == default_config(mixed, wide, 28).warps == 4
+    assert default_config(mixed, mixed, 28, True).warps == 2
     exact = ExactLayout(4, 128).spec
     assert default_config(exact, wide, 4) == default_config(wide, exact, 4) == Config()
 
@@ -298,6 +334,7 @@ def test_results_repeat_to_the_bit() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="needs compiled kernels")
 @pytest.mark.parametrize("config", [
     Config(), Config(rows=16, warps=2, stages=2, fill=4, stacked=32),
+    Config(stages=2, ahead=2), Config(stages=2, beside=1, fill=1),
     Config(tokens=128, warps=8, stages=2),
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

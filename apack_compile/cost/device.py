@@ -31,23 +31,23 @@ class Device:
     wait: float
 
 
-# Bandwidths are those of copies, in benchmarks/results/attend-h200.json and attend-h100.json. The
-# others are the same for both cards, whose multiprocessors are alike, and solve four equations of
-# four of the thirty on the H200, two of attend-h200.json and two of options-h200-before.json:
-#   launch         B1 28/4 S4096, 8 bit, whole: 15.25 us
-#   conversions    B8 28/4 S32768, mixed, whole: 77.19 us
-#   products       B8 28/4 S32768, k_code="pre-rope": 356.6 us
-#   wait           B8 28/4 S32768, evict=0.3: 114.1 us
+# Bandwidths are those of copies, in benchmarks/results/attend-later-h200.json and attend-h100.json.
+# The others are the same for both cards, whose multiprocessors are alike, and solve four equations,
+# two of attend-h100.json and two of options-h200.json:
+#   launch         B1 28/4 S4096, 8 bit, whole: 14.1 us
+#   conversions    B8 32/32 S8192, mixed, whole: 80.6 us
+#   products       B8 28/4 S32768, k_code="pre-rope": 362.6 us
+#   wait           codes by kind are as much too long at B1 28/4 S4096 as too short at B8 28/4 S32768
 H200 = Device(
     name="NVIDIA H200",
     multiprocessors=132,
-    bandwidth=2.766e12,
-    launch=4.69e-6,
-    conversions=5.50e12,
-    products=2.2e14,
+    bandwidth=2.764e12,
+    launch=4.26e-6,
+    conversions=5.70e12,
+    products=2.07e14,
     wait=0.72e-6,
 )
-H100 = replace(H200, name="NVIDIA H100 80GB HBM3", bandwidth=2.423e12)
+H100 = replace(H200, name="NVIDIA H100 80GB HBM3", bandwidth=2.419e12)
 
 KNOWN = (H100, H200)
 

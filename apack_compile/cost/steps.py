@@ -8,7 +8,8 @@ Each launch takes ``launch + max(bytes / bandwidth, work)`` (roofline):
     merge    what splits left; basis of the values                    none
 
 Conversions are those of the program that has the most tiles, of as many as run at once: one that
-is alone on its multiprocessor waits for itself just as long. Runs of codes count as wide as their
+is alone on its multiprocessor waits for itself just as long. Ring and pool count as tiles where
+programs over codes do them (``kernels/triton/shares.py``). Runs of codes count as wide as their
 tiles are. Sizes and splits are those of ``kernels/triton/plan.py`` and ``launch.py``.
 
 Keys that were coded before their rotation take ``basis`` in place of ``fold``, and products that
@@ -73,6 +74,15 @@ def is_predicted(k: PackedSide, v: PackedSide) -> bool:
     return not (tiered and listed) and not any(part.planes for part in keys)
 
 
+def beside_of(plan: Plan, config: Config, device: Device, rows: Expr = CODED) -> Expr:
+    """``launch.exact_beside`` as an expression."""
+    if not config.beside:
+        return sympy.Integer(0)
+    tiles = BATCH * plan.groups * plan.blocks * _tiles(rows, config)
+    slots = device.multiprocessors * config.fill
+    return sympy.Min(sympy.floor(tiles / (slots * config.beside)), 1)
+
+
 def splits_of(
     plan: Plan, config: Config, device: Device, rows: Expr = CODED, tails: Expr = 0
 ) -> Expr:
@@ -85,7 +95,8 @@ def splits_of(
         tails: programs over slots.
     """
     slots = device.multiprocessors * config.fill
-    rest = sympy.Max(slots - BATCH * plan.exact_programs, int(slots * config.share))
+    exact = sympy.Min(BATCH * plan.exact_programs, slots - int(slots * config.share))
+    rest = slots - (1 - beside_of(plan, config, device, rows)) * exact
     room = sympy.floor(rest / (BATCH * plan.groups * plan.blocks)) - tails
     return sympy.Max(sympy.Min(room, _tiles(rows, config), MOST_SPLITS), 1)
 
@@ -144,7 +155,9 @@ def _attended(
     read = sum(part.rows * part.token for part in parts) + ENTRY * listed * parts[0].rows
     moved = BATCH * (read + key.heads * exact * EXACT) + left
 
-    tiles = sympy.ceiling(_tiles(parts[0].rows, config) / splits)
+    pieces = -(-plan.pieces // plan.blocks) * c["PIECE"]
+    pieces *= beside_of(plan, config, device, parts[0].rows)
+    tiles = sympy.ceiling((_tiles(parts[0].rows, config) + pieces) / splits)
     if listed:
         tiles = sympy.Max(tiles, sympy.ceiling(sympy.ceiling(many) / tails))
     widths = [sum(8 // bits * c[f"{x}P{bits}"] for bits in (8, 4, 2)) for x in "KV"]

@@ -46,8 +46,7 @@ def attend_kernel(
     LIST: tl.constexpr, STATS: tl.constexpr, EXACTS: tl.constexpr, RING: tl.constexpr,
     BIAS: tl.constexpr, CAP: tl.constexpr,
     X: tl.constexpr, XBLOCKS: tl.constexpr, XN: tl.constexpr, LISTED: tl.constexpr, N: tl.constexpr,
-    STAGES: tl.constexpr, PIECE: tl.constexpr, AHEAD: tl.constexpr, KSECTORS: tl.constexpr,
-    VSECTORS: tl.constexpr, WHOLE: tl.constexpr, ASM: tl.constexpr,
+    STAGES: tl.constexpr, PIECE: tl.constexpr, WHOLE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """All kinds of programs. Constants: ``plan.py``.
 
@@ -75,8 +74,7 @@ def attend_kernel(
                 KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
                 CHUNKS, CHUNKSP,
                 VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN, VS8, VS4, VS2,
-                EK, EKP, EV, EVP, 2, STATS, EXACTS, BIAS, CAP, N, STAGES, PIECE, 0, KSECTORS,
-                VSECTORS, WHOLE, ASM,
+                EK, EKP, EV, EVP, 2, STATS, EXACTS, BIAS, CAP, N, STAGES, PIECE, WHOLE, ASM,
             )  # fmt: skip
         else:
             over_codes(
@@ -88,8 +86,8 @@ def attend_kernel(
                 KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
                 CHUNKS, CHUNKSP,
                 VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN, VS8, VS4, VS2,
-                EK, EKP, EV, EVP, LIST, STATS, EXACTS, BIAS, CAP, N, STAGES, PIECE, AHEAD, KSECTORS,
-                VSECTORS, WHOLE, ASM,
+                EK, EKP, EV, EVP, LIST, STATS, EXACTS, BIAS, CAP, N, STAGES, PIECE, WHOLE,
+                ASM,
             )  # fmt: skip
         group = work // (BLOCKS * (splits + tails))
         split = work // BLOCKS % (splits + tails)

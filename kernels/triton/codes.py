@@ -179,16 +179,6 @@ def _in_run(number, START: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def fetch(rows, WIDTH: tl.constexpr, SECTORS: tl.constexpr):
-    """Bring ``WIDTH`` bytes behind each pointer, ``rows [N]``, to the L2 cache, 32 at a time."""
-    sector = tl.minimum(tl.arange(0, SECTORS) * 32, WIDTH - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
-        [(rows[:, None] + sector[None, :]).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def load_run(
     base, tokens, live, PITCH: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
     PAD: tl.constexpr, ALL: tl.constexpr, ACROSS: tl.constexpr, STACK: tl.constexpr = 1,

@@ -80,10 +80,25 @@ def shared_memory(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
-def programs_apart(batch: int, plan: Plan, device: torch.device) -> int:
-    """Programs for ring and pool of a head: two where multiprocessors have nothing else to do."""
+def tiles_of(capacity: int, config: Config) -> int:
+    """Tiles of so many tokens."""
+    return (capacity + config.tokens - 1) // config.tokens
+
+
+def programs_apart(
+    batch: int, capacity: int, plan: Plan, config: Config, device: torch.device, tails: int = 0
+) -> int:
+    """Programs for ring and pool of a head: two where multiprocessors have nothing else to do.
+
+    Where there are few of them, and those over codes have no more tiles for it.
+    """
     few = multiprocessors(device) // 4
-    return 1 + plan.pool if isinstance(batch, int) and batch * plan.exact_programs <= few else 1
+    if not (plan.pool and isinstance(batch, int) and batch * plan.exact_programs <= few):
+        return 1
+    tiles = tiles_of(capacity, config)
+    splits = [count_splits(batch, capacity, plan, config, device, tails, n) for n in (1, 2)]
+    one, two = ((tiles + n - 1) // n for n in splits)
+    return 2 - torch.sym_min(two - one, 1)
 
 
 def exact_beside(
@@ -95,7 +110,7 @@ def exact_beside(
     """
     if not config.beside:
         return 0
-    tiles = batch * plan.groups * plan.blocks * (-(-capacity // config.tokens))
+    tiles = batch * plan.groups * plan.blocks * tiles_of(capacity, config)
     slots = multiprocessors(device) * config.fill
     return torch.sym_min(tiles // (slots * config.beside), 1)
 
@@ -113,7 +128,7 @@ def count_splits(
     own = 1 - exact_beside(batch, capacity, plan, config, device)
     exact = torch.sym_min(batch * plan.exact_programs * apart, slots - int(slots * config.share))
     room = (slots - own * exact) // programs - tails
-    tiles = -(-capacity // config.tokens)
+    tiles = tiles_of(capacity, config)
     return torch.sym_max(torch.sym_min(torch.sym_min(room, tiles), MOST_SPLITS), 1)
 
 
@@ -192,7 +207,7 @@ def _attend(
     key, value = of_keys.layout, of_values.layout
     batch, q_heads, queries = q.shape[0], int(q.shape[1]), int(q.shape[2])
     listed = rows is not None
-    config = step.config or default_config(key.spec, value.spec, q_heads * queries, listed)
+    config = step.config or default_config(key.spec, value.spec, q_heads * queries)
     slots = keys.pool.shape[2], values.pool.shape[2]
     pools = (0, 0) if listed else (int(slots[0]), int(slots[1]))
     ring, lacks = int(keys.ring.shape[2]), of_values.lacks
@@ -206,7 +221,8 @@ def _attend(
         each = TAIL_TILES * config.tokens
         tails = torch.sym_min((sum(slots) + each - 1) // each, MOST_TAILS)
     beside = exact_beside(batch, k_rows, plan, config, q.device)
-    apart = 1 + (1 - beside) * (programs_apart(batch, plan, q.device) - 1)
+    apart = programs_apart(batch, k_rows, plan, config, q.device, tails)
+    apart = 1 + (1 - beside) * (apart - 1)
     splits = count_splits(batch, k_rows, plan, config, q.device, tails, apart)
     whole_splits = splits + tails
     exact_programs = (1 - beside) * batch * plan.exact_programs * apart

@@ -12,18 +12,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .codes import fetch, load_run
+from .codes import load_run
 from .score import (
     biased,
     capped,
+    coarseness,
     code_scores,
     exp2,
     gains,
+    held_tiles,
     listed,
     load_queries,
     log2_bound,
     product,
-    span,
 )
 from .shares import own_tiles
 from .spread import lacked
@@ -57,8 +58,7 @@ def over_codes(
     EK: tl.constexpr, EKP: tl.constexpr, EV: tl.constexpr, EVP: tl.constexpr,
     LIST: tl.constexpr, STATS: tl.constexpr, EXACTS: tl.constexpr, BIAS: tl.constexpr,
     CAP: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, PIECE: tl.constexpr,
-    AHEAD: tl.constexpr, KSECTORS: tl.constexpr, VSECTORS: tl.constexpr, WHOLE: tl.constexpr,
-    ASM: tl.constexpr,
+    WHOLE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Leaves ``part [B, G, slots, BLOCKS * M, VW]`` and ``stats [.., STATS, BLOCKS * M]``.
 
@@ -66,8 +66,7 @@ def over_codes(
     ring.
 
     pieces: of ring and pool that programs over codes of a group do, PIECE: tiles that one takes as
-    long as (``shares.py``). AHEAD: tiles from that which is worked on to that which is fetched; 0:
-    none is.
+    long as (``shares.py``).
 
     WHOLE: any row of a tile may be read: the capacity is a multiple of N, so that no tile reaches
     past it, or rows are listed. LIST: ``entries`` say which rows there are (``listing.py``), 1:
@@ -139,13 +138,13 @@ def over_codes(
     rows_bias = (g * (H // G) * (ROWS // Q) + real // Q) * bias_h + real % Q * bias_q
     bias_row = bias + b.to(tl.int64) * bias_b
 
-    nearest, farthest = 2147483647, -1
-    if EK:
-        lo, hi = span(k_pos + b * EK, EK, EKP, coded)
-        nearest, farthest = tl.minimum(nearest, lo), tl.maximum(farthest, hi)
-    if EV:
-        lo, hi = span(v_pos + b * EV, EV, EVP, coded)
-        nearest, farthest = tl.minimum(nearest, lo), tl.maximum(farthest, hi)
+    if EK + EV:
+        coarse = coarseness((last - first + N - 1) // N)
+        pooled = tl.full([], 0, tl.int64)
+        if EK:
+            pooled |= held_tiles(k_pos + b * EK, EK, EKP, coded, first, N, coarse)
+        if EV:
+            pooled |= held_tiles(v_pos + b * EV, EV, EVP, coded, first, N, coarse)
 
     top = tl.full([M], LEAST, tl.float32)
     # Summed over all tokens after the loop: no exchange in it.
@@ -191,12 +190,6 @@ def over_codes(
 
     for start in tl.range(first, last, N, num_stages=STAGES):
         n = start + tl.arange(0, N)
-        if AHEAD and ASM:
-            later = tl.minimum(n + AHEAD * N, last - 1)
-            if not KX:
-                fetch(k_base + later * KPITCH, K8 + K4 + K2, KSECTORS)
-            if not VX:
-                fetch(v_base + later * VPITCH, V8 + V4 + V2, VSECTORS)
         inside = n < last
         live = inside
         k_row, v_row, token, in_codes = n, n, n, inside
@@ -212,7 +205,7 @@ def over_codes(
                 k_row = tl.minimum(n, k_rows - 1)
             v_row, token = tl.maximum(v_at, 0), tl.maximum(token, 0)
         if EK + EV:  # noqa: SIM102  (known when the kernel is compiled, unlike the other)
-            if (start <= farthest) & (start + N > nearest):
+            if (pooled >> (((start - first) // N) >> coarse)) & 1:
                 if EK:
                     live = live & (listed(n, k_pos + b * EK, EK, EKP, coded) == 0)
                 if EV:

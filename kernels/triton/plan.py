@@ -6,7 +6,6 @@ Constants of one side (K or V), by their names in the kernels:
     G       groups of the code            GAIN      1 if tokens carry gains
     8 4 2   bytes of each run             P8 P4 P2  their widths in tiles, powers of two
     PITCH   payload width of a token      W         columns: the rank, or D if exact
-    SECTORS of 32 bytes, of one group of a token
     S8 S4 S2    (values) codes of a word that one product takes at once
     ROT     (keys) channels that were rotated behind the code: such keys are rebuilt; 0: none
     INTER   (keys) 1 if pairs are neighbours          HALF    (keys) pairs, a power of two
@@ -82,8 +81,6 @@ class Config:
         fill: programs for each multiprocessor.
         share: of the programs that run at once, those over codes at least.
         beside: programs over codes that have no fewer tiles do ring and pool as well; 0: none do.
-        ahead: tiles from that which is worked on to that which is fetched to the L2 cache; 0: none
-            is.
         registers: of a thread at most; 0: as many as the compiler likes.
         stacked: rows that products over values shall have: codes of narrow runs are stacked. With
             four warps and 64 rows a product is one of a warp group.
@@ -97,33 +94,30 @@ class Config:
     fill: int = 2
     share: float = 0.75
     beside: int = 0
-    ahead: int = 0
     registers: int = 0
     stacked: int = 64
 
 
 @cache
-def default_config(k_layout: str, v_layout: str, rows: int, listed: bool = False) -> Config:
+def default_config(k_layout: str, v_layout: str, rows: int) -> Config:
     """The configuration used without autotuning: the best of those measured on an H100.
 
     Two warps wait less for each other than four and have fewer instructions in all, but a program's
     sums must fit into their registers: 16 rows of queries do, 32 do not, nor do keys that are
-    rebuilt.
+    rebuilt. Where codes are of 8 bits alone, memory bounds the kernel: ring and pool in programs of
+    their own keep it busy.
 
     Args:
         k_layout, v_layout: specs of the codes.
         rows: query rows, of all heads of a sequence.
-        listed: rows of codes are listed (``listing.py``).
     """
     key, value = parse_layout(k_layout), parse_layout(v_layout)
     if key.positional:
         return Config(stages=2)
     narrow = Config(rows=16, warps=2, stages=2, fill=4, stacked=32)
-    few = rows <= narrow.rows * program_groups(key, value)
     if any(getattr(layout, "r4", 0) + getattr(layout, "r2", 0) for layout in (key, value)):
-        if few or listed:
-            return replace(narrow, beside=5)
-        return Config(stages=2, beside=5, ahead=2)
+        return replace(narrow, beside=5)
+    few = rows <= narrow.rows * program_groups(key, value)
     exact = isinstance(key, ExactLayout) or isinstance(value, ExactLayout)
     return narrow if few and not exact else Config()
 
@@ -185,7 +179,6 @@ def _side(letter: str, layout: Layout, stacked: int) -> dict[str, int]:
         named |= {f"{letter}{bits}": width, f"{letter}P{bits}": pad}
     dim = power(layout.dim, 16)
     columns = dim if exact else widths[0] + 2 * widths[1] + 4 * widths[2]
-    named[letter + "SECTORS"] = power(-(-sum(widths) // 32), 1)
     named |= {letter + "W": columns, letter + "PITCH": pitch, letter + "GAIN": gain}
     if letter == "K":
         named |= _pairs(layout)
@@ -275,8 +268,7 @@ def make_plan(
         "EVP": power(ev, 16), "EXACTS": exacts, "RING": ring, "XN": 32,
         "LIST": int(listed), "STATS": stats,
         "LISTED": power(ek + ev, 16), "N": config.tokens, "STAGES": config.stages,
-        "PIECE": piece_tiles(ring), "AHEAD": 0 if listed else config.ahead,
-        "CHUNKS": chunks, "CHUNKSP": power(chunks, 1),
+        "PIECE": piece_tiles(ring), "CHUNKS": chunks, "CHUNKSP": power(chunks, 1),
     }  # fmt: skip
     head = {"H": heads, "ROWS": rows, "G": groups, "STRIDE": blocks * m, "X": EXACT_ROWS}
     fold = head | {name: k[name] for name in ("KG", "DK", "DKP", "KW", "K8", "K4", "K2")}

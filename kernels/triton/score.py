@@ -103,12 +103,34 @@ def listed(tokens, positions, count: tl.constexpr, PAD: tl.constexpr, coded):
 
 
 @triton.jit
-def span(positions, count: tl.constexpr, PAD: tl.constexpr, coded):
-    """First and last position that one sequence's pool holds."""
+def coarseness(tiles):
+    """Log2 of the tiles that share a bit of :func:`held_tiles`, so that 64 bits are enough."""
+    coarse = 0
+    for i in tl.static_range(20):
+        coarse += (((tiles - 1) >> (6 + i)) > 0).to(tl.int32)
+    return coarse
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def held_tiles(
+    positions, count: tl.constexpr, PAD: tl.constexpr, coded, first, N: tl.constexpr, coarse
+):
+    """In which of 64 pieces behind ``first``, of 2^coarse tiles each, a pool holds tokens.
+
+    A bit for each: to look up every token of a tile takes longer than a fifth of the tile, and few
+    tiles have any.
+    """
     slot = tl.arange(0, PAD)
     held = tl.load(positions + slot, mask=slot < count, other=-1).to(tl.int32)
-    used = (held >= 0) & (held < coded)
-    return tl.min(tl.where(used, held, 2147483647), 0), tl.max(tl.where(used, held, -1), 0)
+    piece = ((held - first) // N) >> coarse
+    known = (held >= first) & (held < coded) & (piece < 64)
+    bit = tl.full([PAD], 1, tl.int64) << tl.where(known, piece, 0).to(tl.int64)
+    return tl.reduce(tl.where(known, bit, 0), 0, _either)
 
 
 @triton.jit

@@ -24,19 +24,19 @@ options_gpu = pytest.importorskip("benchmarks.options_gpu")
 RESULTS = Path(options_gpu.__file__).parent / "results"
 RUNS = {
     name: (device, json.loads((RESULTS / f"options-{name}.json").read_text())["shapes"])
-    for name, device in (("h200-before", H200), ("h200", H200), ("h100", H100))
+    for name, device in (("h200", H200), ("h100", H100))
     if (RESULTS / f"options-{name}.json").exists()
 }
-"""Before: the run that constants are of, when merges of more than 256 components took longer."""
 
 LONG, SHORT = "B8 28/4 S32768", "B1 28/4 S4096"
-FITTED = [("h200-before", LONG, "k_code='pre-rope'"), ("h200-before", LONG, "evict=0.3")]
-"""The constants ``products`` and ``wait`` are of these."""
+FITTED = [("h200", LONG, "k_code='pre-rope'")]
+"""The constant ``products`` is of this."""
+
+BALANCED = [("h200", shape, "visual_ratio=16, text_ratio=4.5") for shape in (SHORT, LONG)]
+"""And ``wait`` of these: as far off on one side as on the other."""
 
 UNKNOWN = "tiers=True, evict=0.3"
 """Alone or by kind: tiers of rows that are listed."""
-
-TOO_FAR = ("h200", SHORT, "visual_ratio=16, text_ratio=4.5")
 
 CASES = [
     (run, shape, name)
@@ -44,7 +44,7 @@ CASES = [
     for shape, report in shapes.items()
     for name in report["megabytes"]
 ]
-HELD_OUT = [case for case in CASES if case not in FITTED and UNKNOWN not in case[2]]
+HELD_OUT = [c for c in CASES if c not in FITTED + BALANCED and UNKNOWN not in c[2]]
 
 
 def variants(shape: str) -> dict[str, tuple[Any, Any]]:
@@ -70,21 +70,16 @@ def off(run: str, shape: str, name: str) -> float:
     return us / float(measured[shape]["microseconds"][name]) - 1
 
 
-@pytest.mark.parametrize(("run", "shape", "name"), [c for c in HELD_OUT if c != TOO_FAR])
+@pytest.mark.parametrize(("run", "shape", "name"), HELD_OUT)
 def test_times_that_no_constant_was_fitted_to_are_within_25_percent(
     run: str, shape: str, name: str
 ) -> None:
     assert abs(off(run, shape, name)) < 0.25
 
 
-def test_one_case_is_farther_off() -> None:
-    """Codes by kind at batch 1: 27 % too much in the later run, 21 % in the one before."""
-    assert 0.25 < off(*TOO_FAR) < 0.28
-
-
 def test_all_options_but_one_are_predicted() -> None:
     """Of tiers with evictions the model would say too little; it says nothing."""
-    assert sum(run == "h200" for run, _, _ in HELD_OUT) == 12
+    assert sum(run == "h200" for run, _, _ in HELD_OUT) == 9
     for shape in (LONG, SHORT):
         for name in variants(shape):
             assert (predicted(H200, shape, name) is None) == (UNKNOWN in name)
@@ -95,6 +90,7 @@ def test_the_constants_solve_the_equations_that_they_are_of() -> None:
     """As ``cost/device.py`` says, to three digits."""
     for case in FITTED:
         assert abs(off(*case)) < 5e-3
+    assert abs(sum(off(*case) for case in BALANCED)) < 0.01 and abs(off(*BALANCED[0])) < 0.25
 
 
 @pytest.mark.parametrize("name", variants(LONG))

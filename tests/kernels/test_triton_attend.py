@@ -307,20 +307,39 @@ def test_programs_are_apart_where_there_are_few(monkeypatch: pytest.MonkeyPatch)
     device = torch.device(DEVICE)
     monkeypatch.setattr(launch, "multiprocessors", lambda _: 132)
     few = 132 // 4 // 4
-    assert launch.programs_apart(few, plan, device) == 2
-    assert launch.programs_apart(few + 1, plan, device) == 1
+    assert launch.programs_apart(few, 16, plan, SMALL, device) == 2
+    assert launch.programs_apart(few + 1, 16, plan, SMALL, device) == 1
     alone = make_plan(transform().spec, transform().spec, 28, 1, (0, 0), 96, SMALL)
-    assert launch.programs_apart(1, alone, device) == 1
+    assert launch.programs_apart(1, 16, alone, SMALL, device) == 1
+
+
+def test_programs_are_not_apart_where_codes_would_have_more_tiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bug: ring and pool of 32 heads in 64 programs left turned keys 6 splits instead of 7."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda _: 132)
+    layout = replace(transform(4, 128, 1, (32, 128, 128)), rotary=128)
+    config = default_config(layout.spec, transform(4, 128).spec, 28)
+    plan = make_plan(layout.spec, transform(4, 128).spec, 28, 1, (8, 8), 96, config)
+    device = torch.device(DEVICE)
+    assert launch.count_splits(8, 32768, plan, config, device, 0, 1) == 7
+    assert launch.count_splits(8, 32768, plan, config, device, 0, 2) == 6
+    assert launch.programs_apart(8, 32768, plan, config, device) == 1
+    assert launch.programs_apart(8, 64, plan, config, device) == 2
+
+
+def test_pools_of_long_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tiles than a mask has bits: pooled tokens are not read as codes as well."""
+    monkeypatch.setattr(launch, "count_splits", lambda *_: 1)
+    check(case(transform(), transform(gain=1), length=2400))
 
 
 def test_the_work_is_cut_by_rows() -> None:
-    """Two warps hold the sums of 16 rows."""
+    """Two warps hold the sums of 16 rows, and codes of 4 and 2 bits have no more in a program."""
     wide, mixed = transform(4, 128, 1, (128, 0, 0)).spec, transform(4, 128, 1).spec
     assert default_config(wide, wide, 16).warps == 2
     assert default_config(wide, wide, 17).warps == 4
-    assert default_config(wide, mixed, 16).warps == default_config(mixed, wide, 16).warps == 2
-    assert default_config(wide, mixed, 28).warps == default_config(mixed, wide, 28).warps == 4
-    assert default_config(mixed, mixed, 28, True).warps == 2
+    assert default_config(wide, mixed, 28).warps == default_config(mixed, wide, 28).warps == 2
     exact = ExactLayout(4, 128).spec
     assert default_config(exact, wide, 4) == default_config(wide, exact, 4) == Config()
 
@@ -334,7 +353,7 @@ def test_results_repeat_to_the_bit() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="needs compiled kernels")
 @pytest.mark.parametrize("config", [
     Config(), Config(rows=16, warps=2, stages=2, fill=4, stacked=32),
-    Config(stages=2, ahead=2), Config(stages=2, beside=1, fill=1),
+    Config(stages=2, beside=1, fill=1),
     Config(tokens=128, warps=8, stages=2),
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

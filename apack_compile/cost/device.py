@@ -37,7 +37,7 @@ class Device:
 #   launch         B1 28/4 S4096, 8 bit, whole: 14.1 us
 #   conversions    B8 32/32 S8192, mixed, whole: 80.6 us
 #   products       B8 28/4 S32768, k_code="pre-rope": 362.6 us
-#   wait           codes by kind are as much too long at B1 28/4 S4096 as too short at B8 28/4 S32768
+#   wait           codes by kind are as far off at B1 28/4 S4096 (too long) as at B8 28/4 S32768
 H200 = Device(
     name="NVIDIA H200",
     multiprocessors=132,

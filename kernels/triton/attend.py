@@ -25,6 +25,49 @@ from .shares import own_pieces
 
 
 @triton.jit
+def over_exact(
+    work, apart, splits, tails, q16, shift, centre, q, k_codes, k_gain, v_codes, v_gain, bias,
+    lengths, k_pos, v_pos, k_basis, k_offsets, k_spans, k_waves, k_pool, v_pool, k_ring, v_ring,
+    lacks, part, stats, exact, capacity, bias_b, bias_h, bias_q, scale2,
+    H: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr, G: tl.constexpr, M: tl.constexpr,
+    BLOCKS: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
+    KX: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr, KW: tl.constexpr,
+    KPITCH: tl.constexpr, K8: tl.constexpr, K4: tl.constexpr, K2: tl.constexpr,
+    KP8: tl.constexpr, KP4: tl.constexpr, KP2: tl.constexpr, KGAIN: tl.constexpr,
+    KROT: tl.constexpr, KINTER: tl.constexpr, KHALF: tl.constexpr,
+    CHUNKS: tl.constexpr, CHUNKSP: tl.constexpr,
+    VX: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, VW: tl.constexpr,
+    VPITCH: tl.constexpr, V8: tl.constexpr, V4: tl.constexpr, V2: tl.constexpr,
+    VP8: tl.constexpr, VP4: tl.constexpr, VP2: tl.constexpr, VGAIN: tl.constexpr,
+    EK: tl.constexpr, EKP: tl.constexpr, EV: tl.constexpr, EVP: tl.constexpr,
+    STATS: tl.constexpr, EXACTS: tl.constexpr, RING: tl.constexpr, BIAS: tl.constexpr,
+    CAP: tl.constexpr, X: tl.constexpr, XBLOCKS: tl.constexpr, XN: tl.constexpr,
+    LISTED: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Ring and pool of X rows of one head, or one of them, if they are ``apart``."""
+    if work % apart == 0:
+        over_ring(
+            work // apart, splits + tails, q, bias, lengths, k_ring, v_ring, stats, exact,
+            capacity, bias_b, bias_h, bias_q, scale2,
+            H, ROWS, Q, G, M, BLOCKS, DK, DKP, DV, DVP,
+            RING, BIAS, CAP, X, XBLOCKS, XN, STATS, EXACTS, ASM,
+        )  # fmt: skip
+    if EK + EV:  # noqa: SIM102  (known when the kernel is compiled)
+        if work % apart == apart - 1:
+            over_pool(
+                work // apart, splits, q16, shift, centre, q, k_codes, k_gain,
+                v_codes, v_gain, bias, lengths, k_pos, v_pos, k_basis, k_offsets, k_spans,
+                k_waves, k_pool, v_pool, lacks, part, stats, exact, capacity,
+                bias_b, bias_h, bias_q, scale2,
+                H, ROWS, Q, G, M, BLOCKS, KG, VG,
+                KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
+                CHUNKS, CHUNKSP,
+                VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN,
+                EK, EKP, EV, EVP, STATS, BIAS, CAP, X, XBLOCKS, LISTED, ASM,
+            )  # fmt: skip
+
+
+@triton.jit
 def attend_kernel(
     q16, shift, centre, table, q, k_codes, k_gain, v_codes, v_gain, bias, lengths, k_pos, v_pos,
     k_basis, k_offsets, k_spans, k_waves, k_pool, v_pool, k_ring, v_ring,
@@ -46,7 +89,8 @@ def attend_kernel(
     LIST: tl.constexpr, STATS: tl.constexpr, EXACTS: tl.constexpr, RING: tl.constexpr,
     BIAS: tl.constexpr, CAP: tl.constexpr,
     X: tl.constexpr, XBLOCKS: tl.constexpr, XN: tl.constexpr, LISTED: tl.constexpr, N: tl.constexpr,
-    STAGES: tl.constexpr, PIECE: tl.constexpr, WHOLE: tl.constexpr, ASM: tl.constexpr,
+    STAGES: tl.constexpr, PIECE: tl.constexpr, BESIDE: tl.constexpr, WHOLE: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """All kinds of programs. Constants: ``plan.py``.
 
@@ -89,29 +133,32 @@ def attend_kernel(
                 EK, EKP, EV, EVP, LIST, STATS, EXACTS, BIAS, CAP, N, STAGES, PIECE, WHOLE,
                 ASM,
             )  # fmt: skip
-        group = work // (BLOCKS * (splits + tails))
-        split = work // BLOCKS % (splits + tails)
-        piece, last_piece = own_pieces(pieces, split, splits, work % BLOCKS, BLOCKS)
-        piece += group * pieces
-        last_piece += group * pieces
-    for exact_work in range(piece, last_piece, BLOCKS):
-        if exact_work % apart == 0:
-            over_ring(
-                exact_work // apart, splits + tails, q, bias, lengths, k_ring, v_ring, stats, exact,
-                capacity, bias_b, bias_h, bias_q, scale2,
-                H, ROWS, Q, G, M, BLOCKS, DK, DKP, DV, DVP,
-                RING, BIAS, CAP, X, XBLOCKS, XN, STATS, EXACTS, ASM,
+        if BESIDE:
+            group = work // (BLOCKS * (splits + tails))
+            split = work // BLOCKS % (splits + tails)
+            piece, last_piece = own_pieces(pieces, split, splits, work % BLOCKS, BLOCKS)
+            piece += group * pieces
+            last_piece += group * pieces
+    if BESIDE:
+        for one in range(piece, last_piece, BLOCKS):
+            over_exact(
+                one, apart, splits, tails, q16, shift, centre, q, k_codes, k_gain, v_codes,
+                v_gain, bias, lengths, k_pos, v_pos, k_basis, k_offsets, k_spans, k_waves, k_pool,
+                v_pool, k_ring, v_ring, lacks, part, stats, exact, capacity, bias_b, bias_h, bias_q,
+                scale2, H, ROWS, Q, G, M, BLOCKS, KG, VG,
+                KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
+                CHUNKS, CHUNKSP,
+                VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN,
+                EK, EKP, EV, EVP, STATS, EXACTS, RING, BIAS, CAP, X, XBLOCKS, XN, LISTED, ASM,
             )  # fmt: skip
-        if EK + EV:  # noqa: SIM102  (known when the kernel is compiled)
-            if exact_work % apart == apart - 1:
-                over_pool(
-                    exact_work // apart, splits, q16, shift, centre, q, k_codes, k_gain,
-                    v_codes, v_gain, bias, lengths, k_pos, v_pos, k_basis, k_offsets, k_spans,
-                    k_waves, k_pool, v_pool, lacks, part, stats, exact, capacity,
-                    bias_b, bias_h, bias_q, scale2,
-                    H, ROWS, Q, G, M, BLOCKS, KG, VG,
-                    KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
-                    CHUNKS, CHUNKSP,
-                    VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN,
-                    EK, EKP, EV, EVP, STATS, BIAS, CAP, X, XBLOCKS, LISTED, ASM,
-                )  # fmt: skip
+    elif program < exact_programs:  # a loop would take registers from those over codes
+        over_exact(
+            program, apart, splits, tails, q16, shift, centre, q, k_codes, k_gain, v_codes,
+            v_gain, bias, lengths, k_pos, v_pos, k_basis, k_offsets, k_spans, k_waves, k_pool,
+            v_pool, k_ring, v_ring, lacks, part, stats, exact, capacity, bias_b, bias_h, bias_q,
+            scale2, H, ROWS, Q, G, M, BLOCKS, KG, VG,
+            KX, DK, DKP, KW, KPITCH, K8, K4, K2, KP8, KP4, KP2, KGAIN, KROT, KINTER, KHALF,
+            CHUNKS, CHUNKSP,
+            VX, DV, DVP, VW, VPITCH, V8, V4, V2, VP8, VP4, VP2, VGAIN,
+            EK, EKP, EV, EVP, STATS, EXACTS, RING, BIAS, CAP, X, XBLOCKS, XN, LISTED, ASM,
+        )  # fmt: skip

@@ -268,7 +268,8 @@ def make_plan(
         "EVP": power(ev, 16), "EXACTS": exacts, "RING": ring, "XN": 32,
         "LIST": int(listed), "STATS": stats,
         "LISTED": power(ek + ev, 16), "N": config.tokens, "STAGES": config.stages,
-        "PIECE": piece_tiles(ring), "CHUNKS": chunks, "CHUNKSP": power(chunks, 1),
+        "PIECE": piece_tiles(ring), "BESIDE": int(config.beside > 0),
+        "CHUNKS": chunks, "CHUNKSP": power(chunks, 1),
     }  # fmt: skip
     head = {"H": heads, "ROWS": rows, "G": groups, "STRIDE": blocks * m, "X": EXACT_ROWS}
     fold = head | {name: k[name] for name in ("KG", "DK", "DKP", "KW", "K8", "K4", "K2")}

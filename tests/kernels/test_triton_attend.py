@@ -284,7 +284,8 @@ def test_programs_over_codes_do_ring_and_pool_where_they_are_many(
     monkeypatch.setattr(launch, "exact_beside", lambda *_: 1)
     monkeypatch.setattr(launch, "count_splits", lambda *_: splits)
     policies = (policy or POOLED,) * 2
-    check(case(transform(**layout), transform(**layout, gain=1), policies=policies, **sizes))
+    given = case(transform(**layout), transform(**layout, gain=1), policies=policies, **sizes)
+    check(given, replace(SMALL, beside=1))
 
 
 def test_programs_over_codes_have_tiles_enough_to_do_ring_and_pool() -> None:
@@ -293,7 +294,7 @@ def test_programs_over_codes_have_tiles_enough_to_do_ring_and_pool() -> None:
     plan = make_plan(mixed, mixed, 28, 1, (8, 8), 96, config)
     device = torch.device(DEVICE)
     slots = launch.multiprocessors(device) * config.fill
-    enough = slots * config.beside * config.tokens
+    enough = slots * config.beside * config.tokens // plan.blocks
     assert launch.exact_beside(1, enough, plan, config, device) == 1
     assert launch.exact_beside(1, enough - config.tokens, plan, config, device) == 0
     assert launch.exact_beside(2, enough // 2, plan, config, device) == 1

@@ -85,20 +85,10 @@ def tiles_of(capacity: int, config: Config) -> int:
     return (capacity + config.tokens - 1) // config.tokens
 
 
-def programs_apart(
-    batch: int, capacity: int, plan: Plan, config: Config, device: torch.device, tails: int = 0
-) -> int:
-    """Programs for ring and pool of a head: two where multiprocessors have nothing else to do.
-
-    Where there are few of them, and those over codes have no more tiles for it.
-    """
+def programs_apart(batch: int, plan: Plan, device: torch.device) -> int:
+    """Programs for ring and pool of a head: two where multiprocessors have nothing else to do."""
     few = multiprocessors(device) // 4
-    if not (plan.pool and isinstance(batch, int) and batch * plan.exact_programs <= few):
-        return 1
-    tiles = tiles_of(capacity, config)
-    splits = [count_splits(batch, capacity, plan, config, device, tails, n) for n in (1, 2)]
-    one, two = ((tiles + n - 1) // n for n in splits)
-    return 2 - torch.sym_min(two - one, 1)
+    return 1 + plan.pool if isinstance(batch, int) and batch * plan.exact_programs <= few else 1
 
 
 def exact_beside(
@@ -116,17 +106,16 @@ def exact_beside(
 
 
 def count_splits(
-    batch: int, capacity: int, plan: Plan, config: Config, device: torch.device, tails: int = 0,
-    apart: int = 1,
-) -> int:  # fmt: skip
+    batch: int, capacity: int, plan: Plan, config: Config, device: torch.device, tails: int = 0
+) -> int:
     """Splits over tokens so that all programs over codes run at once. Sizes may be symbols.
 
-    tails: programs over slots beside them. apart: programs over ring and pool of a head.
+    tails: programs over slots beside them.
     """
     programs = batch * plan.groups * plan.blocks
     slots = multiprocessors(device) * config.fill
     own = 1 - exact_beside(batch, capacity, plan, config, device)
-    exact = torch.sym_min(batch * plan.exact_programs * apart, slots - int(slots * config.share))
+    exact = torch.sym_min(batch * plan.exact_programs, slots - int(slots * config.share))
     room = (slots - own * exact) // programs - tails
     tiles = tiles_of(capacity, config)
     return torch.sym_max(torch.sym_min(torch.sym_min(room, tiles), MOST_SPLITS), 1)
@@ -221,9 +210,8 @@ def _attend(
         each = TAIL_TILES * config.tokens
         tails = torch.sym_min((sum(slots) + each - 1) // each, MOST_TAILS)
     beside = exact_beside(batch, k_rows, plan, config, q.device)
-    apart = programs_apart(batch, k_rows, plan, config, q.device, tails)
-    apart = 1 + (1 - beside) * (apart - 1)
-    splits = count_splits(batch, k_rows, plan, config, q.device, tails, apart)
+    apart = 1 + (1 - beside) * (programs_apart(batch, plan, q.device) - 1)
+    splits = count_splits(batch, k_rows, plan, config, q.device, tails)
     whole_splits = splits + tails
     exact_programs = (1 - beside) * batch * plan.exact_programs * apart
     pieces = beside * plan.pieces

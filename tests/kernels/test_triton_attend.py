@@ -8,6 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -288,6 +294,23 @@ def test_programs_over_codes_do_ring_and_pool_where_they_are_many(
     check(given, replace(SMALL, beside=1))
 
 
+def test_programs_are_counted_without_guards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that are symbols stay symbols, and give what numbers do."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda _: 132)
+    spec, shapes = transform(4, 128, 1).spec, ShapeEnv()
+    sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 2)
+    fake = FakeTensorMode(shape_env=shapes).from_tensor(
+        torch.empty(8, 32768), symbolic_context=sizes
+    )
+    config = default_config(spec, spec, 28)
+    plan = make_plan(spec, spec, 28, 1, (8, 8), 96, config)
+    device = torch.device(DEVICE)
+    counts = (launch.exact_beside, launch.count_splits)
+    found = [count(*fake.shape, plan, config, device) for count in counts]
+    assert not any(isinstance(n, int) for n in found) and not shapes.guards
+    assert [int(n) for n in found] == [count(8, 32768, plan, config, device) for count in counts]
+
+
 def test_programs_over_codes_have_tiles_enough_to_do_ring_and_pool() -> None:
     mixed = transform(4, 128, 1).spec
     config = default_config(mixed, mixed, 28)
@@ -308,25 +331,10 @@ def test_programs_are_apart_where_there_are_few(monkeypatch: pytest.MonkeyPatch)
     device = torch.device(DEVICE)
     monkeypatch.setattr(launch, "multiprocessors", lambda _: 132)
     few = 132 // 4 // 4
-    assert launch.programs_apart(few, 16, plan, SMALL, device) == 2
-    assert launch.programs_apart(few + 1, 16, plan, SMALL, device) == 1
+    assert launch.programs_apart(few, plan, device) == 2
+    assert launch.programs_apart(few + 1, plan, device) == 1
     alone = make_plan(transform().spec, transform().spec, 28, 1, (0, 0), 96, SMALL)
-    assert launch.programs_apart(1, 16, alone, SMALL, device) == 1
-
-
-def test_programs_are_not_apart_where_codes_would_have_more_tiles(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Bug: ring and pool of 32 heads in 64 programs left turned keys 6 splits instead of 7."""
-    monkeypatch.setattr(launch, "multiprocessors", lambda _: 132)
-    layout = replace(transform(4, 128, 1, (32, 128, 128)), rotary=128)
-    config = default_config(layout.spec, transform(4, 128).spec, 28)
-    plan = make_plan(layout.spec, transform(4, 128).spec, 28, 1, (8, 8), 96, config)
-    device = torch.device(DEVICE)
-    assert launch.count_splits(8, 32768, plan, config, device, 0, 1) == 7
-    assert launch.count_splits(8, 32768, plan, config, device, 0, 2) == 6
-    assert launch.programs_apart(8, 32768, plan, config, device) == 1
-    assert launch.programs_apart(8, 64, plan, config, device) == 2
+    assert launch.programs_apart(1, alone, device) == 1
 
 
 def test_pools_of_long_splits(monkeypatch: pytest.MonkeyPatch) -> None:

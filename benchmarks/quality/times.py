@@ -4,7 +4,7 @@
 
 Two measurements are joined that have nothing but the option in common. Times are those of
 ``benchmarks/options_gpu.py``: one step of one layer at Qwen2.5-7B's shape, random codes of about
-the bytes of ratio 8, over the fastest dense attention of the same run. Quality is that of other
+the bytes of ratio 8, over the fastest dense attention of the same file. Quality is that of other
 models at ratio 8, codes fitted beforehand: SmolLM2 on prose of 3,072 tokens and asked several
 questions, the small vision-language model on albums of 4,096 tokens. What was not measured is left
 out.

@@ -137,8 +137,9 @@ def attend_kernel(
             group = work // (BLOCKS * (splits + tails))
             split = work // BLOCKS % (splits + tails)
             piece, last_piece = own_pieces(pieces, split, splits, work % BLOCKS, BLOCKS)
-            piece += group * pieces
-            last_piece += group * pieces
+            # Inductor passes int64 where it cannot prove less.
+            piece = (piece + group * pieces).to(tl.int32)
+            last_piece = (last_piece + group * pieces).to(tl.int32)
     if BESIDE:
         for one in range(piece, last_piece, BLOCKS):
             over_exact(

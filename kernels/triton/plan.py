@@ -38,9 +38,9 @@ MOST_SPLITS = 126
 """The merge holds the references of this many splits at a time, and some more: of programs over
 slots, of pool and ring."""
 
-BESIDE_BASIS = 88 << 10
-"""Bytes of shared memory that a program has besides the basis of keys that are turned: more than
-the 84 KiB that the greediest of seven layouts wanted, compiled for an H100."""
+BESIDE_BASIS = 104 << 10
+"""Bytes of shared memory that a program has besides the basis of keys that are turned: what the
+greediest layout wants, compiled for an H100 (values of 512 components of all widths)."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class Config:
         stages: tiles in flight.
         fill: programs for each multiprocessor.
         share: of the programs that run at once, those over codes at least.
-        beside: programs over codes that have no fewer tiles do ring and pool as well; 0: none do.
+        beside: where there are as many tiles for each program that can run at once, programs over
+            codes do ring and pool as well; 0: they never do.
         registers: of a thread at most; 0: as many as the compiler likes.
         stacked: rows that products over values shall have: codes of narrow runs are stacked. With
             four warps and 64 rows a product is one of a warp group.

@@ -340,7 +340,14 @@ def test_programs_are_apart_where_there_are_few(monkeypatch: pytest.MonkeyPatch)
 def test_pools_of_long_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """More tiles than a mask has bits: pooled tokens are not read as codes as well."""
     monkeypatch.setattr(launch, "count_splits", lambda *_: 1)
-    check(case(transform(), transform(gain=1), length=2400))
+    given = case(transform(), transform(gain=1), length=2400)
+    held = torch.tensor([1200, 2300])
+    for side in "kv":
+        pool, positions = given[side][1 + (side == "v") :][:2]  # behind codes and gains
+        positions[:, 3:] = held
+        pool[:, :, 3:] = 8 * torch.randn_like(pool[:, :, 3:])
+    given["v"][1][:, held] = 100.0  # the gains of what is not to be read
+    check(given)
 
 
 def test_the_work_is_cut_by_rows() -> None:

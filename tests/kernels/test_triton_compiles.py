@@ -24,7 +24,8 @@ from apack_compile.codec import TransformLayout
 from apack_compile.kernels.triton import attend, fold, plan, prepare, ranks
 
 spec = TransformLayout(2, 64, 1, 16, 32, 16, 1).spec
-made = plan.make_plan(spec, spec, 4, 1, (8, 8), 32, plan.Config(), {listed}, {listed})
+config = plan.Config(beside=5)
+made = plan.make_plan(spec, spec, 4, 1, (8, 8), 32, config, {listed}, {listed})
 sizes = {{name: made.attend[name] for name in made.attend}}
 sides = {{"KPLANES": 2, "VPLANES": 10, "KPLANE": 1, "VPLANE": 5, "DROPS": 1, "T": 1024, "E": 64}}
 levels = {{side + name: 3 for side in "KV" for name in ("PLANES", "LAST", "FIRST1", "LOST1")}}

@@ -22,6 +22,7 @@ from apack_compile.codec.modal import modal
 from apack_compile.codec.tiered import TIERS, layout_of
 from apack_compile.kernels.kinds import sort_tokens
 from apack_compile.kernels.planes import counted
+from apack_compile.kernels.triton import launch
 from apack_compile.kernels.triton.calls import INTERPRETED
 from apack_compile.kernels.triton.launch import attend_packed, takes
 from apack_compile.kernels.triton.plan import Config
@@ -200,6 +201,13 @@ PAIRS = {
 @pytest.mark.parametrize("name", PAIRS)
 def test_every_layout(name: str) -> None:
     check(case(*PAIRS[name]))
+
+
+@pytest.mark.parametrize("name", PAIRS if DEVICE == "cuda" else ["evict and tiers", "kinds, all"])
+def test_programs_over_rows_do_ring_and_pool(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those over slots, behind the splits, do none of it."""
+    monkeypatch.setattr(launch, "exact_beside", lambda *_: 1)
+    check(case(*PAIRS[name]), replace(SMALL, beside=1))
 
 
 FEW = ["tiers", "evict and tiers", "kept", "kinds", "kinds, all"]

@@ -14,13 +14,13 @@ attend_gpu = pytest.importorskip("benchmarks.attend_gpu")
 RESULTS = Path(attend_gpu.__file__).parent / "results"
 
 
-@pytest.mark.parametrize(("device", "short"), [(H100, "h100"), (H200, "h200")])
+@pytest.mark.parametrize(("device", "short"), [(H100, "h100"), (H200, "later-h200")])
 def test_predictions_beside_measurements_are_within_25_percent(device: Device, short: str) -> None:
     report = json.loads((RESULTS / f"attend-{short}.json").read_text())
     cases = attend_gpu.CASES | attend_gpu.SWEEP
     assert report["device"] == device.name and report["cases"].keys() <= cases.keys()
     for name, row in report["cases"].items():
-        for kind in ("8 bit", "mixed"):
+        for kind in row.keys() & {"8 bit", "mixed"}:
             predicted = attend_gpu.predicted_ms(cases[name], kind == "mixed", report["device"])
             assert abs(predicted / row[kind]["ms"] - 1) < 0.25, (name, kind)
 

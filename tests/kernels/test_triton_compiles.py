@@ -16,6 +16,18 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+TYPES = """
+pointers = dict.fromkeys(("k_scores", "v_scores", "part", "stats", "exact", "shift", "centre",
+                          "mean", "units", "bias", "k_offsets", "k_spans", "k_waves"), "*fp32")
+pointers |= dict.fromkeys(("q", "k_pool", "v_pool", "k_ring", "v_ring"), "*bf16")
+pointers |= dict.fromkeys(("q16", "k_gain", "v_gain", "k_basis", "synthesis"), "*fp16")
+pointers |= dict.fromkeys(("k_codes", "v_codes", "lacks", "found", "k_levels", "v_levels"), "*u8")
+pointers |= dict.fromkeys(("lengths", "k_pos", "v_pos"), "*i64")
+pointers |= dict.fromkeys(("k_ranks", "v_ranks", "k_totals", "v_totals", "entries", "counts",
+                          "table"), "*i32")
+"""
+"""Of the arguments that are pointers."""
+
 COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -40,14 +52,6 @@ kernel, constants = {{
 constants = {{name: constants[name] for name in kernel.arg_names if name in constants}}
 if "scale2" in kernel.arg_names:
     constants["scale2"] = 0.18
-pointers = dict.fromkeys(("k_scores", "v_scores", "part", "stats", "exact", "shift", "centre",
-                          "mean", "units", "bias", "k_offsets", "k_spans", "k_waves"), "*fp32")
-pointers |= dict.fromkeys(("q", "k_pool", "v_pool", "k_ring", "v_ring"), "*bf16")
-pointers |= dict.fromkeys(("q16", "k_gain", "v_gain", "k_basis", "synthesis"), "*fp16")
-pointers |= dict.fromkeys(("k_codes", "v_codes", "lacks", "found", "k_levels", "v_levels"), "*u8")
-pointers |= dict.fromkeys(("lengths", "k_pos", "v_pos"), "*i64")
-pointers |= dict.fromkeys(("k_ranks", "v_ranks", "k_totals", "v_totals", "entries", "counts",
-                          "table"), "*i32")
 signature = {{
     name: "constexpr" if name in constants else pointers.get(name, "i32")
     for name in kernel.arg_names
@@ -57,6 +61,18 @@ made = triton.compile(ASTSource(kernel, signature, given), target=GPUTarget("cud
 assert "pure = false" not in made.asm["ttir"], "Inductor would copy all arguments"
 print(len(made.asm["ptx"]))
 """
+
+
+def printed(script: str, folder: Path) -> str:
+    """What a script prints in a process of its own, which compiles kernels into ``folder``."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 @pytest.mark.parametrize(
@@ -71,14 +87,8 @@ def test_a_float_may_be_a_constant(name: str, listed: bool, tmp_path: Path) -> N
     Bug: with an assembler line that has effects (a prefetch) Inductor took all arguments for
     written ones, and copied the codes in each step: 156 us instead of 67.
     """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE.format(name=name, listed=listed)],
-        env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) > 1000
+    out = printed(TYPES + COMPILE.format(name=name, listed=listed), tmp_path)
+    assert int(out) > 1000
 
 
 MERGE = """
@@ -118,15 +128,9 @@ with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
 @pytest.mark.parametrize(("listed", "tails"), [(False, 0), (True, 8)])
 def test_the_merge_keeps_wide_values_in_registers(listed: bool, tails: int, tmp_path: Path) -> None:
     """Bug: with 512 components the basis lay in memory, and each row took tens of microseconds."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", MERGE.format(listed=listed, tails=tails)],
-        env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    (stack,) = re.findall(r"STACK:(\d+)", done.stdout)
-    assert int(stack) < 64, done.stdout
+    out = printed(MERGE.format(listed=listed, tails=tails), tmp_path)
+    (stack,) = re.findall(r"STACK:(\d+)", out)
+    assert int(stack) < 64, out
 
 
 ATTEND = """
@@ -144,20 +148,13 @@ made = plan.make_plan(k.spec, v.spec, 32, 1, (8, 8), 96, config)
 kernel = attend.attend_kernel
 constants = made.attend | {"BIAS": 0, "CAP": 0.0, "WHOLE": 1, "ASM": True}
 constants = {name: constants[name] for name in kernel.arg_names if name in constants}
-pointers = dict.fromkeys(("k_scores", "v_scores", "part", "stats", "exact", "shift", "centre",
-                          "k_offsets", "k_spans", "k_waves"), "*fp32")
-pointers |= dict.fromkeys(("q", "k_pool", "v_pool", "k_ring", "v_ring"), "*bf16")
-pointers |= dict.fromkeys(("q16", "k_gain", "v_gain", "k_basis"), "*fp16")
-pointers |= dict.fromkeys(("k_codes", "v_codes", "lacks"), "*u8")
-pointers |= dict.fromkeys(("lengths", "k_pos", "v_pos", "bias"), "*i64")
-pointers |= dict.fromkeys(("entries", "counts", "table"), "*i32")
-scalar = {"scale2": "fp32"}
+pointers["scale2"] = "fp32"
 signature = {
-    name: "constexpr" if name in constants else pointers.get(name, scalar.get(name, "i32"))
+    name: "constexpr" if name in constants else pointers.get(name, "i32")
     for name in kernel.arg_names
 }
 given = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-aligned = [*pointers, "capacity", "k_rows", "v_rows"]
+aligned = ({*pointers} - {"scale2"} | {"capacity", "k_rows", "v_rows"}) & {*kernel.arg_names}
 attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
 source = ASTSource(kernel, signature, given, attributes)
 options = {"num_warps": config.warps}
@@ -173,12 +170,6 @@ with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
 def test_ring_and_pool_take_no_registers_from_codes_of_8_bits(tmp_path: Path) -> None:
     """Bug: with a loop around ring and pool, programs over codes had 255 instead of 168, and four
     instead of six of them ran at once: 59 instead of 56 us."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", ATTEND], env=environment, capture_output=True, text=True,
-        cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    (registers,) = re.findall(r"REG:(\d+)", done.stdout)
-    assert int(registers) <= 168, done.stdout
+    out = printed(TYPES + ATTEND, tmp_path)
+    (registers,) = re.findall(r"REG:(\d+)", out)
+    assert int(registers) <= 168, out
